@@ -1,0 +1,91 @@
+"""Grouped-query attention under an explicit mask. Knows neither "causal" nor "tree": whoever calls decides."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.layers import apply_rope, rms_norm
+
+
+@struct.dataclass
+class Attention:
+    """Projection weights. q, k, v are `[out, in]` as published: stacked over layers in any other order, the TPU
+    compiler copies them once per call. o is `[in, out]`. Biases and norms are None where the family has none."""
+
+    q: Float[Array, "q_out model"]
+    k: Float[Array, "kv_out model"]
+    v: Float[Array, "kv_out model"]
+    o: Float[Array, "q_out model"]
+    q_bias: Float[Array, " q_out"] | None = None
+    k_bias: Float[Array, " kv_out"] | None = None
+    v_bias: Float[Array, " kv_out"] | None = None
+    o_bias: Float[Array, " model"] | None = None
+    q_norm: Float[Array, " norm"] | None = None
+    k_norm: Float[Array, " norm"] | None = None
+
+
+def project_qkv(
+    config: DecoderConfig, weights: Attention, x: Float[Array, "batch tokens model"], cos: Array, sin: Array
+) -> tuple[Array, Array, Array]:
+    """Rotated queries `[batch, tokens, heads, head]`, rotated keys and plain values `[batch, tokens, kv_heads, head]`.
+
+    Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate.
+    """
+    parts = []
+    for weight, bias, norm in (
+        (weights.q, weights.q_bias, weights.q_norm),
+        (weights.k, weights.k_bias, weights.k_norm),
+        (weights.v, weights.v_bias, None),
+    ):
+        y = jnp.einsum("btm,om->bto", x, weight)
+        if bias is not None:
+            y = y + bias[None, None, :]
+        if norm is not None and config.qk_norm == "flat":
+            y = rms_norm(y, norm, config.rms_norm_eps)
+        if config.clip_qkv is not None:
+            y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
+        y = y.reshape(*y.shape[:2], -1, config.head_dim)
+        if norm is not None and config.qk_norm == "head":
+            y = rms_norm(y, norm, config.rms_norm_eps)
+        parts.append(y)
+    q, k, v = parts
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def attend(
+    q: Float[Array, "batch tokens heads head"],
+    k: Float[Array, "batch kv_heads slots head"],
+    v: Float[Array, "batch kv_heads slots head"],
+    mask: Bool[Array, "batch tokens slots"],
+) -> Float[Array, "batch tokens q_out"]:
+    """Softmax attention in float32; each group of `heads / kv_heads` queries shares one key/value head.
+
+    A row that sees nothing (a padding token) averages over all slots, which is finite and never read.
+    """
+    batch, tokens, heads, head = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], head)
+    scores = jnp.einsum("btgrh,bgsh->bgrts", grouped, k, preferred_element_type=jnp.float32) * head**-0.5
+    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(batch, tokens, heads * head)
+
+
+def output_projection(weights: Attention, x: Float[Array, "batch tokens q_out"]) -> Float[Array, "batch tokens model"]:
+    """Mix the heads back into the residual stream."""
+    y = x @ weights.o
+    return y if weights.o_bias is None else y + weights.o_bias[None, None, :]
+
+
+def causal_mask(positions: Int[Array, "batch tokens"], slots: int) -> Bool[Array, "batch tokens slots"]:
+    """True where slot <= position: the mask of ordinary decoding, whose token at position p lives in slot p."""
+    return jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
+
+
+def within_window(
+    positions: Int[Array, "batch tokens"], slot_positions: Int[Array, "batch slots"], window: int | Array
+) -> Bool[Array, "batch tokens slots"]:
+    """True where a slot's token is less than `window` positions back; a window of 0 hides nothing."""
+    distance = positions[:, :, None] - slot_positions[:, None, :]
+    return (distance < window) | (jnp.asarray(window) == 0)

@@ -1,0 +1,34 @@
+"""Back-ends: which expert compute, which weight layout and which layer loop suit a platform, chosen once at load."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+
+from moespec_jax.experts.cpu import cpu_experts
+from moespec_jax.experts.slots import slot_experts
+from moespec_jax.moe import ExpertCompute
+
+
+class Backend(NamedTuple):
+    """A consistent choice of three things that must fit each other.
+
+    `layout` is that of `experts/layouts.py`; `stacked` says whether layers are stacked and scanned; `compute` builds the
+    expert compute for an activation.
+    """
+
+    name: str
+    layout: Literal["per_expert", "flat"]
+    stacked: bool
+    compute: Callable[[str], ExpertCompute]
+
+
+BACKENDS = {
+    "switch": Backend("switch", "per_expert", False, cpu_experts),
+    "slots": Backend("slots", "flat", True, slot_experts),
+}
+
+
+def default_backend(platform: str | None = None) -> Backend:
+    """The back-end measured fastest on a platform (`cpu`, `gpu`, `tpu`; None asks JAX)."""
+    return BACKENDS["switch" if (platform or jax.default_backend()) == "cpu" else "slots"]

@@ -1,0 +1,171 @@
+"""Plain decoding as compiled programs: prefill in chunks of bucketed length, then one `lax.while_loop` over tokens.
+
+The state is what the next step needs and is donated from call to call. Streaming runs the same program a few tokens at a
+time: the number of steps is a traced bound, so nothing is compiled twice.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.attention import causal_mask
+from moespec_jax.cache import Cache, empty_cache
+from moespec_jax.config import DecoderConfig
+from moespec_jax.decoder import Decoder, forward, unembed
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.sample import SamplingConfig, draw
+
+PREFILL_CHUNK = 512
+SMALLEST_BUCKET = 16
+
+
+class Settings(NamedTuple):
+    """What a decoding program is compiled for."""
+
+    config: DecoderConfig
+    sampling: SamplingConfig
+    compute: ExpertCompute
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch of sequences under way.
+
+    `tokens` holds prompts and everything generated, `length` how many of them count. The cache lags by one: it holds all
+    tokens but the newest. A sequence stops at a stop id or when its length reaches `limit`.
+    """
+
+    tokens: Int[Array, "batch slots"]
+    length: Int[Array, " batch"]
+    limit: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    stop_ids: Int[Array, " stops"]
+    key: Array
+    cache: Cache
+
+
+class PrefillState(NamedTuple):
+    """What one prefill chunk hands to the next: the cache, and the hidden state of each prompt's last token."""
+
+    cache: Cache
+    last_hidden: Float[Array, "batch model"]
+
+
+def bucket_lengths(longest: int) -> list[int]:
+    """Chunk lengths that cover a prompt of `longest` tokens: full chunks, then the next power of two."""
+    full, rest = divmod(longest, PREFILL_CHUNK)
+    tail = SMALLEST_BUCKET
+    while tail < rest:
+        tail *= 2
+    return [PREFILL_CHUNK] * full + ([tail] if rest else [])
+
+
+def empty_prefill(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, *, stacked: bool) -> PrefillState:
+    """Nothing read yet."""
+    cache = empty_cache(config, batch, slots, dtype, stacked=stacked)
+    return PrefillState(cache, jnp.zeros((batch, config.hidden_size), dtype))
+
+
+def prefill_chunk(
+    settings: Settings,
+    params: Decoder,
+    state: PrefillState,
+    tokens: Int[Array, "batch chunk"],
+    start: Int[Array, ""],
+    prompt_lengths: Int[Array, " batch"],
+) -> PrefillState:
+    """Read one chunk of every prompt, from position `start` on; tokens past a prompt's end are padding.
+
+    Padding writes cache rows too, in slots that the sequence's own tokens overwrite before anything sees them.
+    """
+    batch, chunk = tokens.shape
+    positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None, :], (batch, chunk))
+    cache = state.cache.replace(length=jnp.broadcast_to(start, (batch,)))
+    hidden, cache, _ = forward(
+        settings.config,
+        params,
+        tokens,
+        positions,
+        causal_mask(positions, cache.slots),
+        cache,
+        settings.compute,
+        valid=positions < prompt_lengths[:, None],
+    )
+    assert cache is not None
+    here = prompt_lengths - 1 - start
+    picked = jnp.take_along_axis(hidden, jnp.clip(here, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.where(((here >= 0) & (here < chunk))[:, None], picked, state.last_hidden)
+    return PrefillState(cache, last)
+
+
+def begin(
+    settings: Settings,
+    params: Decoder,
+    prefill: PrefillState,
+    tokens: Int[Array, "batch slots"],
+    prompt_lengths: Int[Array, " batch"],
+    limit: Int[Array, " batch"],
+    stop_ids: Int[Array, " stops"],
+    key: Array,
+) -> DecodeState:
+    """Draw every sequence's first token from what prefill saw last."""
+    state = DecodeState(
+        tokens=tokens,
+        length=prompt_lengths,
+        limit=limit,
+        done=prompt_lengths >= limit,
+        stop_ids=stop_ids,
+        key=key,
+        cache=prefill.cache.replace(length=prompt_lengths),
+    )
+    return _append(settings, state, unembed(params, prefill.last_hidden))
+
+
+def decode_steps(
+    settings: Settings, params: Decoder, state: DecodeState, steps: Int[Array, ""]
+) -> tuple[DecodeState, Int[Array, ""]]:
+    """Up to `steps` tokens for every unfinished sequence, and how many forward passes that took."""
+
+    def unfinished(carry: tuple[DecodeState, Array]) -> Array:
+        return (carry[1] < steps) & ~jnp.all(carry[0].done)
+
+    def step(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        return _decode_one(settings, params, carry[0]), carry[1] + 1
+
+    return jax.lax.while_loop(unfinished, step, (state, jnp.int32(0)))
+
+
+def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> DecodeState:
+    """One forward pass over the newest token of every sequence."""
+    positions = (state.length - 1)[:, None]
+    newest = jnp.take_along_axis(state.tokens, positions, axis=1)
+    hidden, cache, _ = forward(
+        settings.config,
+        params,
+        newest,
+        positions,
+        causal_mask(positions, state.cache.slots),
+        state.cache.replace(length=state.length - 1),
+        settings.compute,
+        valid=~state.done[:, None],
+    )
+    assert cache is not None
+    return _append(settings, state.replace(cache=cache), unembed(params, hidden[:, 0]))
+
+
+def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:
+    """Draw a token for every unfinished sequence and put it after its last one."""
+    drawn = draw(settings.sampling, state.key, logits, state.length)
+    slot = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :]
+    here = (slot == state.length[:, None]) & ~state.done[:, None]
+    length = jnp.where(state.done, state.length, state.length + 1)
+    stopped = jnp.any(drawn[:, None] == state.stop_ids[None, :], axis=1)
+    return state.replace(
+        tokens=jnp.where(here, drawn[:, None], state.tokens),
+        length=length,
+        done=state.done | stopped | (length >= state.limit),
+    )

@@ -1,0 +1,198 @@
+"""The decoder's forward pass as a pure function of parameters, tokens, positions, mask and cache.
+
+One function serves prefill, one-token steps and tree verification (they differ in mask and positions), and every
+family (they differ in `DecoderConfig`). Layers run one after another in Python where `Decoder.stacked` is false, under
+`lax.scan` over runs of equal layers where it is true; the arithmetic is the same.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.attention import Attention, attend, output_projection, project_qkv, within_window
+from moespec_jax.cache import Cache, write_rows
+from moespec_jax.config import DecoderConfig
+from moespec_jax.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
+from moespec_jax.moe import ExpertCompute, RouterInfo, SparseMlp, sparse_mlp
+
+
+@struct.dataclass
+class Layer:
+    """One pre-norm transformer layer without its experts."""
+
+    input_norm: Float[Array, " model"]
+    attention: Attention
+    post_attention_norm: Float[Array, " model"]
+    mlp: GatedMlp | SparseMlp
+
+
+@struct.dataclass
+class Decoder:
+    """All parameters of a decoder.
+
+    `layers` is one entry a layer, or, if `stacked`, one entry for each run of consecutive layers of equal kind with a
+    leading axis over the run. `experts` is in the layout of the expert back-end. `lm_head` is None where it is tied.
+    """
+
+    embed: Float[Array, "vocab model"]
+    layers: tuple[Layer, ...]
+    experts: object
+    norm: Float[Array, " model"]
+    lm_head: Float[Array, "vocab model"] | None
+    stacked: bool = struct.field(pytree_node=False, default=False)
+
+
+class ForwardInfo(NamedTuple):
+    """What a forward pass can tell besides its result: routing of every sparse layer, in order of depth."""
+
+    routers: tuple[RouterInfo, ...]
+
+
+class _Pass(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    positions: Int[Array, "batch tokens"]
+    slot_positions: Int[Array, "batch slots"]
+    mask: Bool[Array, "batch tokens slots"]
+    valid: Bool[Array, " tokens"]
+    start: Int[Array, " batch"]
+    cos: Float[Array, "batch tokens half"]
+    sin: Float[Array, "batch tokens half"]
+
+
+def forward(
+    config: DecoderConfig,
+    params: Decoder,
+    tokens: Int[Array, "batch tokens"],
+    positions: Int[Array, "batch tokens"],
+    mask: Bool[Array, "batch tokens slots"],
+    cache: Cache | None,
+    compute: ExpertCompute,
+    valid: Bool[Array, "batch tokens"] | None = None,
+) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
+    """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
+
+    Rows are written from slot `cache.length[b]` on; `length` itself is left to the caller, who knows how many rows
+    count. `mask[b, t, s]` says whether token t may see slot s. Without a cache, slots are the tokens themselves.
+    """
+    x = params.embed[tokens]
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    shared = _share(config, positions, mask, cache, valid)
+    run = _scanned_layers if params.stacked else _unrolled_layers
+    x, cache, routers = run(config, params, x, shared, cache, compute)
+    return rms_norm(x, params.norm, config.rms_norm_eps), cache, ForwardInfo(routers)
+
+
+def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
+    """Logits in float32."""
+    head = params.embed if params.lm_head is None else params.lm_head
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+def layer_runs(config: DecoderConfig) -> list[range]:
+    """Maximal runs of consecutive layers of the same kind: what one `lax.scan` can cover."""
+    runs: list[range] = []
+    for i, sparse in enumerate(config.sparse_layers):
+        if runs and config.sparse_layers[runs[-1].start] == sparse:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    return runs
+
+
+def _share(config: DecoderConfig, positions: Array, mask: Array, cache: Cache | None, valid: Array) -> _Pass:
+    batch, count = positions.shape
+    start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
+    slot = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, :]
+    # Committed slots hold the token of their own position; the slots this pass writes hold the positions given.
+    new = slot - start[:, None]
+    slot_positions = jnp.where(
+        (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
+    )
+    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions)
+    return _Pass(positions, slot_positions, mask, valid.reshape(-1), start, cos, sin)
+
+
+def _attention_block(
+    config: DecoderConfig, layer: Layer, x: Array, shared: _Pass, window: int | Array, kv: tuple[Array, Array] | None
+) -> tuple[Array, tuple[Array, Array] | None]:
+    h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+    q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin)
+    if kv is None:
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    else:
+        keys, values = kv = write_rows(kv[0], k, shared.start), write_rows(kv[1], v, shared.start)
+    mask = shared.mask
+    if any(config.sliding_windows):
+        mask = mask & within_window(shared.positions, shared.slot_positions, window)
+    return x + output_projection(layer.attention, attend(q, keys, values, mask)), kv
+
+
+def _mlp_block(
+    config: DecoderConfig,
+    params: Decoder,
+    layer: Layer,
+    index: int | Array,
+    x: Array,
+    shared: _Pass,
+    compute: ExpertCompute,
+) -> tuple[Array, RouterInfo | None]:
+    rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
+    info = None
+    if isinstance(layer.mlp, SparseMlp):
+        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, shared.valid, compute)
+    else:
+        y = gated_mlp(rows, layer.mlp, config.hidden_act)
+    return x + y.reshape(x.shape), info
+
+
+def _unrolled_layers(
+    config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
+) -> tuple[Array, Cache | None, tuple[RouterInfo, ...]]:
+    keys, values, routers = [], [], []
+    for i, layer in enumerate(params.layers):
+        kv = None if cache is None else (cache.k[i], cache.v[i])
+        x, kv = _attention_block(config, layer, x, shared, config.sliding_windows[i], kv)
+        x, info = _mlp_block(config, params, layer, len(routers), x, shared, compute)
+        if info is not None:
+            routers.append(info)
+        if kv is not None:
+            keys.append(kv[0])
+            values.append(kv[1])
+    if cache is not None:
+        cache = cache.replace(k=tuple(keys), v=tuple(values))
+    return x, cache, tuple(routers)
+
+
+def _scanned_layers(
+    config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
+) -> tuple[Array, Cache | None, tuple[RouterInfo, ...]]:
+    """The cache travels as carry and is updated in place; experts stay outside the scan, indexed by layer."""
+    if cache is None:
+        raise ValueError("stacked layers run with a cache only")
+    windows = jnp.asarray(config.sliding_windows, jnp.int32)
+    routers: list[RouterInfo] = []
+
+    def step(carry, xs):
+        x, k, v = carry
+        layer, index, sparse_index, window = xs
+        x, kv = _attention_block(config, layer, x, shared, window, (k[index], v[index]))
+        assert kv is not None
+        k, v = (jax.lax.dynamic_update_index_in_dim(all_, one, index, 0) for all_, one in zip((k, v), kv, strict=True))
+        x, info = _mlp_block(config, params, layer, sparse_index, x, shared, compute)
+        return (x, k, v), info
+
+    carry = (x, cache.k, cache.v)
+    for run, layers in zip(layer_runs(config), params.layers, strict=True):
+        first = sum(config.sparse_layers[: run.start])
+        count = jnp.arange(len(run), dtype=jnp.int32)
+        carry, info = jax.lax.scan(
+            step, carry, (layers, run.start + count, first + count, windows[run.start : run.stop])
+        )
+        if info is not None:
+            routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
+    x, k, v = carry
+    return x, cache.replace(k=k, v=v), tuple(routers)

@@ -1,0 +1,44 @@
+"""Expert weight layouts: how all experts of a model lie in memory, made once at load.
+
+`PerExpert` keeps every expert's three matrices as arrays of their own, because XLA:CPU copies whatever it slices.
+`Flat` keeps all experts of all sparse layers in three arrays indexed by `layer * num_experts + expert`, because TPU and
+GPU compilers fuse such an index into the load, and copy the whole layer if the layer is sliced out first.
+"""
+
+from typing import NamedTuple
+
+from flax import struct
+from jaxtyping import Array, Float
+
+from moespec_jax.layers import GatedMlp
+
+# experts[sparse layer][expert]; matrices are `[in, out]`
+PerExpert = tuple[tuple[GatedMlp, ...], ...]
+
+
+@struct.dataclass
+class Flat:
+    """All experts of all sparse layers, `all` = sparse layers * experts; row `layer * num_experts + expert`."""
+
+    gate: Float[Array, "all model ffn"]
+    up: Float[Array, "all model ffn"]
+    down: Float[Array, "all ffn model"]
+    num_experts: int = struct.field(pytree_node=False)
+
+
+class ExpertShape(NamedTuple):
+    """Everything a layout needs to allocate: counts and the two widths of one expert."""
+
+    layers: int
+    num_experts: int
+    hidden_size: int
+    moe_intermediate_size: int
+
+
+def flat_from_per_expert(experts: PerExpert) -> Flat:
+    """The same weights stacked. Holds both copies while it runs: for tests and small models."""
+    import jax.numpy as jnp
+
+    rows = [expert for layer in experts for expert in layer]
+    stack = {name: jnp.stack([getattr(row, name) for row in rows]) for name in ("gate", "up", "down")}
+    return Flat(**stack, num_experts=len(experts[0]))

@@ -1,0 +1,67 @@
+"""Expert compute in plain lax over the `Flat` layout: each distinct expert's weights are indexed inside the product.
+
+Up to `SLOT_TOKENS` tokens, a loop visits each distinct expert once and runs all tokens through it (tokens that did not
+choose it get weight 0): on accelerators these rows are free, the weights are not. More tokens run in sorted blocks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.experts.blocks import run_blocks
+from moespec_jax.experts.layouts import Flat
+from moespec_jax.layers import ACTIVATIONS
+from moespec_jax.moe import ExpertCompute, Routing
+
+SLOT_TOKENS = 64
+BLOCK = 64
+
+
+def slot_experts(activation: str) -> ExpertCompute:
+    """Expert compute over the `Flat` layout, for any platform; `layer` may be traced."""
+
+    def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
+        assert isinstance(experts, Flat)
+        first = jnp.asarray(layer, jnp.int32) * experts.num_experts
+        if x.shape[0] > SLOT_TOKENS:
+            return run_blocks(
+                x, routing, experts.num_experts, lambda rows, e: _run(experts, first + e, rows, activation), BLOCK
+            )
+        ids, active = distinct_experts(routing, experts.num_experts)
+        combine = combine_weights(routing, ids)
+
+        def body(slot: Array, total: Array) -> Array:
+            weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)
+            # Weight the hidden rows, not the result: a token outside this expert must not turn 0 * inf into NaN.
+            return total + jnp.where(weight > 0, _run(experts, first + ids[slot], x, activation) * weight, 0.0)
+
+        return jax.lax.fori_loop(0, active, body, jnp.zeros(x.shape, jnp.float32))
+
+    return compute
+
+
+def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " slots"], Int[Array, ""]]:
+    """Ids of the experts any token goes to, ascending, and their number; slots beyond that hold unused ids.
+
+    There are min(tokens * k, experts) slots, which is as many as can ever be wanted.
+    """
+    every = jnp.arange(num_experts, dtype=jnp.int32)
+    wanted = jnp.any(routing.experts.reshape(-1)[:, None] == every[None, :], axis=0)
+    slots = min(routing.experts.size, num_experts)
+    ids = jnp.argsort(~wanted, stable=True)[:slots].astype(jnp.int32)
+    return ids, jnp.sum(wanted, dtype=jnp.int32)
+
+
+def combine_weights(routing: Routing, ids: Int[Array, " slots"]) -> Float[Array, "tokens slots"]:
+    """Weight of every slot's expert for every token, 0 where the token does not go there."""
+    chosen = routing.experts[:, :, None] == ids[None, None, :]
+    return jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0.0), axis=1)
+
+
+def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:
+    def product(rows: Array, weights: Array) -> Array:
+        matrix = jax.lax.dynamic_index_in_dim(weights, row, axis=0, keepdims=False)
+        return jnp.dot(rows, matrix, preferred_element_type=jnp.float32)
+
+    hidden = ACTIVATIONS[activation](product(x, experts.gate)) * product(x, experts.up)
+    return product(hidden.astype(x.dtype), experts.down)

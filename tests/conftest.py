@@ -1,0 +1,31 @@
+"""A hostile environment for every test: no silent promotion of rank or dtype, full matmul precision, CPU only."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+# Tests compile many tiny programs; the second run of the suite finds them here.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def keys() -> Iterator[jax.Array]:
+    """An endless supply of independent random keys, the same in every run."""
+
+    def supply() -> Iterator[jax.Array]:
+        key = jax.random.key(0)
+        while True:
+            key, one = jax.random.split(key)
+            yield one
+
+    return supply()
