@@ -1,0 +1,23 @@
+"""Speculative decoding for Mixture-of-Experts models in JAX."""
+
+from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.checkpoint import CheckpointError
+from moespec_jax.config import DecoderConfig, RopeConfig
+from moespec_jax.model import Model, PromptResult, RequestError, RunResult, load
+from moespec_jax.sample import SamplingConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CheckpointError",
+    "DecoderConfig",
+    "Model",
+    "PromptResult",
+    "RequestError",
+    "RopeConfig",
+    "RunResult",
+    "SamplingConfig",
+    "load",
+]

@@ -66,6 +66,18 @@ def load_config(directory: Path) -> DecoderConfig:
         raise CheckpointError(f"{error} ({directory / 'config.json'})") from None
 
 
+def load_parameters(
+    directory: Path,
+    config: DecoderConfig,
+    backend: Backend,
+    dtype: DTypeLike,
+    placement: Placement | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """Parameters of a directory, whichever of safetensors and orbax it holds."""
+    return load_safetensors(directory, config, backend, dtype, placement, progress)
+
+
 def load_safetensors(
     directory: Path,
     config: DecoderConfig,

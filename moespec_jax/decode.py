@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.attention import causal_mask
 from moespec_jax.cache import Cache, empty_cache
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoder import Decoder, forward, unembed
+from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.sample import SamplingConfig, draw
 
@@ -105,7 +105,8 @@ def prefill_chunk(
 def begin(
     settings: Settings,
     params: Decoder,
-    prefill: PrefillState,
+    cache: Cache,
+    last_hidden: Float[Array, "batch model"],
     tokens: Int[Array, "batch slots"],
     prompt_lengths: Int[Array, " batch"],
     limit: Int[Array, " batch"],
@@ -120,30 +121,38 @@ def begin(
         done=prompt_lengths >= limit,
         stop_ids=stop_ids,
         key=key,
-        cache=prefill.cache.replace(length=prompt_lengths),
+        cache=cache.replace(length=prompt_lengths),
     )
-    return _append(settings, state, unembed(params, prefill.last_hidden))
+    return _append(settings, state, unembed(params, last_hidden))
+
+
+class DecodeInfo(NamedTuple):
+    """Of one call: forward passes run, and the sum over them of the mean number of distinct experts a layer wanted."""
+
+    rounds: Int[Array, ""]
+    experts_wanted: Float[Array, ""]
 
 
 def decode_steps(
     settings: Settings, params: Decoder, state: DecodeState, steps: Int[Array, ""]
-) -> tuple[DecodeState, Int[Array, ""]]:
-    """Up to `steps` tokens for every unfinished sequence, and how many forward passes that took."""
+) -> tuple[DecodeState, DecodeInfo]:
+    """Up to `steps` tokens for every unfinished sequence."""
 
-    def unfinished(carry: tuple[DecodeState, Array]) -> Array:
-        return (carry[1] < steps) & ~jnp.all(carry[0].done)
+    def unfinished(carry: tuple[DecodeState, DecodeInfo]) -> Array:
+        return (carry[1].rounds < steps) & ~jnp.all(carry[0].done)
 
-    def step(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
-        return _decode_one(settings, params, carry[0]), carry[1] + 1
+    def step(carry: tuple[DecodeState, DecodeInfo]) -> tuple[DecodeState, DecodeInfo]:
+        state, wanted = _decode_one(settings, params, carry[0])
+        return state, DecodeInfo(carry[1].rounds + 1, carry[1].experts_wanted + wanted)
 
-    return jax.lax.while_loop(unfinished, step, (state, jnp.int32(0)))
+    return jax.lax.while_loop(unfinished, step, (state, DecodeInfo(jnp.int32(0), jnp.float32(0.0))))
 
 
-def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> DecodeState:
+def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tuple[DecodeState, Float[Array, ""]]:
     """One forward pass over the newest token of every sequence."""
     positions = (state.length - 1)[:, None]
     newest = jnp.take_along_axis(state.tokens, positions, axis=1)
-    hidden, cache, _ = forward(
+    hidden, cache, info = forward(
         settings.config,
         params,
         newest,
@@ -154,7 +163,17 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> Deco
         valid=~state.done[:, None],
     )
     assert cache is not None
-    return _append(settings, state.replace(cache=cache), unembed(params, hidden[:, 0]))
+    wanted = _mean_distinct_experts(settings.config, info)
+    return _append(settings, state.replace(cache=cache), unembed(params, hidden[:, 0])), wanted
+
+
+def _mean_distinct_experts(config: DecoderConfig, info: ForwardInfo) -> Float[Array, ""]:
+    """Distinct experts routed to in this pass, averaged over sparse layers; 0 without any."""
+    if not info.routers:
+        return jnp.float32(0.0)
+    chosen = jnp.stack([router.experts.reshape(-1) for router in info.routers])
+    hit = jnp.any(chosen[:, :, None] == jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, :], axis=1)
+    return jnp.sum(hit, dtype=jnp.float32) / len(info.routers)
 
 
 def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:

@@ -1,0 +1,71 @@
+"""The prompts of a command line: text, files, standard input, chat turns or token ids."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TextIO
+
+from moespec_jax.model import RequestError
+
+DEFAULT_PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+'''
+
+
+def gather_texts(arguments: argparse.Namespace, stdin: TextIO) -> list[str]:
+    """All text prompts in the order prompt, file, standard input; the built-in one if there is none.
+
+    Raises:
+        RequestError: a file cannot be read or holds no prompt.
+    """
+    texts = [stdin.read() if text == "-" else text for text in arguments.prompt or []]
+    for file in arguments.prompt_file or []:
+        texts += read_prompt_file(Path(file))
+    if not texts and not arguments.prompt_ids:
+        texts = [DEFAULT_PROMPT]
+    return texts
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Prompts of a file: JSON lines with `turns` (the first turn counts), else one prompt a line.
+
+    Raises:
+        RequestError: the file is missing, not UTF-8, empty, or a JSON line has no turn.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RequestError(f"expected a file of prompts at {path}; {reason}") from None
+    if not lines:
+        raise RequestError(f"expected a file of prompts at {path}; it is empty")
+    if path.suffix in (".jsonl", ".json"):
+        return [_first_turn(line, number, path) for number, line in enumerate(lines, 1)]
+    return lines
+
+
+def parse_prompt_ids(text: str) -> list[int]:
+    """Token ids from `5,17,9`.
+
+    Raises:
+        RequestError: something between the commas is not an integer.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"expected --prompt-ids like 5,17,9; got {text!r}") from None
+
+
+def _first_turn(line: str, number: int, path: Path) -> str:
+    try:
+        turn = json.loads(line)["turns"][0]
+    except (ValueError, KeyError, IndexError, TypeError):
+        turn = None
+    if not isinstance(turn, str):
+        raise RequestError(f"expected a JSON object with a list of texts 'turns' in line {number} of {path}")
+    return turn

@@ -1,0 +1,113 @@
+"""Text to token ids and back: the checkpoint's own tokenizer, its chat template, and text that arrives bit by bit."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from moespec_jax.checkpoint import CheckpointError
+
+
+def load_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint directory, None where it has none.
+
+    A `tokenizer.json` is read as it is. Older formats are converted by transformers.
+
+    Raises:
+        CheckpointError: there is a tokenizer file and it cannot be read.
+    """
+    file = directory / "tokenizer.json"
+    if file.exists():
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CheckpointError(f"expected a tokenizer in {file}; {error}") from None
+    if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
+        return None
+    try:
+        return _transformers_tokenizer(directory)._tokenizer
+    except Exception as error:  # whatever transformers or sentencepiece say about somebody's file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"expected a tokenizer in {directory}; {reason}") from None
+
+
+def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool) -> str:
+    """One user turn (and a system turn) in the checkpoint's chat template, ready for the answer.
+
+    Raises:
+        CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
+    """
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": prompt})
+    try:
+        tokenizer = _transformers_tokenizer(directory)
+        if tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template")
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+    except Exception as error:  # templates are somebody's programs and raise what they like
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"expected a chat template in {directory}; {reason}") from None
+
+
+def read_stop_ids(directory: Path) -> tuple[int, ...]:
+    """Token ids that end a sequence: `eos_token_id` of `generation_config.json`, else of `config.json`.
+
+    Raises:
+        CheckpointError: the field is not an id, a list of ids or null.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if not file.exists():
+            continue
+        try:
+            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"expected a JSON object in {file}; {error}") from None
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise CheckpointError(f"expected eos_token_id to be an id or a list of ids in {file}; it is {given!r}")
+        if ids:
+            return tuple(ids)
+    return ()
+
+
+class TextStream:
+    """Text of one sequence as its tokens arrive; a character of several tokens comes out whole or not yet."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
+        # The prompt's last ids are context only: some tokenizers drop a leading space of what they see first.
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became certain with these ids."""
+        pieces = []
+        for i in ids:
+            self._pending.append(i)
+            piece = self._stream.step(self._tokenizer, i)
+            if piece is not None:
+                pieces.append(piece)
+                self._pending.clear()
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character come out as U+FFFD."""
+        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+        self._pending.clear()
+        return rest
+
+
+def _transformers_tokenizer(directory: Path) -> Any:
+    import os
+
+    # transformers advises people without torch to install it; nobody here needs that advice.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
