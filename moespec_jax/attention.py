@@ -65,11 +65,16 @@ def attend(
     A row that sees nothing (a padding token) averages over all slots, which is finite and never read.
     """
     batch, tokens, heads, head = q.shape
-    grouped = q.reshape(batch, tokens, k.shape[1], heads // k.shape[1], head)
-    scores = jnp.einsum("btgrh,bgsh->bgrts", grouped, k, preferred_element_type=jnp.float32) * head**-0.5
+    groups = k.shape[1]
+    # One batch of plain matrix products: left to itself, XLA:CPU transposes the whole cache for every step.
+    grouped = q.reshape(batch, tokens, groups, heads // groups, head).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, groups, -1, head)
+    scores = jnp.einsum("bgqh,bgsh->bgqs", grouped, k, preferred_element_type=jnp.float32) * head**-0.5
+    scores = scores.reshape(batch, groups, heads // groups, tokens, -1)
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(batch, tokens, heads * head)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, grouped.shape[2], -1)
+    mixed = jnp.einsum("bgqs,bgsh->bgqh", weights, v).reshape(batch, groups, heads // groups, tokens, head)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head)
 
 
 def output_projection(weights: Attention, x: Float[Array, "batch tokens q_out"]) -> Float[Array, "batch tokens model"]:

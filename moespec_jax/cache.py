@@ -6,6 +6,7 @@ Slot p of a sequence holds the token at position p. Everything from `length` on 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -43,13 +44,23 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike,
 
 
 def write_rows(
-    store: Float[Array, "batch kv_heads slots head"],
+    store: Float[Array, "*layers batch kv_heads slots head"],
     rows: Float[Array, "batch tokens kv_heads head"],
     start: Int[Array, " batch"],
-) -> Float[Array, "batch kv_heads slots head"]:
-    """Put each sequence's new rows at its own slot `start[b]`: in place where `store` is donated, never a scatter."""
+    layer: Int[Array, ""] | None = None,
+) -> Float[Array, "*layers batch kv_heads slots head"]:
+    """Put each sequence's new rows at its own slot `start[b]`: in place where `store` is donated, never a scatter.
+
+    With `layer`, `store` holds all layers and that one's rows are written.
+    """
     rows = rows.swapaxes(1, 2).astype(store.dtype)
-    for b in range(store.shape[0]):
-        zero = jnp.zeros((), jnp.int32)
-        store = jax.lax.dynamic_update_slice(store, rows[b : b + 1], (jnp.int32(b), zero, start[b], zero))
+    zero = jnp.zeros((), jnp.int32)
+    for b in range(rows.shape[0]):
+        place, block = (jnp.int32(b), zero, start[b], zero), rows[b : b + 1]
+        if layer is not None:
+            place, block = (layer, *place), block[None]
+        store = jax.lax.dynamic_update_slice(store, block, place)
+    if layer is not None:
+        # Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows.
+        store = with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
     return store

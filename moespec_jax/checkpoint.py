@@ -1,60 +1,45 @@
-"""Safetensors in: every name, shape and dtype is checked before a byte of weights is read, then tensors stream one by
-one into their final place on the device, so that the host never holds a second copy of the model."""
+"""Checkpoints in: every name, shape and dtype is checked before a byte of weights is read, then tensors stream one by
+one into their final place."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from moespec_jax.backend import Backend
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.families import UnsupportedConfig, read_config
-from moespec_jax.parameters import build_decoder, leaf_shapes, place_of
-from moespec_jax.tensors import Path as TreePath
-from moespec_jax.tensors import Tensor, is_ignorable, tensor_table
-
-# Gives the sharding of a leaf from its path and shape; None leaves the choice to JAX.
-Placement = Callable[[TreePath, tuple[int, ...]], Any]
+from moespec_jax.files import CheckpointError, listing, read_json
+from moespec_jax.leaves import HostBuffer, Placement, Source, load_source
+from moespec_jax.orbax_io import is_orbax, open_orbax
+from moespec_jax.tensors import is_ignorable, tensor_table
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDEX = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is not what it must be: what was expected, what came, and where."""
+WHOLE = "model.safetensors"
 
 
 class Entry(NamedTuple):
-    """One tensor as a shard's header describes it."""
+    """One tensor as a shard's header describes it; `start` is its first byte in the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+class Headers(NamedTuple):
+    """What all shards' headers say together: each name's entry, and descriptions of names found twice."""
 
-    Raises:
-        CheckpointError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"expected a file {path.name} in {path.parent}; there is none") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"expected JSON in {path}; {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"expected a JSON object in {path}; it holds a {type(value).__name__}")
-    return value
+    entries: dict[str, Entry]
+    twice: list[str]
 
 
 def load_config(directory: Path) -> DecoderConfig:
@@ -74,8 +59,12 @@ def load_parameters(
     placement: Placement | None = None,
     progress: bool = False,
 ) -> Decoder:
-    """Parameters of a directory, whichever of safetensors and orbax it holds."""
-    return load_safetensors(directory, config, backend, dtype, placement, progress)
+    """Parameters of a directory, whichever of safetensors and orbax it holds.
+
+    Raises:
+        CheckpointError: as `open_source`.
+    """
+    return load_source(open_source(directory, config), config, backend, dtype, placement, progress)
 
 
 def load_safetensors(
@@ -89,149 +78,138 @@ def load_safetensors(
     """Parameters from one or many safetensors shards, with or without an index.
 
     Raises:
-        CheckpointError: anything unknown, missing, doubly assigned, misshapen or of an unsupported dtype, all in one
-            message; or a shard that is truncated or not safetensors.
+        CheckpointError: as `open_safetensors`; or a shard turns out damaged while it is read.
     """
-    entries = scan(directory)
-    check(config, entries, directory)
-    table = tensor_table(config)
-    store = LeafStore(config, backend, dtype, placement)
-    wanted = {name: entry for name, entry in entries.items() if name in table}
-    with tqdm(total=len(wanted), desc="loading", unit="tensor", disable=not progress, leave=False) as bar:
-        for name, array in read_tensors(wanted):
-            store.put(table[name], array)
-            bar.update()
-    return store.finish()
+    return load_source(open_safetensors(directory, config), config, backend, dtype, placement, progress)
+
+
+def open_source(directory: Path, config: DecoderConfig) -> Source:
+    """The tensors of a directory, whichever of safetensors and orbax it holds, checked against the tensor table."""
+    return open_orbax(directory, config) if is_orbax(directory) else open_safetensors(directory, config)
+
+
+def open_safetensors(directory: Path, config: DecoderConfig) -> Source:
+    """The tensors of a directory of safetensors, checked by their headers.
+
+    Raises:
+        CheckpointError: no safetensors, a bad index, a shard that is missing, truncated or not safetensors; or tensors
+            that are unknown, missing, misshapen, doubly assigned or of an unsupported dtype, all in one message.
+    """
+    headers = scan(directory)
+    check(config, headers, directory)
+    entries = {name: headers.entries[name] for name in tensor_table(config)}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return read_tensors({name: entries[name] for name in names})
+
+    return Source({name: jnp.dtype(FLOATS[entry.dtype]) for name, entry in entries.items()}, read)
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are."""
+    """The safetensors files of a checkpoint: those its index names, the one that holds everything, or all there are."""
+    if not directory.is_dir():
+        raise CheckpointError(f"expected a directory of safetensors or orbax; {directory} is none")
     if (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"expected an object 'weight_map' of file names in {directory / INDEX}")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(f"expected plain file names in {directory / INDEX}; it names {name!r}")
-            if not (directory / name).exists():
-                raise CheckpointError(f"expected the shard {name} in {directory}, as {INDEX} says; there is none")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"expected *.safetensors or an orbax directory in {directory}; there is neither")
-    return files
+        return [directory / name for name in _indexed_files(directory)]
+    if (directory / WHOLE).exists():
+        return [directory / WHOLE]
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    others = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in sorted(directory.glob(pattern))]
+    holds = f"it holds weights of another format ({listing(others)})" if others else "there is neither"
+    raise CheckpointError(f"expected *.safetensors or an orbax directory in {directory}; {holds}")
 
 
-def scan(directory: Path) -> dict[str, Entry]:
+def scan(directory: Path) -> Headers:
     """All tensors of all shards by name, from the headers alone.
 
     Raises:
-        CheckpointError: a name in two shards, or an unreadable shard.
+        CheckpointError: a bad index, or a missing or unreadable shard.
     """
-    entries: dict[str, Entry] = {}
-    twice: list[str] = []
+    found = Headers({}, [])
     for file in shard_files(directory):
-        with _open(file) as shard:
-            for name in shard.keys():
-                part = shard.get_slice(name)
-                if name in entries:
-                    twice.append(f"{name} (in {entries[name].file.name} and {file.name})")
-                entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
-    if twice:
-        raise CheckpointError(f"doubly assigned: {_listing(twice)} in {directory}")
-    return entries
+        for name, entry in _read_header(file).items():
+            if name in found.entries:
+                found.twice.append(f"{name} (in {found.entries[name].file.name} and {file.name})")
+            found.entries[name] = entry
+    return found
 
 
-def check(config: DecoderConfig, entries: Mapping[str, Entry], where: Path) -> None:
+def check(config: DecoderConfig, headers: Headers, where: Path) -> None:
     """Compare headers with the tensor table, collecting every difference before raising."""
-    table = tensor_table(config)
-    unknown = [name for name in entries if name not in table and not is_ignorable(config, name)]
-    missing = [name for name in table if name not in entries]
+    table, entries = tensor_table(config), headers.entries
     both = [name for name in table if name in entries]
-    misshapen = [
-        f"{name} (expected {list(table[name].shape)}, came {list(entries[name].shape)})"
-        for name in both
-        if table[name].shape != entries[name].shape
-    ]
-    dtypes = [f"{name} ({entries[name].dtype})" for name in both if entries[name].dtype not in FLOATS]
-    problems = {"unknown": unknown, "missing": missing, "misshapen": misshapen, "not F32, F16 or BF16": dtypes}
-    found = [f"{len(names)} {kind}: {_listing(names)}" for kind, names in problems.items() if names]
+    problems = {
+        "unknown": [name for name in entries if name not in table and not is_ignorable(config, name)],
+        "missing": [name for name in table if name not in entries],
+        "misshapen": [
+            f"{name} (expected {list(table[name].shape)}, came {list(entries[name].shape)})"
+            for name in both
+            if table[name].shape != entries[name].shape
+        ],
+        "doubly assigned": headers.twice,
+        "not F32, F16 or BF16": [
+            f"{name} ({entries[name].dtype})" for name in both if entries[name].dtype not in FLOATS
+        ],
+    }
+    found = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
     if found:
-        raise CheckpointError(f"tensors do not fit {config.model_type}: {'; '.join(found)} in {where}")
+        raise CheckpointError(f"expected the tensors of {config.model_type}; came {'; '.join(found)} in {where}")
 
 
 def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor, shard by shard. A shard is reopened after each `_REOPEN` bytes, because a mapped file's touched
-    pages count as the process's memory until it is closed."""
+    """Every tensor, shard by shard, in the order of its bytes. Files are read and not mapped: a mapped file's touched
+    pages count as the process's memory."""
     by_file: dict[Path, list[str]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append(name)
+    buffer = HostBuffer()
     for file, names in by_file.items():
-        position = 0
-        while position < len(names):
-            taken = 0
-            with _open(file) as shard:
-                while position < len(names) and taken < _REOPEN:
-                    array = shard.get_tensor(names[position])
-                    taken += array.nbytes
-                    yield names[position], array
-                    position += 1
+        try:
+            with file.open("rb", buffering=0) as data:
+                for name in sorted(names, key=lambda name: entries[name].start):
+                    array = buffer.array(entries[name].shape, jnp.dtype(FLOATS[entries[name].dtype]))
+                    data.seek(entries[name].start)
+                    _fill(array, data)
+                    yield name, array
+        except OSError as error:
+            raise CheckpointError(f"expected a readable safetensors file at {file}; {error.strerror}") from None
 
 
-_REOPEN = 64 << 20
+def _indexed_files(directory: Path) -> list[str]:
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"expected an object 'weight_map' of file names in {directory / INDEX}")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise CheckpointError(f"expected *.safetensors beside {directory / INDEX}; it names {listing(outside)}")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise CheckpointError(f"expected {listing(missing)} in {directory}, as {INDEX} says; there is no such shard")
+    return names
 
 
-class LeafStore:
-    """Parameters under construction: takes tensors in any order, puts each into its leaf on the device."""
-
-    def __init__(self, config: DecoderConfig, backend: Backend, dtype: DTypeLike, placement: Placement | None = None):
-        self._config, self._backend, self._dtype = config, backend, jnp.dtype(dtype)
-        self._placement = placement or (lambda path, shape: None)
-        self._shapes = leaf_shapes(config, backend)
-        self._leaves: dict[TreePath, jax.Array] = {}
-
-    def put(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Convert one published tensor to its final dtype and orientation, in place."""
-        place = place_of(self._config, self._backend, tensor.path)
-        sharding = self._placement(place.leaf, self._shapes[place.leaf])
-        if place.row is None:
-            value = _convert(jnp.asarray(array), self._dtype, tensor.transpose)
-            self._leaves[place.leaf] = value if sharding is None else jax.device_put(value, sharding)
-            return
-        if place.leaf not in self._leaves:
-            self._leaves[place.leaf] = jnp.zeros(self._shapes[place.leaf], self._dtype, device=sharding)
-        row = np.int32(place.row)
-        self._leaves[place.leaf] = _put_row(self._leaves[place.leaf], jnp.asarray(array), row, tensor.transpose)
-        # Wait, or the queue of pending copies would hold many tensors at once.
-        self._leaves[place.leaf].block_until_ready()
-
-    def finish(self) -> Decoder:
-        """The parameters, once every tensor of the table has been put."""
-        return build_decoder(self._config, self._backend, self._leaves)
-
-
-def _convert_traced(array: jax.Array, dtype: Any, transpose: bool) -> jax.Array:
-    return (array.T if transpose else array).astype(dtype)
-
-
-_convert = jax.jit(_convert_traced, static_argnums=(1, 2))
-
-
-def _put_row_traced(leaf: jax.Array, array: jax.Array, row: jax.Array, transpose: bool) -> jax.Array:
-    value = _convert_traced(array, leaf.dtype, transpose)
-    return jax.lax.dynamic_update_index_in_dim(leaf, value, row, 0)
-
-
-_put_row = jax.jit(_put_row_traced, static_argnums=3, donate_argnums=0)
-
-
-def _open(file: Path) -> Any:
+def _read_header(file: Path) -> dict[str, Entry]:
+    if not file.is_file():
+        raise CheckpointError(f"expected a safetensors file at {file}; it is no file")
     try:
-        return safe_open(file, framework="numpy")
+        with safe_open(file, framework="numpy"), file.open("rb") as data:
+            # Opened, its header is known to be whole and to fit the file.
+            size = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(size))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"expected a whole safetensors file at {file}; {error}") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(file, tuple(fields["shape"]), fields["dtype"], 8 + size + fields["data_offsets"][0])
+        for name, fields in header.items()
+    }
 
 
-def _listing(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _fill(array: np.ndarray, data: RawIOBase) -> None:
+    """Read until the array is full; one call of the system reads no more than 2 GiB."""
+    rest = array.reshape(-1).view(np.uint8).data
+    while rest:
+        count = data.readinto(rest)
+        if not count:
+            raise OSError(0, f"it ended {len(rest)} bytes early")
+        rest = rest[count:]

@@ -1,7 +1,7 @@
 """Plain decoding as compiled programs: prefill in chunks of bucketed length, then one `lax.while_loop` over tokens.
 
-The state is what the next step needs and is donated from call to call. Streaming runs the same program a few tokens at a
-time: the number of steps is a traced bound, so nothing is compiled twice.
+The state is what the next step needs and is donated from call to call. Streaming runs the same program a few tokens at
+a time: the number of steps is a traced bound, so nothing is compiled twice.
 """
 
 from typing import NamedTuple
@@ -35,8 +35,8 @@ class Settings(NamedTuple):
 class DecodeState:
     """A batch of sequences under way.
 
-    `tokens` holds prompts and everything generated, `length` how many of them count. The cache lags by one: it holds all
-    tokens but the newest. A sequence stops at a stop id or when its length reaches `limit`.
+    `tokens` holds prompts and everything generated, `length` how many of them count. The cache lags by one: it holds
+    all tokens but the newest. A sequence stops at a stop id or when its length reaches `limit`.
     """
 
     tokens: Int[Array, "batch slots"]
@@ -94,6 +94,7 @@ def prefill_chunk(
         cache,
         settings.compute,
         valid=positions < prompt_lengths[:, None],
+        longest=jnp.max(prompt_lengths),
     )
     assert cache is not None
     here = prompt_lengths - 1 - start

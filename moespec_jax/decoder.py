@@ -72,15 +72,18 @@ def forward(
     cache: Cache | None,
     compute: ExpertCompute,
     valid: Bool[Array, "batch tokens"] | None = None,
+    longest: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
     """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
 
     Rows are written from slot `cache.length[b]` on; `length` itself is left to the caller, who knows how many rows
     count. `mask[b, t, s]` says whether token t may see slot s. Without a cache, slots are the tokens themselves.
+    `longest` is the length of the longest sequence, where this pass does not reach its end (dynamic rope asks for it).
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-    shared = _share(config, positions, mask, cache, valid)
+    longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
+    shared = _share(config, positions, mask, cache, valid, longest)
     run = _scanned_layers if params.stacked else _unrolled_layers
     x, cache, routers = run(config, params, x, shared, cache, compute)
     return rms_norm(x, params.norm, config.rms_norm_eps), cache, ForwardInfo(routers)
@@ -103,7 +106,9 @@ def layer_runs(config: DecoderConfig) -> list[range]:
     return runs
 
 
-def _share(config: DecoderConfig, positions: Array, mask: Array, cache: Cache | None, valid: Array) -> _Pass:
+def _share(
+    config: DecoderConfig, positions: Array, mask: Array, cache: Cache | None, valid: Array, longest: Array
+) -> _Pass:
     batch, count = positions.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
     slot = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, :]
@@ -112,19 +117,28 @@ def _share(config: DecoderConfig, positions: Array, mask: Array, cache: Cache | 
     slot_positions = jnp.where(
         (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
     )
-    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions)
+    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
     return _Pass(positions, slot_positions, mask, valid.reshape(-1), start, cos, sin)
 
 
 def _attention_block(
-    config: DecoderConfig, layer: Layer, x: Array, shared: _Pass, window: int | Array, kv: tuple[Array, Array] | None
+    config: DecoderConfig,
+    layer: Layer,
+    x: Array,
+    shared: _Pass,
+    window: int | Array,
+    kv: tuple[Array, Array] | None,
+    index: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
+    """`kv` is this layer's cache, or with `index` that of all layers, of which layer `index` is written and read."""
     h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
     q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin)
     if kv is None:
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     else:
-        keys, values = kv = write_rows(kv[0], k, shared.start), write_rows(kv[1], v, shared.start)
+        # Written into the whole cache first and sliced after: the other order copies the layer's cache twice.
+        kv = write_rows(kv[0], k, shared.start, index), write_rows(kv[1], v, shared.start, index)
+        keys, values = kv if index is None else (kv[0][index], kv[1][index])
     mask = shared.mask
     if any(config.sliding_windows):
         mask = mask & within_window(shared.positions, shared.slot_positions, window)
@@ -179,11 +193,10 @@ def _scanned_layers(
     def step(carry, xs):
         x, k, v = carry
         layer, index, sparse_index, window = xs
-        x, kv = _attention_block(config, layer, x, shared, window, (k[index], v[index]))
+        x, kv = _attention_block(config, layer, x, shared, window, (k, v), index)
         assert kv is not None
-        k, v = (jax.lax.dynamic_update_index_in_dim(all_, one, index, 0) for all_, one in zip((k, v), kv, strict=True))
         x, info = _mlp_block(config, params, layer, sparse_index, x, shared, compute)
-        return (x, k, v), info
+        return (x, *kv), info
 
     carry = (x, cache.k, cache.v)
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
@@ -195,4 +208,4 @@ def _scanned_layers(
         if info is not None:
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
     x, k, v = carry
-    return x, cache.replace(k=k, v=v), tuple(routers)
+    return x, Cache(k, v, cache.length), tuple(routers)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.model import DEMO_TARGET, Model, RequestError, RunResult, load
@@ -34,18 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
     try:
         arguments = _parser().parse_args(argv)
-        _refuse_later_flags(arguments)
+        _refuse_flags(arguments)
         _use_compilation_cache(arguments.compilation_cache)
         _run(arguments)
     except (CheckpointError, RequestError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Messages may quote somebody else's words; an error stays one line.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not complain about it once more at exit.
+    except _OutputError as error:
+        # Python must not complain about what it could not write once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error.__cause__, BrokenPipeError):  # whoever read our output has gone: that is no error
+            print(f"error: expected to write to standard output; {error}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -56,12 +61,14 @@ def _run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         offline=arguments.offline,
         dtype=arguments.dtype,
-        progress=sys.stderr.isatty() or not arguments.json,
+        progress=sys.stderr.isatty(),
     )
     if arguments.chat:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
-    prompts = [model.encode(text) for text in texts] + ids
-    streams = None if arguments.json or len(prompts) > 1 or model.tokenizer is None else _Printer(model, prompts[0])
+    # A chat template writes the special tokens itself.
+    prompts = [model.encode(text, special_tokens=not arguments.chat) for text in texts] + ids
+    alone = not arguments.json and len(prompts) == 1
+    streams = _Printer(model.tokenizer, prompts[0]) if alone and model.tokenizer is not None else None
     result = model.generate(
         prompts,
         max_new_tokens=arguments.max_new_tokens,
@@ -74,7 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
         on_tokens=streams,
     )
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(result)))
+        _write(json.dumps(dataclasses.asdict(result)) + "\n")
         return
     streams.finish() if streams else _print_batch(texts, result)
     print(_statistics(model, result), file=sys.stderr)
@@ -83,23 +90,36 @@ def _run(arguments: argparse.Namespace) -> None:
 class _Printer:
     """Prints one sequence as it arrives: the prompt's text first, so that the continuation reads on."""
 
-    def __init__(self, model: Model, prompt: list[int]):
-        assert model.tokenizer is not None
-        self._stream = TextStream(model.tokenizer, prompt)
-        print(model.decode(prompt), end="", flush=True)
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self._stream = TextStream(tokenizer)
+        self._prompt = prompt
 
     def __call__(self, new: list[list[int]]) -> None:
-        print(self._stream.push(new[0]), end="", flush=True)
+        # The prompt comes with the first token: nothing is printed of a request that is refused.
+        _write(self._stream.push([*self._prompt, *new[0]]))
+        self._prompt = []
 
     def finish(self) -> None:
-        print(self._stream.flush(), flush=True)
+        _write(self._stream.flush() + "\n")
 
 
 def _print_batch(texts: list[str], result: RunResult) -> None:
     for number, prompt in enumerate(result.prompts):
-        print(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})")
         given = texts[number] if number < len(texts) else ""
-        print(",".join(map(str, prompt.token_ids)) if prompt.text is None else given + prompt.text)
+        text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else given + prompt.text
+        _write(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+def _write(text: str) -> None:
+    """Write to standard output at once, so that a failure shows here and not at exit."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        raise _OutputError(error.strerror) from error
 
 
 def _statistics(model: Model, result: RunResult) -> str:
@@ -117,7 +137,9 @@ def _statistics(model: Model, result: RunResult) -> str:
     return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
 
 
-def _refuse_later_flags(arguments: argparse.Namespace) -> None:
+def _refuse_flags(arguments: argparse.Namespace) -> None:
+    if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
+        raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
     if arguments.draft_model not in (None, "none"):
         raise RequestError("expected --draft-model none: speculative decoding is not part of this version yet")
     for feature, flags in _LATER.items():

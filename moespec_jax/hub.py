@@ -1,35 +1,43 @@
 """Where a model's files are: a directory as it is, or a hub id brought here by huggingface_hub with its own cache."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from moespec_jax.checkpoint import CheckpointError
+from moespec_jax.files import CheckpointError
 
 # Code in a repository is never fetched, let alone run; weights only as safetensors.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orbax/**"]
 
 
-def locate(model: str, revision: str | None = None, offline: bool = False) -> Path:
+def locate(model: str, revision: str | None = None, offline: bool = False, progress: bool = False) -> Path:
     """The local directory of `model`: a path, or a hub id `owner/name` downloaded if it is not in the cache.
 
     Raises:
         CheckpointError: there is neither such a directory nor such a model, or it cannot be fetched.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a forbidden parent, an unknown home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"expected a model directory or hub id; cannot look at {model}: {reason}") from None
+    if model and is_directory:
         if revision is not None:
             raise CheckpointError(f"expected a hub id with --revision {revision}; {model} is a directory")
         return path
-    if path.exists():
+    if model and exists:
         raise CheckpointError(f"expected a model directory or hub id; {model} is a file")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"expected a model directory or hub id; there is no directory {model}")
-    return _download(model, revision, offline)
+    with _progress_bars(progress):
+        return _download(model, revision, offline)
 
 
 def _download(model: str, revision: str | None, offline: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    at = f"{model}" + (f" at revision {revision}" if revision else "")
+    at = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS, local_files_only=offline))
     except errors.HFValidationError:
@@ -40,8 +48,37 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
         reason = "the model has no such revision"
     except errors.RepositoryNotFoundError:
         reason = "there is no such directory here and no such model on the hub, or it is private"
-    except errors.LocalEntryNotFoundError:
-        reason = "it is not in the local cache" + (" (--offline)" if offline else " and the hub cannot be reached")
+    except errors.LocalEntryNotFoundError as error:
+        reason = f"it is not (or not whole) in the local cache{_why_not_online(error, offline)}"
     except (errors.HTTPError, OSError) as error:  # HTTPError is the base class of the HTTP library in use
-        reason = f"the download failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        reason = f"the download failed: {_first_line(error)}"
     raise CheckpointError(f"expected a model directory or hub id; cannot get {at}: {reason}")
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """The hub library's bars, which it shows unless told not to, even where standard error is a file."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _why_not_online(error: Exception, offline: bool) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if offline:
+        return " (--offline)"
+    if isinstance(error.__cause__, OfflineModeIsEnabled):
+        return " (HF_HUB_OFFLINE is set)"
+    return " and the hub gave no answer" + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

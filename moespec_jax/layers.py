@@ -49,15 +49,19 @@ def apply_rope(x: Float[Array, "batch tokens heads head"], cos: Array, sin: Arra
 
 
 def rope_angles(
-    rope: RopeConfig, head_dim: int, max_position_embeddings: int, positions: Int[Array, "batch tokens"]
+    rope: RopeConfig,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions: Int[Array, "batch tokens"],
+    longest: Int[Array, ""],
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
     """Cosine and sine of every position's angles, float32.
 
     `dynamic` scaling depends on the sequence length: as in transformers, every row of a forward pass is rotated by
-    the base that suits the longest position seen in it.
+    the base that suits `longest`, the length of the longest sequence in it.
     """
     if rope.rope_type == "dynamic":
-        inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, jnp.max(positions) + 1)
+        inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, longest)
         scale = 1.0
     else:
         inverse, scale = rope_frequencies(rope, head_dim, max_position_embeddings)

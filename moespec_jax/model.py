@@ -38,6 +38,7 @@ from moespec_jax.text import load_tokenizer, read_stop_ids
 DEMO_TARGET = str(Path(__file__).parent / "demo" / "target")
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
+_STOP_SLOTS = 8
 # Takes each sequence's new token ids, as often as they arrive.
 OnTokens = Callable[[list[list[int]]], None]
 
@@ -103,15 +104,28 @@ class Model:
         # One function object for the life of the model: compiled programs are found by it.
         self._compute = self.backend.compute(self.config.hidden_act)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, with the special tokens the tokenizer adds."""
+    def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text prompt, with the special tokens the tokenizer adds unless told otherwise."""
         if self.tokenizer is None:
             raise RequestError(f"expected token ids (--prompt-ids): {self.directory} has no tokenizer")
-        return self.tokenizer.encode(prompt).ids
+        if any(
+            "\ud800" <= c <= "\udfff" for c in prompt
+        ):  # how Python spells bytes of a command line that are no UTF-8
+            raise RequestError(f"expected a prompt of valid UTF-8 text, got {prompt[:40]!r}")
+        return self.tokenizer.encode(prompt, add_special_tokens=special_tokens).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str | None:
-        """Text of token ids without special tokens; None without a tokenizer."""
-        return None if self.tokenizer is None else self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> str | None:
+        """Text of token ids without special tokens; None without a tokenizer.
+
+        `after` are the ids before them in the sequence: some tokenizers drop a leading space of what they see first.
+        """
+        if self.tokenizer is None:
+            return None
+        before = self.tokenizer.decode(list(after), skip_special_tokens=True)
+        whole = self.tokenizer.decode([*after, *token_ids], skip_special_tokens=True)
+        if whole.startswith(before):
+            return whole[len(before) :]
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def generate(
         self,
@@ -137,6 +151,8 @@ class Model:
             sampling = SamplingConfig(temperature, top_k, top_p)
         except ValueError as error:
             raise RequestError(str(error)) from None
+        if not 0 <= seed < 2**32:
+            raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
         given = [prompts] if isinstance(prompts, str) else prompts
         ids = [self.encode(p) if isinstance(p, str) else list(p) for p in given]
         limit = self._limits(ids, max_new_tokens, max_length)
@@ -187,14 +203,15 @@ def load(
     Raises:
         CheckpointError: there is no such model, or it is not one we can run; the message says what is wrong and where.
     """
-    directory = locate(model, revision, offline)
+    directory = locate(model, revision, offline, progress)
     config = load_config(directory)
     backend = backend or default_backend()
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+    tokens = 0 if tokenizer is None else tokenizer.get_vocab_size()
+    if tokens > config.vocab_size:
         raise CheckpointError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokenizer.get_vocab_size()} ({directory})"
+            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
         )
     params = load_parameters(directory, config, backend, kind, placement, progress)
     return Model(config, params, backend, kind, tokenizer, stop_ids, directory)
@@ -213,7 +230,8 @@ class _Run:
         seed: int,
     ):
         self.model, self.settings, self.ids, self.limit = model, settings, ids, limit
-        self.stops = jnp.asarray(stops or (-1,), jnp.int32)
+        # No id is -1. Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
+        self.stops = jnp.asarray([*stops, *[-1] * (_STOP_SLOTS - len(stops))], jnp.int32)
         self.key = jax.random.key(seed)
         self.compile_before = model.programs.compile_s
         self.prefill_s = self.decode_s = 0.0
@@ -294,13 +312,15 @@ class _Run:
         new = self.sequences[i][len(self.ids[i]) :]
         reason = "stop" if new[-1] in stops else "length" if len(new) == max_new_tokens else "context"
         rounds = len(new) - 1
-        text = self.model.decode(new)
+        text = self.model.decode(new, after=self.ids[i])
         return PromptResult(text, new, len(self.ids[i]), len(new), rounds, 1.0 if rounds else 0.0, [], reason)
 
 
 def _versions() -> dict[str, str]:
     import importlib.metadata
 
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "transformers")} | {
-        "moespec_jax": importlib.metadata.version("moespec_jax")
-    }
+    import moespec_jax
+
+    names = ("jax", "jaxlib", "flax", "transformers")
+    # Our own from the source: a checkout that was never installed has no metadata.
+    return {name: importlib.metadata.version(name) for name in names} | {"moespec_jax": moespec_jax.__version__}

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 
 from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder
 
 
 class Programs:
-    """Compiles a function of `(settings, params, ...)` for the arguments at hand, or finds it compiled."""
+    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled."""
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -21,14 +22,22 @@ class Programs:
         return len(self._compiled)
 
     def run(
-        self, function: Callable[..., Any], settings: Settings, *arguments: Any, donate: tuple[int, ...] = ()
+        self,
+        function: Callable[..., Any],
+        settings: Settings,
+        params: Decoder,
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
     ) -> Any:
-        """Call `function(settings, *arguments)`, compiled; `donate` numbers the arguments given away."""
+        """Call `function(settings, params, *arguments)`, compiled; `donate` counts from `params` as 0.
+
+        All calls of one model share its parameters, so only the other arguments tell programs apart.
+        """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, settings, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             started = time.perf_counter()
             jitted = jax.jit(partial(function, settings), donate_argnums=donate)
-            self._compiled[key] = jitted.lower(*arguments).compile()
+            self._compiled[key] = jitted.lower(params, *arguments).compile()
             self.compile_s += time.perf_counter() - started
-        return self._compiled[key](*arguments)
+        return self._compiled[key](params, *arguments)

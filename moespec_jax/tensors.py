@@ -1,7 +1,8 @@
 """The tensor table of a checkpoint: every published name with its shape and its place in the parameters.
 
-A place is a path into the parameters, written as names and numbers: `("layers", 3, "attention", "q")`, or for an expert
-matrix `("experts", sparse layer, expert, "gate")`. Experts and gated MLPs are published `[out, in]` and kept `[in, out]`.
+A place is a path into the parameters, written as names and numbers: `("layers", 3, "attention", "q")`, or for an
+expert matrix `("experts", sparse layer, expert, "gate")`. Experts and gated MLPs are published `[out, in]` and kept
+`[in, out]`.
 """
 
 from typing import NamedTuple

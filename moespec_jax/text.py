@@ -1,14 +1,14 @@
 """Text to token ids and back: the checkpoint's own tokenizer, its chat template, and text that arrives bit by bit."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from moespec_jax.checkpoint import CheckpointError
+from moespec_jax.files import CheckpointError, read_json
+
+_LARGEST_ID = 2**31 - 1  # ids are int32 on the device
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
@@ -22,9 +22,13 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     file = directory / "tokenizer.json"
     if file.exists():
         try:
-            return Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise CheckpointError(f"expected a tokenizer in {file}; {error}") from None
+        # Some files carry how their last user cut or filled texts; a prompt is taken whole.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     if not any((directory / name).exists() for name in ("tokenizer.model", "vocab.json")):
         return None
     try:
@@ -64,12 +68,9 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
         file = directory / name
         if not file.exists():
             continue
-        try:
-            given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"expected a JSON object in {file}; {error}") from None
+        given = read_json(file).get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in ids):
             raise CheckpointError(f"expected eos_token_id to be an id or a list of ids in {file}; it is {given!r}")
         if ids:
             return tuple(ids)
@@ -77,30 +78,39 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 class TextStream:
-    """Text of one sequence as its tokens arrive; a character of several tokens comes out whole or not yet."""
+    """Text of one sequence as its tokens arrive; a character of several tokens comes out whole or not yet.
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = ()):
-        # The prompt's last ids are context only: some tokenizers drop a leading space of what they see first.
+    The prompt belongs to the sequence: push it first, for some tokenizers drop a leading space of what they see first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
-        self._pending: list[int] = []
+        self._ids: list[int] = []  # from the start of the piece before the pending one
+        self._given = 0  # how many of them have been given out as text
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that became certain with these ids."""
-        pieces = []
-        for i in ids:
-            self._pending.append(i)
-            piece = self._stream.step(self._tokenizer, i)
-            if piece is not None:
-                pieces.append(piece)
-                self._pending.clear()
-        return "".join(pieces)
+        return "".join(self._step(i) for i in ids)
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character come out as U+FFFD."""
-        rest = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        self._pending.clear()
+        rest = self._pending()
+        self._given = len(self._ids)
         return rest
+
+    def _step(self, i: int) -> str:
+        self._ids.append(i)
+        piece = self._pending()
+        # Without text of its own (a special token) a piece is no context for the next one; with U+FFFD it may be cut.
+        if not piece or piece.endswith("\ufffd"):
+            return ""
+        del self._ids[: self._given]
+        self._given = len(self._ids)
+        return piece
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._given], skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(before) :]
 
 
 def _transformers_tokenizer(directory: Path) -> Any:

@@ -1,11 +1,12 @@
 """Rows sorted by expert and run in fixed-size blocks: the cost follows the routed tokens, not tokens x experts.
 
-Routes (a token paired with one of its experts) are sorted by expert, so that each expert's rows are contiguous. Each
-expert's rows are then run in blocks of a static size, a traced number of blocks in all. Example, blocks of 2 rows,
-experts a, b, c with 3, 0 and 2 routes:
+Routes (a token paired with one of its experts) are laid out expert by expert, each expert's rows padded up to a
+multiple of the smallest block size, and then covered by blocks of a few static sizes, a traced number of each. Example,
+sizes 4 and 2, experts a, b, c with 5, 0 and 1 routes, padding shown as dots:
 
-    rows     a a a c c          first block of a: rows 0-1, second: rows 2-3 (row 3 is c's: computed in vain and
-    blocks   1 1 2 3 3          then overwritten by c's own block, which comes later)
+    rows      a a a a a . c .
+    size 4    1 1 1 1
+    size 2            1 1 2 2
 """
 
 from collections.abc import Callable
@@ -21,59 +22,73 @@ from moespec_jax.moe import Routing
 RunExpert = Callable[[Array, Array], Array]
 
 
-class SortedRoutes(NamedTuple):
-    """Routes in order of their expert. Routes to nobody come last and belong to no expert's range."""
+class PaddedRoutes(NamedTuple):
+    """Routes laid out by expert. `tokens` in `token` marks padding; an absent route's `row` is meaningless."""
 
-    token: Int[Array, " routes"]
-    rank: Int[Array, " routes"]
-    first: Int[Array, " experts"]
-    count: Int[Array, " experts"]
+    token: Int[Array, " rows"]
+    row: Int[Array, " routes"]
+    begin: Int[Array, " experts"]
+    length: Int[Array, " experts"]
 
 
-def sort_routes(routing: Routing, num_experts: int) -> SortedRoutes:
-    """Sort all tokens' routes by expert; `rank` says where each route of each token went."""
+def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoutes:
+    """Which token each row holds, which row each route of each token got, and each expert's range of rows.
+
+    Gathers only: a scatter of this kind is slow on accelerators, and some TPU compilers refuse it beside a sort.
+    """
+    tokens, k = routing.experts.shape
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1, dtype=jnp.int32), side="left").astype(jnp.int32)
+    first, count = bounds[:-1], bounds[1:] - bounds[:-1]
+    length = (count + unit - 1) // unit * unit
+    end = jnp.cumsum(length, dtype=jnp.int32)
+    begin = end - length
+    rows = jnp.arange(_row_bound(tokens * k, num_experts, unit), dtype=jnp.int32)
+    owner = jnp.clip(jnp.searchsorted(end, rows, side="right"), 0, num_experts - 1).astype(jnp.int32)
+    within = rows - begin[owner]
+    route = order[jnp.clip(first[owner] + within, 0, tokens * k - 1)]
+    expert = jnp.clip(flat, 0, num_experts - 1)
     rank = jnp.argsort(order).astype(jnp.int32)
-    return SortedRoutes(order // routing.experts.shape[1], rank, bounds[:-1], bounds[1:] - bounds[:-1])
+    return PaddedRoutes(
+        jnp.where(within < count[owner], route // k, tokens), begin[expert] + rank - first[expert], begin, length
+    )
 
 
 def run_blocks(
-    x: Float[Array, "tokens model"],
-    routing: Routing,
-    num_experts: int,
-    run: RunExpert,
-    block: int,
-    large_block: int = 0,
+    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunExpert, sizes: tuple[int, ...]
 ) -> Float[Array, "tokens model"]:
     """Every token through its experts, weighted and summed, float32.
 
-    With a `large_block`, each expert's whole large blocks run as such and only its remaining rows in small ones. The
-    small ones run first: what they spill into the next expert's rows is then overwritten by its owner.
+    `sizes` are the block sizes, descending, each a multiple of the next. Few rows want a small size, which wastes
+    little; many rows want large ones too, which read each expert's weights fewer times.
     """
-    routes = sort_routes(routing, num_experts)
     tokens, k = routing.experts.shape
-    spill = max(block, large_block)
-    rows = jnp.pad(x[routes.token], ((0, spill), (0, 0)))
-    out = jnp.zeros((tokens * k + spill, x.shape[1]), jnp.float32)
-    large = routes.count // large_block if large_block else jnp.zeros_like(routes.count)
-    rest = routes.count - large * large_block
-    out = _run_pass(rows, out, routes.first + large * large_block, (rest + block - 1) // block, block, run)
-    if large_block:
-        out = _run_pass(rows, out, routes.first, large, large_block, run)
-    mixed = out[routes.rank].reshape(tokens, k, -1)
+    routes = lay_out_routes(routing, num_experts, sizes[-1])
+    rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token]
+    out = jnp.zeros(rows.shape, jnp.float32)
+    begin, left = routes.begin, routes.length
+    for size in sizes:
+        blocks = left // size
+        out = _run_size(rows, out, begin, blocks, size, run)
+        begin, left = begin + blocks * size, left - blocks * size
+    mixed = out[jnp.clip(routes.row, 0, rows.shape[0] - 1)].reshape(tokens, k, -1)
     return jnp.einsum("tkd,tk->td", mixed, routing.weights)
 
 
-def _run_pass(rows: Array, out: Array, begin: Array, blocks: Array, size: int, run: RunExpert) -> Array:
-    """Blocks of `size` rows, `blocks[e]` of them for expert e from row `begin[e]` on, experts in ascending order."""
-    end = jnp.cumsum(blocks, dtype=jnp.int32)
+def _row_bound(routes: int, num_experts: int, unit: int) -> int:
+    """The most rows any routing can need: every expert that has a route may need `unit - 1` rows of padding."""
+    return (routes + min(routes, num_experts) * (unit - 1)) // unit * unit
+
+
+def _run_size(rows: Array, out: Array, begin: Array, blocks: Array, size: int, run: RunExpert) -> Array:
+    """Run `blocks[e]` blocks of `size` rows for each expert e, from row `begin[e]` on."""
+    last = jnp.cumsum(blocks, dtype=jnp.int32)
 
     def body(block: Array, out: Array) -> Array:
-        expert = jnp.searchsorted(end, block, side="right").astype(jnp.int32)
-        start = begin[expert] + (block - (end[expert] - blocks[expert])) * size
+        expert = jnp.searchsorted(last, block, side="right").astype(jnp.int32)
+        start = begin[expert] + (block - (last[expert] - blocks[expert])) * size
         result = run(jax.lax.dynamic_slice_in_dim(rows, start, size), expert)
         return jax.lax.dynamic_update_slice_in_dim(out, result, start, 0)
 
-    return jax.lax.fori_loop(0, end[-1], body, out)
+    return jax.lax.fori_loop(0, last[-1], body, out)

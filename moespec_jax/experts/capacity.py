@@ -4,7 +4,6 @@ Each expert takes at most `capacity_factor * tokens * k / experts` tokens; the r
 it (Switch Transformer, arXiv:2101.03961, section 2.2). Training only: generation never drops a token.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float

@@ -1,7 +1,8 @@
 """Expert compute for CPU: `lax.switch` over per-expert arrays, so that no weight is ever sliced and thereby copied.
 
 One token runs its k experts one after another. More tokens run in 16-row blocks of rows sorted by expert, and from
-`PREFILL_TOKENS` on in 64-row blocks with 16-row remainders; those sizes measured fastest.
+`PREFILL_TOKENS` on in blocks of 64, 32 and 16 rows: on two cores a product of 64 rows reaches 1.6 times the operations
+per second of one of 16 rows.
 """
 
 from functools import partial
@@ -16,7 +17,7 @@ from moespec_jax.layers import GatedMlp, gated_mlp
 from moespec_jax.moe import ExpertCompute, Routing
 
 PREFILL_TOKENS = 128
-BLOCK, LARGE_BLOCK = 16, 64
+DECODE_BLOCKS, PREFILL_BLOCKS = (16,), (64, 32, 16)
 
 
 def cpu_experts(activation: str) -> ExpertCompute:
@@ -26,9 +27,9 @@ def cpu_experts(activation: str) -> ExpertCompute:
         assert isinstance(experts, tuple) and isinstance(layer, int)
         run = _switch(experts, layer, activation)
         if x.shape[0] == 1:
-            return _one_token(x, routing, len(experts[layer]), run)
-        large = LARGE_BLOCK if x.shape[0] >= PREFILL_TOKENS else 0
-        return run_blocks(x, routing, len(experts[layer]), run, BLOCK, large)
+            return _one_token(x, routing, run)
+        sizes = PREFILL_BLOCKS if x.shape[0] >= PREFILL_TOKENS else DECODE_BLOCKS
+        return run_blocks(x, routing, len(experts[layer]), run, sizes)
 
     return compute
 
@@ -37,12 +38,15 @@ def _switch(experts: PerExpert, layer: int, activation: str) -> RunExpert:
     def branch(expert: GatedMlp, rows: Array) -> Array:
         return gated_mlp(rows, expert, activation).astype(jnp.float32)
 
-    branches = [partial(branch, expert) for expert in experts[layer]]
+    def nobody(rows: Array) -> Array:
+        return jnp.zeros(rows.shape, jnp.float32)
+
+    branches = [*(partial(branch, expert) for expert in experts[layer]), nobody]
     return lambda rows, expert: jax.lax.switch(expert, branches, rows)
 
 
-def _one_token(x: Array, routing: Routing, num_experts: int, run: RunExpert) -> Array:
-    """A single row: a loop over its k experts. A row that routes to nobody runs none of them.
+def _one_token(x: Array, routing: Routing, run: RunExpert) -> Array:
+    """A single row: a loop over its k experts.
 
     bfloat16 rows are doubled: XLA:CPU converts whole weight matrices to float32 for a one-row product.
     """
@@ -51,5 +55,4 @@ def _one_token(x: Array, routing: Routing, num_experts: int, run: RunExpert) -> 
     def body(i: Array, total: Array) -> Array:
         return total + run(rows, routing.experts[0, i])[:1] * routing.weights[0, i]
 
-    k = jnp.where(routing.experts[0, 0] < num_experts, routing.experts.shape[1], 0)
-    return jax.lax.fori_loop(0, k, body, jnp.zeros(x.shape, jnp.float32))
+    return jax.lax.fori_loop(0, routing.experts.shape[1], body, jnp.zeros(x.shape, jnp.float32))

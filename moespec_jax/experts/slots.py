@@ -14,7 +14,7 @@ from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute, Routing
 
 SLOT_TOKENS = 64
-BLOCK = 64
+BLOCKS = (64,)
 
 
 def slot_experts(activation: str) -> ExpertCompute:
@@ -25,14 +25,14 @@ def slot_experts(activation: str) -> ExpertCompute:
         first = jnp.asarray(layer, jnp.int32) * experts.num_experts
         if x.shape[0] > SLOT_TOKENS:
             return run_blocks(
-                x, routing, experts.num_experts, lambda rows, e: _run(experts, first + e, rows, activation), BLOCK
+                x, routing, experts.num_experts, lambda rows, e: _run(experts, first + e, rows, activation), BLOCKS
             )
         ids, active = distinct_experts(routing, experts.num_experts)
         combine = combine_weights(routing, ids)
 
         def body(slot: Array, total: Array) -> Array:
             weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)
-            # Weight the hidden rows, not the result: a token outside this expert must not turn 0 * inf into NaN.
+            # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
             return total + jnp.where(weight > 0, _run(experts, first + ids[slot], x, activation) * weight, 0.0)
 
         return jax.lax.fori_loop(0, active, body, jnp.zeros(x.shape, jnp.float32))
@@ -45,6 +45,10 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
 
     There are min(tokens * k, experts) slots, which is as many as can ever be wanted.
     """
+    if routing.experts.shape[0] == 1:
+        # One token's experts are distinct already; nobody's id is the highest and sorts last.
+        chosen = jnp.sort(routing.experts[0])
+        return jnp.minimum(chosen, num_experts - 1), jnp.sum(chosen < num_experts, dtype=jnp.int32)
     every = jnp.arange(num_experts, dtype=jnp.int32)
     wanted = jnp.any(routing.experts.reshape(-1)[:, None] == every[None, :], axis=0)
     slots = min(routing.experts.size, num_experts)

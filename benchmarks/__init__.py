@@ -1,0 +1,1 @@
+"""Measurements: scripts that make every figure in README, and their committed results."""

@@ -1,0 +1,108 @@
+"""README's tables, made from the committed results: `python -m benchmarks.tables` rewrites them in place.
+
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; a test keeps README equal to what this makes.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+
+
+def main() -> int:
+    """Rewrite README."""
+    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+def render(text: str) -> str:
+    """The text with every table made anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def against_transformers() -> str:
+    """Times of both engines and the ratio, one row a shape and phase."""
+    names = {"olmoe-4-layers": "OLMoE's shape, 4 layers", "demo": "the embedded model"}
+    phases = {"decode_s_per_token": "decoding, one token", "prefill_512_s": "prefill of 512 tokens"}
+    results = _read("against_transformers.json")
+    rows = [
+        [names[shape], phases[phase], _ms(row[phase]["moespec_jax"]), _ms(row[phase]["transformers"])]
+        + [_ratio(row[phase]["speedup"]), f"{row['device']}, {row['dtype']}"]
+        for shape, row in results.items()
+        for phase in phases
+    ]
+    return _table(["model", "what", "moespec_jax", "transformers", "speed-up", "where"], rows)
+
+
+def import_memory() -> str:
+    """Peak memory over parameters, one row a kind of source and a back-end."""
+    loads = [run for run in _read("import_memory.json")["runs"] if run["task"] == "load"]
+    rows = [
+        [run["from"], run["stored"], f"{run['stored_bytes'] / 1e9:.2f} GB", run["how"][0], run["how"][1], f"{run['factor']:.2f}"]
+        for run in loads
+    ]
+    return _table(["from", "stored as", "on disk", "back-end", "loaded as", "peak / parameters"], rows)
+
+
+def tpu_compile() -> str:
+    """As the compiler's script wrote it."""
+    return (RESULTS / "tpu_compile.md").read_text(encoding="utf-8").strip()
+
+
+def demo_target() -> str:
+    """What the embedded model is and how well it predicts."""
+    record = _read(ROOT / "moespec_jax" / "demo" / "target_record.json")
+    kept = record["mass_kept_of_60_tokens"]
+    mean = {b: sum(layers) / len(layers) for b, layers in kept.items()}
+    rows = [
+        ["held-out bits per byte", f"{record['bits_per_byte']:.3f} (`xz -9e` after the training text: {record['xz_bits_per_byte']:.3f})"],
+        ["held-out text", f"{record['held_out_bytes'] / 1e6:.2f} MB: {', '.join(record['held_out'])}"],
+        ["trained on", f"{record['tokens'] / 1e6:.1f} M tokens of Python source ({record['steps']} steps), CPU, float32"],
+        ["busiest expert's load over the mean, by layer", ", ".join(f"{x:.2f}" for x in record["load_max_over_mean"])],
+        [
+            "router mass of 60 tokens on the B heaviest of 32 experts",
+            ", ".join(f"B={b}: {share:.0%}" for b, share in mean.items()),
+        ],
+    ]
+    return _table(["", ""], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "against_transformers": against_transformers,
+    "import_memory": import_memory,
+    "tpu_compile": tpu_compile,
+    "demo_target": demo_target,
+}
+
+
+def _read(name: str | Path) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _ms(seconds: dict[str, float]) -> str:
+    median, low, high = (seconds[key] * 1e3 for key in ("median", "min", "max"))
+    digits = 2 if median < 10 else 0
+    return f"{median:.{digits}f} ms ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _ratio(values: dict[str, float]) -> str:
+    return f"**{values['median']:.2f}x** ({values['min']:.2f} to {values['max']:.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What an optimized HLO program, as the TPU compiler prints it, puts into HBM besides its arguments.
+
+Large values are results of `LARGE` bytes or more in HBM, in loops or outside, except updates in place. Those of the
+size of a weight, an expert or a layer's cache are taken for copies of one; the rest are activations, which prefill has
+and one-token decoding must not have.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+LARGE = 4_000_000
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+# These name a value that is already there, or (start) one that its `done` names again.
+_VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|bitcast|constant|opt-barrier|.*-start")
+
+
+def large_values(hlo: str, weights: set[tuple[str, int]]) -> tuple[list[str], list[str]]:
+    """Copies of weights or cache, and activations, as `operation dtype[dims]`, the largest first.
+
+    `weights` holds what a copy is told by: dtype and number of elements of every weight, expert and cache array.
+    """
+    bodies = _computations(hlo)
+    fused = {name for lines in bodies.values() for line in lines for name in _fusion_body(line)}
+    lines = [line for name, body in bodies.items() if name not in fused for line in body]
+    found = [value for line in lines for value in _materialised(line, bodies)]
+    copies, activations = [], []
+    for op, dtype, dims in sorted(found, key=lambda value: -_width(value[1]) * _count(value[2])):
+        (copies if (dtype, _count(dims)) in weights else activations).append(f"{op} {dtype}[{dims}]")
+    return copies, activations
+
+
+def _materialised(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, str, str]]:
+    """Operation, dtype and dimensions of every large array that this instruction writes to HBM as a whole."""
+    found = _INSTRUCTION.match(line)
+    if found is None or _VIEWS.fullmatch(found[2]):
+        return
+    updated = _updated_in_place(found[2], line, bodies)
+    for dtype, dims, layout in _ARRAY.findall(found[1]):
+        # A layout that names a memory space names VMEM (or a semaphore's); HBM is the default.
+        if _count(dims) * _width(dtype) >= LARGE and "S(" not in layout and _count(dims) not in updated:
+            yield found[2], dtype, dims
+
+
+def _computations(hlo: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            lines = bodies.setdefault(header[1], [])
+        elif line.startswith(" "):
+            lines.append(line)
+    return bodies
+
+
+def _fusion_body(line: str) -> list[str]:
+    return re.findall(r" fusion\(.*calls=%?([\w.\-]+)", line)
+
+
+def _updated_in_place(op: str, line: str, bodies: dict[str, list[str]]) -> set[int]:
+    """Element counts of arrays that this instruction writes a part of: itself, or what it fuses."""
+    lines = [line] if op == "dynamic-update-slice" else [one for name in _fusion_body(line) for one in bodies[name]]
+    found = [_INSTRUCTION.match(one) for one in lines]
+    shapes = [_ARRAY.findall(one[1])[0] for one in found if one is not None and one[2] == "dynamic-update-slice"]
+    return {_count(dims) for _, dims, _ in shapes}
+
+
+def _count(dims: str) -> int:
+    return math.prod(int(size) for size in dims.split(",") if size)
+
+
+def _width(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1

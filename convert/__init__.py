@@ -1,0 +1,93 @@
+"""Scripts around checkpoints, and what they share: one-line errors, and directories that appear whole or not at all."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from moespec_jax.files import CheckpointError, read_json, write_json
+
+DTYPES = ("float32", "float16", "bfloat16")
+MARK = ".incomplete-conversion"
+# What belongs to a model besides its weights and its config.json.
+_BESIDES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Exit with what `main` returns; with status 2 and one line for anything the caller can fix, 130 for Ctrl-C."""
+    try:
+        status = main()
+    except CheckpointError as error:
+        status = _complain(2, str(error))
+    except OSError as error:
+        status = _complain(2, f"expected to read and write files; {error.strerror or error}: {error.filename}")
+    except KeyboardInterrupt:
+        status = _complain(130, "expected to finish; interrupted, and nothing was kept")
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def whole_directory(output: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `output` when the block ends well and vanishes when it does not.
+
+    What a killed conversion to the same `output` left behind is removed first.
+
+    Raises:
+        CheckpointError: `output` exists and is not an empty directory.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise CheckpointError(f"expected an output directory that is new or empty; {output} is neither")
+    workplace = output.with_name(output.name + ".incomplete")
+    if workplace.exists():
+        if not (workplace / MARK).exists() and any(workplace.iterdir()):
+            raise CheckpointError(f"expected to write in {workplace}; it holds something else")
+        shutil.rmtree(workplace)
+    workplace.mkdir(parents=True)
+    (workplace / MARK).touch()
+    try:
+        yield workplace
+        (workplace / MARK).unlink()
+        os.replace(workplace, output)
+    except BaseException:
+        shutil.rmtree(workplace, ignore_errors=True)
+        raise
+
+
+def copy_besides(model: Path, output: Path, dtype: str | None) -> None:
+    """Copy everything but the weights, config.json last: a directory without it is not a model. A config's own
+    mention of its dtype follows `dtype`."""
+    for pattern in _BESIDES:
+        for file in sorted(model.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, output / file.name)
+    fields = read_json(model / "config.json")
+    if dtype is not None:
+        fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields}
+    write_json(output / "config.json", fields)
+
+
+def _complain(status: int, message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,32 @@
+"""Turn a Hugging Face directory of safetensors into one that keeps its parameters as orbax, one piece per layer.
+
+python -m convert.to_orbax --model DIR --output DIR2 [--dtype bfloat16]
+"""
+
+from pathlib import Path
+
+from convert import DTYPES, Parser, copy_besides, run, whole_directory
+from moespec_jax.checkpoint import load_config, open_safetensors
+from moespec_jax.hub import locate
+from moespec_jax.orbax_io import write_orbax
+
+
+def main() -> int:
+    """Convert as the command line says."""
+    parser = Parser(prog="python -m convert.to_orbax", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="directory of safetensors, or a hub id")
+    parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")
+    arguments = parser.parse_args()
+    model = locate(arguments.model)
+    config = load_config(model)
+    source = open_safetensors(model, config)
+    with whole_directory(arguments.output) as directory:
+        write_orbax(source, config, directory, arguments.dtype, progress=True)
+        copy_besides(model, directory, arguments.dtype)
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,125 @@
+"""Expert compute as one fused TPU kernel over the `Flat` layout: each distinct expert's weights are read once, tiled.
+
+The grid runs over slots and tiles of the ffn axis. Pallas fetches the next step's tile while this one is computed, and
+fetches nothing where the block does not change: unused slots repeat the last used one and cost an empty step each.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.experts.layouts import Flat
+from moespec_jax.experts.slots import SLOT_TOKENS, combine_weights, distinct_experts, slot_experts
+from moespec_jax.layers import ACTIVATIONS
+from moespec_jax.moe import ExpertCompute, Routing
+
+# Two buffers of one tile of each of three matrices: what fits beside the rest in the 16 MiB of v5e and v5p.
+WEIGHT_BUFFER_BYTES = 12 * 2**20
+LANES = 128
+
+
+def pallas_experts(activation: str) -> ExpertCompute:
+    """Expert compute over the `Flat` layout for TPU; `layer` may be traced.
+
+    Elsewhere than on TPU the same kernel runs interpreted, which is slow and meant for tests. More than `SLOT_TOKENS`
+    tokens run in sorted blocks, as under `slots`.
+    """
+    many_tokens = slot_experts(activation)
+
+    def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
+        assert isinstance(experts, Flat)
+        if x.shape[0] > SLOT_TOKENS:
+            return many_tokens(experts, layer, x, routing)
+        ids, active = distinct_experts(routing, experts.num_experts)
+        rows = jnp.asarray(layer, jnp.int32) * experts.num_experts + ids
+        combine = combine_weights(routing, ids)
+        arguments = (x, experts.gate, experts.up, experts.down, combine, rows, active)
+        run = partial(fused_experts, activation)
+        return jax.lax.platform_dependent(*arguments, tpu=run, default=partial(run, interpret=True))
+
+    return compute
+
+
+def fused_experts(
+    activation: str,
+    x: Float[Array, "tokens model"],
+    gate: Float[Array, "all model ffn"],
+    up: Float[Array, "all model ffn"],
+    down: Float[Array, "all ffn model"],
+    combine: Float[Array, "tokens slots"],
+    rows: Int[Array, " slots"],
+    active: Int[Array, ""],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "tokens model"]:
+    """All tokens through the experts in the first `active` of `rows`, weighted by `combine` and summed, float32.
+
+    `rows` index the flat weights and must lie within them even past `active`, where they are not read.
+    """
+    (tokens, model), slots, ffn = x.shape, rows.shape[0], gate.shape[2]
+    tile = ffn_tile(model, ffn, gate.dtype.itemsize)
+    tiles = ffn // tile
+
+    def held(slot: Array, active: Array) -> Array:
+        return jnp.minimum(slot, jnp.maximum(active[0] - 1, 0))
+
+    def up_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
+        return rows[held(slot, active)], 0, jnp.where(slot < active[0], f, tiles - 1)
+
+    def down_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
+        row, zero, tile_index = up_block(slot, f, rows, active)
+        return row, tile_index, zero
+
+    whole = pl.BlockSpec((tokens, model), lambda *_: (0, 0))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(slots, tiles),
+        in_specs=[
+            whole,
+            pl.BlockSpec((1, model, tile), up_block),
+            pl.BlockSpec((1, model, tile), up_block),
+            pl.BlockSpec((1, tile, model), down_block),
+            pl.BlockSpec((1, tokens, 1), lambda slot, f, rows, active: (held(slot, active), 0, 0)),
+        ],
+        out_specs=whole,
+    )
+    return pl.pallas_call(
+        partial(_kernel, activation),
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct((tokens, model), jnp.float32),
+        # Without it the scheduler takes the call to read the weights of all experts of all layers.
+        cost_estimate=pl.CostEstimate(
+            flops=6 * tokens * slots * model * ffn,
+            bytes_accessed=3 * slots * model * ffn * gate.dtype.itemsize,
+            transcendentals=tokens * slots * ffn,
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
+        interpret=interpret,
+    )(rows, active[None], x, gate, up, down, combine.T[:, :, None])
+
+
+def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
+    """Width of a tile: the largest divisor of `ffn` in whole lanes whose buffers fit, or `ffn` where it has none."""
+    widths = [w for w in range(LANES, ffn + 1, LANES) if ffn % w == 0]
+    fitting = [w for w in widths if 6 * model * w * itemsize <= WEIGHT_BUFFER_BYTES]
+    return max(fitting, default=min(widths, default=ffn))
+
+
+def _kernel(activation, rows, active, x_ref, gate_ref, up_ref, down_ref, combine_ref, out_ref):
+    slot, f = pl.program_id(0), pl.program_id(1)
+
+    @pl.when((slot == 0) & (f == 0))
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(slot < active[0])
+    def _():
+        dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+        x, weight = x_ref[...], combine_ref[0]
+        hidden = ACTIVATIONS[activation](dot(x, gate_ref[0])) * dot(x, up_ref[0])
+        # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
+        out_ref[...] += jnp.where(weight > 0, dot(hidden.astype(x.dtype), down_ref[0]) * weight, 0.0)

@@ -1,0 +1,48 @@
+"""The small files of a checkpoint directory: JSON read with errors in one line, and written whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is not what it must be: what was expected, what came, and where; always one line."""
+
+    def __init__(self, message: str):
+        # Names and paths in it come from somebody else's files.
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"expected a file {path.name} in {path.parent}; there is none") from None
+    except NotADirectoryError:
+        raise CheckpointError(f"expected a directory with a {path.name}; {path.parent} is a file") from None
+    except OSError as error:
+        raise CheckpointError(f"expected a readable file {path}; {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of too many digits, endless nesting
+        raise CheckpointError(f"expected JSON in {path}; {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"expected a JSON object in {path}; it holds a {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object under a temporary name and rename it, so that `path` is never half a file."""
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def listing(names: Sequence[str]) -> str:
+    """The first five names and how many more there are, for an error message."""
+    return ", ".join(name[:200] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

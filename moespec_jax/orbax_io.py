@@ -1,0 +1,235 @@
+"""Orbax in and out: one orbax checkpoint per layer, so that the host never holds more than a layer beside the model.
+
+    orbax/base            {"embed", "norm", "lm_head"}
+    orbax/layers/007      {"input_norm", "attention": {"q", ...}, "mlp": {"router", ...},
+                           "experts": {"gate" [experts, model, ffn], "up", "down" [experts, ffn, model]}}
+    orbax/manifest.json   shape and dtype of every array; written last, so that without it nothing counts
+
+Names and orientation are those of the parameters, whatever back-end will run them: q, k, v `[out, in]`, other matrices
+`[in, out]`. Any piece can be opened alone with `orbax.checkpoint`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from moespec_jax.backend import Backend
+from moespec_jax.config import DecoderConfig
+from moespec_jax.decoder import Decoder
+from moespec_jax.files import CheckpointError, listing, read_json, write_json
+from moespec_jax.leaves import Placement, Source, cast, copy_into, load_source
+from moespec_jax.parameters import final_shape
+from moespec_jax.tensors import Path as TreePath
+from moespec_jax.tensors import Tensor, tensor_table
+
+SUBDIRECTORY = "orbax"
+MANIFEST = "manifest.json"
+FORMAT = "moespec_jax 1"
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class StoredLeaf(NamedTuple):
+    """One array on disk: the piece it is in, its path there, and the published tensors it is made of. Where `stacked`,
+    they are its rows, in order."""
+
+    piece: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    tensors: dict[str, Tensor]
+    stacked: bool
+
+    @property
+    def key(self) -> str:
+        """The leaf's name in the manifest and in messages."""
+        return "/".join((self.piece, *self.path))
+
+
+def is_orbax(directory: Path) -> bool:
+    """Whether the directory has its parameters as orbax pieces, whole or not."""
+    return (directory / SUBDIRECTORY).is_dir()
+
+
+def load_orbax(
+    directory: Path,
+    config: DecoderConfig,
+    backend: Backend,
+    dtype: DTypeLike,
+    placement: Placement | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """Parameters from a directory that `write_orbax` wrote, in any back-end's layout, dtype and sharding.
+
+    Raises:
+        CheckpointError: as `open_orbax`; or a piece is missing or damaged.
+    """
+    return load_source(open_orbax(directory, config), config, backend, dtype, placement, progress)
+
+
+def open_orbax(directory: Path, config: DecoderConfig) -> Source:
+    """The tensors of `directory/orbax`, checked by the manifest.
+
+    Raises:
+        CheckpointError: there is no manifest of ours, or it differs from what `config` needs: every array that is
+            unknown, missing, misshapen or of an unsupported dtype, in one message.
+    """
+    root = directory / SUBDIRECTORY
+    leaves = stored_leaves(config)
+    stored = _check_manifest(root, config, leaves)
+    dtypes = {name: stored[leaf.key] for leaf in leaves for name in leaf.tensors}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        wanted = set(names)
+        for leaf in leaves:
+            if chosen := [name for name in leaf.tensors if name in wanted]:
+                yield from _published(leaf, _restore(root, leaf, stored[leaf.key]), chosen)
+
+    return Source(dtypes, read)
+
+
+def write_orbax(
+    source: Source, config: DecoderConfig, directory: Path, dtype: DTypeLike | None = None, progress: bool = False
+) -> None:
+    """Write all tensors to `directory/orbax`, a layer at a time. Without a `dtype` each array keeps its own, or takes
+    float32 where its rows differ.
+
+    Raises:
+        CheckpointError: the source is damaged, or a value does not fit `dtype`.
+    """
+    import orbax.checkpoint as ocp
+
+    root = (directory / SUBDIRECTORY).absolute()
+    root.mkdir(parents=True)
+    pieces: dict[str, list[StoredLeaf]] = {}
+    for leaf in stored_leaves(config):
+        pieces.setdefault(leaf.piece, []).append(leaf)
+    manifest = {}
+    # Compression saves a fifth of the disk and costs three times the time to load, and a second copy of what is loaded.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        for piece, leaves in tqdm(
+            pieces.items(), desc="writing", unit="piece", disable=None if progress else True, leave=False
+        ):
+            arrays = _gather(source, leaves, dtype)
+            manifest |= {key: {"shape": list(a.shape), "dtype": str(a.dtype)} for key, a in arrays.items()}
+            tree = _nest({leaf.path: arrays[leaf.key] for leaf in leaves})
+            checkpointer.save(root / piece, args=ocp.args.PyTreeSave(tree))
+    write_json(root / MANIFEST, {"format": FORMAT, "model_type": config.model_type, "arrays": manifest})
+
+
+def stored_leaves(config: DecoderConfig) -> list[StoredLeaf]:
+    """Every array on disk, in order of depth."""
+    sparse = [i for i, is_sparse in enumerate(config.sparse_layers) if is_sparse]
+    leaves: dict[tuple[str, tuple[str, ...]], StoredLeaf] = {}
+    for name, tensor in tensor_table(config).items():
+        piece, path = _place(tensor.path, sparse)
+        stacked = tensor.path[0] == "experts"
+        shape = (config.num_experts, *final_shape(tensor)) if stacked else final_shape(tensor)
+        leaf = leaves.setdefault((piece, path), StoredLeaf(piece, path, shape, {}, stacked))
+        leaf.tensors[name] = tensor
+    return list(leaves.values())
+
+
+def _place(path: TreePath, sparse: list[int]) -> tuple[str, tuple[str, ...]]:
+    """The piece and the path in it of a tensor of the table."""
+    names = [str(part) for part in path]
+    if path[0] == "experts":
+        return f"layers/{sparse[int(path[1])]:03d}", ("experts", names[-1])
+    if path[0] == "layers":
+        return f"layers/{int(path[1]):03d}", tuple(names[2:])
+    return "base", tuple(names)
+
+
+def _gather(source: Source, leaves: list[StoredLeaf], dtype: DTypeLike | None) -> dict[str, np.ndarray]:
+    """All arrays of one piece, filled in whatever order their tensors are read."""
+    arrays: dict[str, np.ndarray] = {}
+    goal: dict[str, Callable[[np.ndarray], None]] = {}
+    for leaf in leaves:
+        kinds = {source.dtypes[name] for name in leaf.tensors}
+        own = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+        array = arrays[leaf.key] = np.empty(leaf.shape, own if dtype is None else jnp.dtype(dtype))
+        for row, (name, tensor) in enumerate(leaf.tensors.items()):
+            goal[name] = _filler(array[row] if leaf.stacked else array, name, tensor.transpose)
+    for name, tensor in source.read(goal):
+        goal[name](tensor)
+    return arrays
+
+
+def _filler(room: np.ndarray, name: str, transpose: bool) -> Callable[[np.ndarray], None]:
+    def fill(tensor: np.ndarray) -> None:
+        copy_into(room, cast(tensor.T if transpose else tensor, room.dtype, name))
+
+    return fill
+
+
+def _nest(arrays: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = array
+    return tree
+
+
+def _published(leaf: StoredLeaf, array: np.ndarray, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    rows = dict(zip(leaf.tensors, array if leaf.stacked else [array], strict=True))
+    for name in names:
+        yield name, rows[name].T if leaf.tensors[name].transpose else rows[name]
+
+
+def _check_manifest(root: Path, config: DecoderConfig, leaves: list[StoredLeaf]) -> dict[str, np.dtype]:
+    manifest = read_json(root / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"expected the format {FORMAT!r} in {root / MANIFEST}; came {manifest.get('format')!r}")
+    found, wanted = manifest.get("arrays"), {leaf.key: leaf for leaf in leaves}
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise CheckpointError(f"expected an object 'arrays' of objects in {root / MANIFEST}")
+    both = [key for key in wanted if key in found]
+    problems = {
+        "unknown": [key for key in found if key not in wanted],
+        "missing": [key for key in wanted if key not in found],
+        "misshapen": [
+            f"{key} (expected {list(wanted[key].shape)}, came {found[key].get('shape')})"
+            for key in both
+            if found[key].get("shape") != list(wanted[key].shape)
+        ],
+        f"not {', '.join(_DTYPES)}": [
+            f"{key} ({found[key].get('dtype')})" for key in both if found[key].get("dtype") not in _DTYPES
+        ],
+    }
+    lines = [f"{len(keys)} {kind}: {listing(keys)}" for kind, keys in problems.items() if keys]
+    if lines:
+        raise CheckpointError(f"expected the arrays of {config.model_type}; came {'; '.join(lines)} in {root}")
+    return {key: jnp.dtype(found[key]["dtype"]) for key in wanted}
+
+
+def _restore(root: Path, leaf: StoredLeaf, dtype: np.dtype) -> np.ndarray:
+    """One array of one piece, on the host."""
+    import orbax.checkpoint as ocp
+
+    piece = (root / leaf.piece).absolute()
+    if not piece.is_dir():
+        raise CheckpointError(f"expected an orbax checkpoint at {piece}, as {MANIFEST} says; there is none")
+    item = _nest({leaf.path: np.zeros((), dtype)})
+    how = _nest({leaf.path: ocp.RestoreArgs(restore_type=np.ndarray)})
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                piece, args=ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+            )
+    except Exception as error:  # orbax and tensorstore name no exceptions of their own for damaged files
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"expected {leaf.key} whole in {piece}; {type(error).__name__}: {reason}") from None
+    for name in leaf.path:
+        restored = restored[name]
+    array = np.asarray(restored)
+    if array.shape != leaf.shape or array.dtype != dtype:
+        raise CheckpointError(
+            f"expected {leaf.key} as {dtype}{list(leaf.shape)}, as {MANIFEST} says; it is"
+            f" {array.dtype}{list(array.shape)} in {piece}"
+        )
+    return array

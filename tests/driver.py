@@ -1,0 +1,90 @@
+"""Running a decoder from a test: logits of whole sequences, and greedy decoding through the public steps of `decode`."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moespec_jax.attention import causal_mask
+from moespec_jax.backend import Backend
+from moespec_jax.cache import empty_cache
+from moespec_jax.config import DecoderConfig
+from moespec_jax.decode import Settings, begin, decode_steps, empty_prefill, prefill_chunk
+from moespec_jax.decoder import Decoder, forward, unembed
+from moespec_jax.leaves import Source, load_source
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.tensors import tensor_table
+
+# Tests compile hundreds of programs that run for a millisecond: have LLVM emit them as they come.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def fast_jit(function: Any, **options: Any) -> Any:
+    """`jax.jit` that compiles quickly and runs slowly."""
+    return jax.jit(function, compiler_options=FAST_COMPILE, **options)
+
+
+def random_tensors(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
+    """Random published tensors: matrices of about unit gain, norms around 1, everything else around 0."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, tensor in tensor_table(config).items():
+        values = rng.normal(size=tensor.shape).astype(np.float32)
+        scale = np.float32(tensor.shape[-1] ** -0.5 if len(tensor.shape) > 1 else 0.2)
+        tensors[name] = values * scale + np.float32("norm" in name)
+    return tensors
+
+
+def build(config: DecoderConfig, tensors: dict[str, np.ndarray], backend: Backend) -> Decoder:
+    """The parameters that these published tensors make under a back-end."""
+    source = Source({name: np.dtype(np.float32) for name in tensors}, lambda names: ((n, tensors[n]) for n in names))
+    return load_source(source, config, backend, jnp.float32)
+
+
+def positions_of(ids: np.ndarray) -> jax.Array:
+    """0, 1, 2, ... in every row."""
+    return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
+
+
+def cached_logits(config: DecoderConfig, params: Decoder, backend: Backend, ids: np.ndarray, spare: int = 3) -> np.ndarray:
+    """Logits of all positions by one compiled pass that writes a cache with `spare` slots too many."""
+
+    def run(params: Decoder, ids: jax.Array) -> jax.Array:
+        positions, slots = positions_of(ids), ids.shape[1] + spare
+        cache = empty_cache(config, ids.shape[0], slots, jnp.float32, stacked=backend.stacked)
+        compute = backend.compute(config.hidden_act)
+        hidden, _, _ = forward(config, params, ids, positions, causal_mask(positions, slots), cache, compute)
+        return unembed(params, hidden)
+
+    return np.asarray(fast_jit(run)(params, jnp.asarray(ids, jnp.int32)))
+
+
+def continue_greedily(
+    config: DecoderConfig,
+    params: Decoder,
+    backend: Backend,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    chunk: int = 4,
+) -> list[list[int]]:
+    """`new` tokens after each prompt, all prompts as one batch, prefilled in chunks of `chunk` tokens."""
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    chunks = -(-int(lengths.max()) // chunk)
+    slots = max(int(lengths.max()) + new, chunks * chunk)
+    tokens = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    read = fast_jit(partial(prefill_chunk, settings))
+    state = empty_prefill(config, len(prompts), slots, jnp.float32, stacked=backend.stacked)
+    for start in range(0, chunks * chunk, chunk):
+        state = read(params, state, jnp.asarray(tokens[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths))
+    limit = jnp.asarray(lengths + new)
+    rest = (jnp.asarray(tokens), jnp.asarray(lengths), limit, jnp.full((1,), -1, jnp.int32), jax.random.key(0))
+    decoding = fast_jit(partial(begin, settings))(params, state.cache, state.last_hidden, *rest)
+    decoding, info = fast_jit(partial(decode_steps, settings))(params, decoding, jnp.int32(new))
+    assert int(info.rounds) == new - 1 and bool(jnp.all(decoding.done))
+    return [row[n : n + new].tolist() for row, n in zip(np.asarray(decoding.tokens), lengths, strict=True)]
