@@ -45,8 +45,6 @@ def read_config(fields: Fields) -> DecoderConfig:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedConfig(f"expected a model_type among {known}; config.json says {model_type!r}")
     if fields.get("quantization_config") is not None:
-        raise UnsupportedConfig("expected float weights; config.json has a quantization_config")
-    if fields.get("quantization_config") is not None:
         raise UnsupportedConfig(
             f"quantization_config is not supported: expected plain weights; it says {fields['quantization_config']!r}"
         )

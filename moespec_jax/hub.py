@@ -50,7 +50,8 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
         reason = "there is no such directory here and no such model on the hub, or it is private"
     except errors.LocalEntryNotFoundError as error:
         reason = f"it is not (or not whole) in the local cache{_why_not_online(error, offline)}"
-    except (errors.HTTPError, OSError) as error:  # HTTPError is the base class of the HTTP library in use
+    # The base class of the HTTP library in use, whichever that is.
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         reason = f"the download failed: {_first_line(error)}"
     raise CheckpointError(f"expected a model directory or hub id; cannot get {at}: {reason}")
 

@@ -40,7 +40,7 @@ def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch voc
     """
     logits = logits.astype(jnp.float32)
     if sampling.greedy:
-        best = jnp.argmax(logits, axis=-1)[..., None] == jnp.arange(logits.shape[-1])
+        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.bool_)
         return jnp.where(best, 0.0, -jnp.inf)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:

@@ -122,7 +122,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "rope theta is negative": (config(rope_parameters={"rope_theta": -1.0}), ("expected rope_theta", "-1.0")),
     "quantized": (
         config(quantization_config={"quant_method": "fp8"}),
-        ("expected float weights", "quantization_config"),
+        ("quantization_config", "expected plain weights", "fp8"),
     ),
     "truncated shard": (shard(lambda b: b[:-100]), ("expected a whole safetensors file", "model.safetensors")),
     "shard cut in its header": (shard(lambda b: b[:50]), ("expected a whole safetensors file", "model.safetensors")),

@@ -128,7 +128,7 @@ def test_weights_of_experts_nobody_chose_are_never_used(form: str, tokens: int) 
         np.testing.assert_array_equal(clean, other, err_msg=name)
 
 
-@pytest.mark.parametrize("tokens", COUNTS)
+@pytest.mark.parametrize("tokens", [1, 17, 130])
 @pytest.mark.parametrize("form", ["switch", "slots", "dense"])
 def test_bfloat16(form: str, tokens: int) -> None:
     def narrow(tree: Any) -> Any:
@@ -139,8 +139,8 @@ def test_bfloat16(form: str, tokens: int) -> None:
     expected = oracles.experts(np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu")
     actual = compiled(form)(FORMS[form][1](experts), x, routing)
     assert actual.dtype == jnp.float32
-    # bfloat16 keeps 8 bits and rounds at most three times on the way: 3 * 2**-8 of the largest intermediate, about 2.
-    np.testing.assert_allclose(np.asarray(actual), expected, atol=3 * 2**-8 * 2, rtol=0)
+    # bfloat16 keeps 8 bits; gate, up and result are each rounded once.
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=3 * 2**-8 * np.abs(expected).max(), rtol=0)
 
 
 def test_a_capacity_of_one_keeps_the_earliest_token() -> None:
@@ -157,8 +157,9 @@ def test_a_capacity_of_one_keeps_the_earliest_token() -> None:
 @pytest.mark.parametrize("unit", [1, 16])
 def test_routes_lie_in_whole_blocks_of_their_expert(unit: int, tokens: int) -> None:
     """Every route has a row of its own among its expert's; every row holds its route's token, or the zero row."""
+    lay_out = fast_jit(lambda routing: lay_out_routes(routing, EXPERTS, unit))
     for routing in routings(tokens).values():
-        laid = jax.tree.map(np.asarray, lay_out_routes(routing, EXPERTS, unit))
+        laid = jax.tree.map(np.asarray, lay_out(routing))
         seen: set[int] = set()
         for route, expert in enumerate(np.asarray(routing.experts).ravel().tolist()):
             if expert < EXPERTS:

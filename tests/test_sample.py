@@ -1,0 +1,129 @@
+"""Distributions against plain Python and transformers; draws that depend on seed, row and position alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from moespec_jax.sample import SamplingConfig, draw, log_probabilities
+
+SETTINGS = [
+    SamplingConfig(temperature=1.0),
+    SamplingConfig(temperature=0.3),
+    SamplingConfig(temperature=2.5, top_k=1),
+    SamplingConfig(temperature=0.8, top_k=5),
+    SamplingConfig(temperature=1.0, top_k=1000),
+    SamplingConfig(temperature=1.0, top_p=1e-6),
+    SamplingConfig(temperature=1.7, top_p=0.63),
+    SamplingConfig(temperature=0.6, top_k=7, top_p=0.911),
+]
+
+
+def some_logits(ties: bool, count: int = 12) -> np.ndarray:
+    logits = np.random.default_rng(int(ties)).normal(size=(count, 23)) * 2
+    return (np.round(logits) if ties else logits).astype(np.float32)
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_distribution_is_the_plain_python_one(sampling: SamplingConfig, ties: bool) -> None:
+    logits = some_logits(ties)
+    actual = np.exp(np.asarray(log_probabilities(sampling, jnp.asarray(logits))))
+    expected = [
+        oracles.token_distribution(row.tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+        for row in logits.astype(np.float64)
+    ]
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-12)
+    np.testing.assert_array_equal(actual == 0, np.array(expected) == 0)
+
+
+def test_greedy_puts_everything_on_the_first_maximum() -> None:
+    logits = some_logits(ties=True)
+    probabilities = np.exp(np.asarray(log_probabilities(SamplingConfig(), jnp.asarray(logits))))
+    for row, given in zip(probabilities, logits.tolist(), strict=True):
+        assert row.tolist() == [float(i == given.index(max(given))) for i in range(23)]
+    drawn = draw(SamplingConfig(), jax.random.key(0), jnp.asarray(logits), jnp.zeros((12,), jnp.int32))
+    assert drawn.tolist() == [row.index(max(row)) for row in logits.tolist()]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_distribution_as_in_transformers(sampling: SamplingConfig) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as hf
+
+    logits = some_logits(ties=False)
+    warpers: list[Any] = [hf.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(hf.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(sampling.top_p))
+    scores = torch.tensor(logits)
+    for warper in warpers:
+        scores = warper(torch.zeros((12, 1), dtype=torch.long), scores)
+    actual = np.exp(np.asarray(log_probabilities(sampling, jnp.asarray(logits))))
+    np.testing.assert_allclose(actual, scores.softmax(-1).numpy(), rtol=2e-5, atol=1e-12)
+
+
+def test_bfloat16_logits_are_widened() -> None:
+    logits = jnp.asarray(some_logits(ties=False), jnp.bfloat16)
+    for sampling in (SamplingConfig(), SETTINGS[7]):
+        narrow = log_probabilities(sampling, logits)
+        assert narrow.dtype == jnp.float32
+        np.testing.assert_array_equal(narrow, log_probabilities(sampling, logits.astype(jnp.float32)))
+
+
+WARM = SamplingConfig(temperature=1.0, top_k=12)
+
+
+def test_draws_depend_on_the_seed() -> None:
+    logits, index = jnp.zeros((16, 50)), jnp.arange(16, dtype=jnp.int32)
+    first, again, other = (draw(WARM, jax.random.key(seed), logits, index).tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_row_is_drawn_whatever_its_neighbours() -> None:
+    """Neither the neighbours' logits and positions nor their number matter; row and position do."""
+    logits, other = jnp.asarray(some_logits(False)), jnp.asarray(some_logits(True))
+    index = jnp.arange(12, dtype=jnp.int32) * 3
+    key = jax.random.key(5)
+    whole = draw(WARM, key, logits, index)
+    for row in range(12):
+        mine = jnp.arange(12) == row
+        changed = draw(WARM, key, jnp.where(mine[:, None], logits, other), jnp.where(mine, index, index + 7))
+        alone = draw(WARM, key, logits[: row + 1], index[: row + 1])
+        assert int(changed[row]) == int(alone[row]) == int(whole[row])
+
+
+def test_rows_and_positions_draw_independently() -> None:
+    logits = jnp.zeros((64, 1000))
+    here = draw(WARM, jax.random.key(0), logits, jnp.zeros((64,), jnp.int32))
+    there = draw(WARM, jax.random.key(0), logits, jnp.ones((64,), jnp.int32))
+    assert len(set(here.tolist())) > 48 and np.mean(np.asarray(here) == np.asarray(there)) < 0.1
+
+
+def test_tokens_come_as_often_as_their_probability_says() -> None:
+    """Each of 23 counts within 5 standard deviations: a sound draw fails once in 70 000 seeds, and the seed is fixed."""
+    count, sampling = 20_000, SamplingConfig(temperature=1.3, top_k=9, top_p=0.95)
+    row = some_logits(ties=False)[0]
+    probabilities = np.array(oracles.token_distribution(row.tolist(), 1.3, 9, 0.95))
+    logits = jnp.broadcast_to(jnp.asarray(row), (count, 23))
+    drawn = jax.jit(lambda key: draw(sampling, key, logits, jnp.zeros((count,), jnp.int32)))(jax.random.key(3))
+    counts = np.bincount(np.asarray(drawn), minlength=23)
+    assert np.all(np.abs(counts - count * probabilities) <= 5 * np.sqrt(count * probabilities * (1 - probabilities)))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}])
+@pytest.mark.parametrize("also", [{}, {"top_k": 3}])
+def test_bad_temperatures_are_refused(wrong: dict[str, float], also: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        SamplingConfig(**wrong, **also)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan"))])
+def test_bad_cuts_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        SamplingConfig(**{"temperature": 1.0, name: value})  # type: ignore[arg-type]
