@@ -3,7 +3,8 @@
 from moespec_jax.backend import BACKENDS, Backend
 from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.config import DecoderConfig, RopeConfig
-from moespec_jax.model import Model, PromptResult, RequestError, RunResult, load
+from moespec_jax.model import Model, RequestError, load
+from moespec_jax.results import PromptResult, RunResult
 from moespec_jax.sample import SamplingConfig
 
 __version__ = "0.1.0"

@@ -12,7 +12,8 @@ import jax
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint import CheckpointError
-from moespec_jax.model import DEMO_TARGET, Model, RequestError, RunResult, load
+from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
+from moespec_jax.results import RunResult
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.text import TextStream, chat_prompt
 
@@ -41,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, RequestError) as error:
         # Messages may quote somebody else's words; an error stays one line.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "the host has no more"
+        print(f"error: expected model, cache and batch to fit the device's memory; {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

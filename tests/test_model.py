@@ -11,7 +11,7 @@ from tiny import CONTEXT, byte_fallback_tokenizer, write_tiny
 
 import moespec_jax
 import moespec_jax.decode
-import moespec_jax.model
+import moespec_jax.run
 from moespec_jax.attention import causal_mask
 from moespec_jax.backend import BACKENDS
 from moespec_jax.decoder import forward, unembed
@@ -133,7 +133,7 @@ SAMPLINGS = {
 def test_streaming_changes_nothing(
     model: Model, sampling: dict[str, float], interval: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moespec_jax.model, "_STREAM_INTERVAL_S", interval)
+    monkeypatch.setattr(moespec_jax.run, "_STREAM_INTERVAL_S", interval)
     whole = model.generate(PROMPTS, max_new_tokens=24, **sampling)
     calls: list[list[list[int]]] = []
     streamed = model.generate(PROMPTS, max_new_tokens=24, on_tokens=calls.append, **sampling)

@@ -41,7 +41,7 @@ def slot_experts(activation: str) -> ExpertCompute:
 
 
 def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " slots"], Int[Array, ""]]:
-    """Ids of the experts any token goes to, ascending, and their number; slots beyond that hold unused ids.
+    """Ids of the experts any token goes to, ascending, and their number; slots beyond hold any valid id.
 
     There are min(tokens * k, experts) slots, which is as many as can ever be wanted.
     """

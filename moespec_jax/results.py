@@ -1,0 +1,54 @@
+"""What a run gave: texts and tokens, how long each part took, what was read, and whether it is exact."""
+
+import dataclasses
+import importlib.metadata
+from typing import Any
+
+
+@dataclasses.dataclass
+class PromptResult:
+    """What one prompt gave. Text fields are None where there is no tokenizer.
+
+    `finish_reason` is "stop" (a stop id, which is the last of `token_ids`), "length" (`max_new_tokens`) or "context".
+    `rounds` counts forward passes after prefill; plain decoding accepts one token in each.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    accept_length: float
+    accepted_by_depth: list[float]
+    finish_reason: str
+
+
+@dataclasses.dataclass
+class RunResult:
+    """What one batch gave, and how long each part took in seconds. `tokens_per_s` counts tokens after the first of each
+    sequence over `decode_s`; compilation is in neither."""
+
+    prompts: list[PromptResult]
+    experts_wanted: float
+    experts_loaded: float
+    mass_kept: float
+    tokens_replaced: float
+    exact: bool
+    budget: dict[str, Any] | None
+    tree: dict[str, Any] | None
+    compile_s: float
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+    device: str
+    dtype: str
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries a result depends on, and ours."""
+    import moespec_jax
+
+    names = ("jax", "jaxlib", "flax", "transformers")
+    # Our own from the source: a checkout that was never installed has no metadata.
+    return {name: importlib.metadata.version(name) for name in names} | {"moespec_jax": moespec_jax.__version__}
