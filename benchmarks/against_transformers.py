@@ -3,8 +3,8 @@ r"""Plain decoding and prefill against transformers on CPU, same checkpoint, flo
     python -m benchmarks.against_transformers --shape olmoe-4-layers \
         --output benchmarks/results/against_transformers.json
 
-The floor: a one-token step reads every dense weight once and k experts per layer (OLMoE's shape with 4 layers in float32:
-0.68 GB and 0.8 GB); a 512-token prefill reads nearly everything once, and arithmetic decides: 0.28 T operations.
+The floor: a one-token step reads every dense weight once and k experts per layer (OLMoE's shape with 4 layers in
+float32: 0.68 GB and 0.8 GB); a 512-token prefill reads nearly everything once, and arithmetic decides: 0.28 T operations.
 Needs torch (`pip install torch`), which nothing else in this project does.
 """
 
@@ -74,7 +74,8 @@ def compare(directory: str, rounds: int, new_tokens: int) -> dict[str, Any]:
     device = f"CPU, {torch.get_num_threads()} cores"
     row: dict[str, Any] = {"versions": versions(), "device": device, "dtype": "float32"}
     for name, (mine, other) in cases.items():
-        mine(), other()
+        mine()
+        other()
         pairs = [(mine(), other()) for _ in range(rounds)]
         row[name] = {
             "moespec_jax": summary([a for a, _ in pairs]),

@@ -48,7 +48,7 @@ def import_memory() -> str:
     """Peak memory over parameters, one row a kind of source and a back-end."""
     loads = [run for run in _read("import_memory.json")["runs"] if run["task"] == "load"]
     rows = [
-        [run["from"], run["stored"], f"{run['stored_bytes'] / 1e9:.2f} GB", run["how"][0], run["how"][1], f"{run['factor']:.2f}"]
+        [run["from"], run["stored"], f"{run['stored_bytes'] / 1e9:.2f} GB", *run["how"][:2], f"{run['factor']:.2f}"]
         for run in loads
     ]
     return _table(["from", "stored as", "on disk", "back-end", "loaded as", "peak / parameters"], rows)
@@ -64,10 +64,12 @@ def demo_target() -> str:
     record = _read(ROOT / "moespec_jax" / "demo" / "target_record.json")
     kept = record["mass_kept_of_60_tokens"]
     mean = {b: sum(layers) / len(layers) for b, layers in kept.items()}
+    xz = f"`xz -9e` after the training text: {record['xz_bits_per_byte']:.3f}"
+    seen = f"{record['tokens'] / 1e6:.1f} M tokens of Python source ({record['steps']} steps)"
     rows = [
-        ["held-out bits per byte", f"{record['bits_per_byte']:.3f} (`xz -9e` after the training text: {record['xz_bits_per_byte']:.3f})"],
+        ["held-out bits per byte", f"{record['bits_per_byte']:.3f} ({xz})"],
         ["held-out text", f"{record['held_out_bytes'] / 1e6:.2f} MB: {', '.join(record['held_out'])}"],
-        ["trained on", f"{record['tokens'] / 1e6:.1f} M tokens of Python source ({record['steps']} steps), CPU, float32"],
+        ["trained on", f"{seen}, CPU, float32"],
         ["busiest expert's load over the mean, by layer", ", ".join(f"{x:.2f}" for x in record["load_max_over_mean"])],
         [
             "router mass of 60 tokens on the B heaviest of 32 experts",

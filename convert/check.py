@@ -24,7 +24,7 @@ from moespec_jax.hub import locate
 
 def main() -> int:
     """Compare as the command line says."""
-    parser = Parser(prog="python -m convert.check", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m convert.check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="directory (safetensors or orbax) or hub id")
     parser.add_argument("--reference", help="directory transformers loads; needed where --model is orbax")
     parser.add_argument("--tokens", type=int, default=64, help="length of each of two random sequences")

@@ -4,6 +4,7 @@ The state is what the next step needs and is donated from call to call. Streamin
 a time: the number of steps is a traced bound, so nothing is compiled twice.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -84,7 +85,7 @@ def prefill_chunk(
     """
     batch, chunk = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None, :], (batch, chunk))
-    cache = state.cache.replace(length=jnp.broadcast_to(start, (batch,)))
+    cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, (batch,)))
     hidden, cache, _ = forward(
         settings.config,
         params,
@@ -122,7 +123,7 @@ def begin(
         done=prompt_lengths >= limit,
         stop_ids=stop_ids,
         key=key,
-        cache=cache.replace(length=prompt_lengths),
+        cache=dataclasses.replace(cache, length=prompt_lengths),
     )
     return _append(settings, state, unembed(params, last_hidden))
 
@@ -159,13 +160,13 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         newest,
         positions,
         causal_mask(positions, state.cache.slots),
-        state.cache.replace(length=state.length - 1),
+        dataclasses.replace(state.cache, length=state.length - 1),
         settings.compute,
         valid=~state.done[:, None],
     )
     assert cache is not None
     wanted = _mean_distinct_experts(settings.config, info)
-    return _append(settings, state.replace(cache=cache), unembed(params, hidden[:, 0])), wanted
+    return _append(settings, dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), wanted
 
 
 def _mean_distinct_experts(config: DecoderConfig, info: ForwardInfo) -> Float[Array, ""]:
@@ -184,7 +185,8 @@ def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch 
     here = (slot == state.length[:, None]) & ~state.done[:, None]
     length = jnp.where(state.done, state.length, state.length + 1)
     stopped = jnp.any(drawn[:, None] == state.stop_ids[None, :], axis=1)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         tokens=jnp.where(here, drawn[:, None], state.tokens),
         length=length,
         done=state.done | stopped | (length >= state.limit),

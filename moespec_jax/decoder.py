@@ -5,6 +5,7 @@ family (they differ in `DecoderConfig`). Layers run one after another in Python 
 `lax.scan` over runs of equal layers where it is true; the arithmetic is the same.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -177,7 +178,7 @@ def _unrolled_layers(
             keys.append(kv[0])
             values.append(kv[1])
     if cache is not None:
-        cache = cache.replace(k=tuple(keys), v=tuple(values))
+        cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
     return x, cache, tuple(routers)
 
 

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
-from moespec_jax.results import RunResult
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
+from moespec_jax.results import RunResult
 from moespec_jax.text import TextStream, chat_prompt
 
 # Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.

@@ -138,7 +138,7 @@ def _buildable(sharding: Any) -> Any:
     which a mesh of explicit axes would not let pass."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # pyright: ignore[reportAttributeAccessIssue]
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # pyright: ignore[reportArgumentType]
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 

@@ -1,7 +1,7 @@
 """Running a decoder from a test: logits of whole sequences, and greedy decoding through the public steps of `decode`."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -49,7 +49,9 @@ def positions_of(ids: np.ndarray) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
 
 
-def cached_logits(config: DecoderConfig, params: Decoder, backend: Backend, ids: np.ndarray, spare: int = 3) -> np.ndarray:
+def cached_logits(
+    config: DecoderConfig, params: Decoder, backend: Backend, ids: np.ndarray, spare: int = 3
+) -> np.ndarray:
     """Logits of all positions by one compiled pass that writes a cache with `spare` slots too many."""
 
     def run(params: Decoder, ids: jax.Array) -> jax.Array:
@@ -69,22 +71,29 @@ def continue_greedily(
     prompts: Sequence[Sequence[int]],
     new: int,
     chunk: int = 4,
+    slots: int = 128,
 ) -> list[list[int]]:
     """`new` tokens after each prompt, all prompts as one batch, prefilled in chunks of `chunk` tokens."""
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    read, start_decoding, go_on = _greedy_programs(config, backend)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = -(-int(lengths.max()) // chunk)
-    slots = max(int(lengths.max()) + new, chunks * chunk)
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    read = fast_jit(partial(prefill_chunk, settings))
     state = empty_prefill(config, len(prompts), slots, jnp.float32, stacked=backend.stacked)
     for start in range(0, chunks * chunk, chunk):
-        state = read(params, state, jnp.asarray(tokens[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths))
+        state = read(
+            params, state, jnp.asarray(tokens[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths)
+        )
     limit = jnp.asarray(lengths + new)
     rest = (jnp.asarray(tokens), jnp.asarray(lengths), limit, jnp.full((1,), -1, jnp.int32), jax.random.key(0))
-    decoding = fast_jit(partial(begin, settings))(params, state.cache, state.last_hidden, *rest)
-    decoding, info = fast_jit(partial(decode_steps, settings))(params, decoding, jnp.int32(new))
+    decoding = start_decoding(params, state.cache, state.last_hidden, *rest)
+    decoding, info = go_on(params, decoding, jnp.int32(new))
     assert int(info.rounds) == new - 1 and bool(jnp.all(decoding.done))
     return [row[n : n + new].tolist() for row, n in zip(np.asarray(decoding.tokens), lengths, strict=True)]
+
+
+@lru_cache
+def _greedy_programs(config: DecoderConfig, backend: Backend) -> tuple[Any, Any, Any]:
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    return tuple(fast_jit(partial(function, settings)) for function in (prefill_chunk, begin, decode_steps))

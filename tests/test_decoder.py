@@ -1,6 +1,7 @@
 """Laws of the forward pass: trees, padding, stacked layers, caches filled in pieces, and no needless compilation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ def ids_of(batch: int, tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, tokens)).astype(np.int32)
 
 
+@functools.lru_cache
 def runner(backend: Backend) -> Callable[..., tuple[jax.Array, Cache]]:
     """One pass over the weights above: `(cache, ids, positions, mask, valid) -> (hidden, cache)`."""
     compute = backend.compute(CONFIG.hidden_act)
@@ -120,7 +122,7 @@ def test_unused_slots_of_the_cache_change_nothing(backend: Backend) -> None:
     positions = positions_of(ids)
     arguments = (jnp.asarray(ids), positions, causal_mask(positions, SLOTS))
     clean, run = fresh(backend, 2), runner(backend)
-    dirty = jax.tree.map(lambda a: a + 1e4, clean).replace(length=clean.length)
+    dirty = jax.tree.map(lambda a: jnp.full_like(a, 1e4), clean).replace(length=clean.length)
     np.testing.assert_array_equal(run(clean, *arguments)[0], run(dirty, *arguments)[0])
 
 
@@ -129,7 +131,8 @@ def test_stacked_equals_unrolled(sparse: tuple[bool, ...]) -> None:
     config = dataclasses.replace(CONFIG, sparse_layers=sparse)
     tensors, ids = random_tensors(config, seed=2), ids_of(2, 10)
     unrolled, stacked = (
-        cached_logits(config, build(config, tensors, BACKENDS[name]), BACKENDS[name], ids) for name in ("switch", "slots")
+        cached_logits(config, build(config, tensors, BACKENDS[name]), BACKENDS[name], ids)
+        for name in ("switch", "slots")
     )
     np.testing.assert_allclose(unrolled, stacked, atol=TOLERANCE)
     assert unrolled.std() > 0.3
@@ -181,11 +184,15 @@ def test_one_token_steps_equal_one_shot(backend: Backend) -> None:
 def test_a_batch_decodes_as_its_sequences_alone(backend: Backend) -> None:
     params = build(CONFIG, TENSORS, backend)
     prompts = [ids_of(1, length, seed=length)[0].tolist() for length in (7, 1, 4)]
-    together = continue_greedily(CONFIG, params, backend, prompts, new=12)
-    assert together == [continue_greedily(CONFIG, params, backend, [prompt], new=12)[0] for prompt in prompts]
-    for prompt, new in zip(prompts, together, strict=True):
-        logits = cached_logits(CONFIG, params, backend, np.array([prompt + new]))
-        assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == new
+    run = partial(continue_greedily, CONFIG, params, backend, new=12, slots=SLOTS)
+    together = run(prompts)
+    assert together == [run([prompt])[0] for prompt in prompts]
+    whole = np.zeros((3, 7 + 12), np.int32)
+    for row, prompt, new in zip(whole, prompts, together, strict=True):
+        row[: len(prompt) + 12] = prompt + new
+    logits = cached_logits(CONFIG, params, backend, whole)
+    for row, prompt, new in zip(logits, prompts, together, strict=True):
+        assert row[len(prompt) - 1 : len(prompt) + 11].argmax(-1).tolist() == new
 
 
 def test_tied_embeddings_unembed_with_the_embedding() -> None:

@@ -43,7 +43,9 @@ def random_experts(seed: int = 0) -> PerExpert:
 
 
 def stacks(experts: PerExpert) -> tuple[ExpertStack, ...]:
-    return tuple(ExpertStack(*(jnp.stack([getattr(e, n) for e in layer]) for n in ("gate", "up", "down"))) for layer in experts)
+    return tuple(
+        ExpertStack(*(jnp.stack([getattr(e, n) for e in layer]) for n in ("gate", "up", "down"))) for layer in experts
+    )
 
 
 def routings(tokens: int) -> dict[str, Routing]:
@@ -94,7 +96,9 @@ def test_agrees_with_the_loop(form: str, tokens: int) -> None:
     held = FORMS[form][1](experts)
     matrices = [tuple(np.asarray(m) for m in (e.gate, e.up, e.down)) for e in experts[LAYER]]
     for name, routing in routings(tokens).items():
-        expected = oracles.experts(np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu")
+        expected = oracles.experts(
+            np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu"
+        )
         np.testing.assert_allclose(np.asarray(run(held, x, routing)), expected, atol=2e-6, rtol=2e-6, err_msg=name)
 
 
@@ -136,7 +140,9 @@ def test_bfloat16(form: str, tokens: int) -> None:
 
     experts, x, routing = narrow(random_experts()), narrow(rows(tokens)), routings(tokens)["some tokens to nobody"]
     matrices = [tuple(np.asarray(m) for m in (e.gate, e.up, e.down)) for e in experts[LAYER]]
-    expected = oracles.experts(np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu")
+    expected = oracles.experts(
+        np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu"
+    )
     actual = compiled(form)(FORMS[form][1](experts), x, routing)
     assert actual.dtype == jnp.float32
     # bfloat16 keeps 8 bits; gate, up and result are each rounded once.

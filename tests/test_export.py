@@ -121,7 +121,7 @@ def test_what_a_family_cannot_say_is_refused(family: str, change: dict, tmp_path
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("number", "family"), enumerate(FAMILIES, start=1))
+@pytest.mark.parametrize(("number", "family"), list(enumerate(FAMILIES, start=1)))
 def test_transformers_computes_the_same_with_it(number: int, family: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -96,7 +96,9 @@ def test_logits_of_the_back_ends(family: str, number: int, tmp_path: Path) -> No
     config = load_config(tmp_path)
     params = load_safetensors(tmp_path, config, backend, jnp.float32)
     ids = random_ids(number)
-    np.testing.assert_allclose(cached_logits(config, params, backend, ids), hf_logits(model, ids), atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(
+        cached_logits(config, params, backend, ids), hf_logits(model, ids), atol=TOLERANCE, rtol=0
+    )
 
 
 GREEDY: dict[str, Fields] = {

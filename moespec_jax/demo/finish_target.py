@@ -4,7 +4,10 @@ Writes the model in Hugging Face format, loads it back the ordinary way, and mea
 per byte, load of the experts, weight of the routing tail. The figures and the loss curve go beside the model.
 """
 
+# pyright: reportArgumentType=false  (optax does not type dataclass trees)
+
 import argparse
+import dataclasses
 import json
 import lzma
 import math
@@ -80,7 +83,7 @@ def _per_expert(params: Decoder) -> Decoder:
         tuple(GatedMlp(stack.gate[e], stack.up[e], stack.down[e]) for e in range(CONFIG.num_experts))
         for stack in params.experts  # pyright: ignore[reportGeneralTypeIssues]
     )
-    return params.replace(experts=layers)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(params, experts=layers)
 
 
 def measure(model: Model, documents: list[str]) -> dict[str, Any]:

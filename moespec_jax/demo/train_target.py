@@ -4,6 +4,9 @@ Resumable: the same command continues from the last checkpoint in DIR, and every
 so an interrupted run sees the same batches as an uninterrupted one. Runs on whatever device JAX finds.
 """
 
+# optax types its parameters as arrays and containers; trees of dataclasses are as good, but pyright cannot know.
+# pyright: reportArgumentType=false
+
 import argparse
 import dataclasses
 import functools
@@ -146,11 +149,11 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 def _matrix_dimensions(params: Decoder) -> Decoder:
     """Which axes of each parameter form the matrix that Muon orthogonalises; None where AdamW is used."""
     matrix = optax.contrib.MuonDimensionNumbers
-    attention = Attention(q=matrix(1, 0), k=matrix(1, 0), v=matrix(1, 0), o=matrix(0, 1), q_norm=None, k_norm=None)  # pyright: ignore[reportArgumentType]
-    layer = Layer(None, attention, None, SparseMlp(router=None))  # pyright: ignore[reportArgumentType]
-    stack = ExpertStack(matrix(1, 2), matrix(1, 2), matrix(1, 2))  # pyright: ignore[reportArgumentType]
+    attention = Attention(q=matrix(1, 0), k=matrix(1, 0), v=matrix(1, 0), o=matrix(0, 1), q_norm=None, k_norm=None)
+    layer = Layer(None, attention, None, SparseMlp(router=None))
+    stack = ExpertStack(matrix(1, 2), matrix(1, 2), matrix(1, 2))
     count = len(params.layers)
-    return Decoder(None, (layer,) * count, (stack,) * count, None, None)  # pyright: ignore[reportArgumentType]
+    return Decoder(None, (layer,) * count, (stack,) * count, None, None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))

@@ -1,0 +1,165 @@
+"""What a `config.json` may say: defaults as published, and every field we would compute wrongly refused by its name."""
+
+from typing import Any
+
+import pytest
+from hf_models import FAMILIES, Fields, draw_fields
+
+from moespec_jax.config import RopeConfig
+from moespec_jax.families import UnsupportedConfig, read_config, read_rope
+
+
+def fields_of(family: str, **changes: Any) -> Fields:
+    return draw_fields(family, 0) | changes
+
+
+def refused(family: str, match: str, **changes: Any) -> None:
+    read_config(fields_of(family))
+    with pytest.raises(UnsupportedConfig, match=match):
+        read_config(fields_of(family, **changes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("quantization_config", {"quant_method": "fp8"}),
+        ("vocab_size", 0),
+        ("vocab_size", "64"),
+        ("vocab_size", 1 << 40),
+        ("vocab_size", True),
+        ("num_hidden_layers", -1),
+        ("num_attention_heads", 2.0),
+        ("num_key_value_heads", 3),
+        ("head_dim", 7),
+        ("num_experts_per_tok", 99),
+        ("max_position_embeddings", None),
+        ("rms_norm_eps", "small"),
+        ("hidden_act", "quick_gelu"),
+        ("tie_word_embeddings", "yes"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(family: str, name: str, value: Any) -> None:
+    refused(family, name, **{name: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_missing_field_is_refused_by_name(family: str) -> None:
+    optional = {
+        *("num_key_value_heads", "head_dim", "norm_topk_prob", "hidden_act", "tie_word_embeddings", "attention_bias"),
+        *("qkv_bias", "clip_qkv", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        *("mlp_only_layers", "decoder_sparse_step", "rope_parameters", "rope_theta", "rope_scaling"),
+    }
+    required = set(fields_of(family)) - optional
+    assert required >= {"model_type", "num_experts_per_tok", "hidden_size"}
+    for name in required:
+        rest = {key: value for key, value in fields_of(family).items() if key != name}
+        with pytest.raises(UnsupportedConfig, match=name.replace("_local", "")):  # either name of the count will do
+            read_config(rest)
+
+
+@pytest.mark.parametrize("model_type", ["llama", None, 3, "deepseek_v3"])
+def test_other_architectures_are_refused(model_type: Any) -> None:
+    with pytest.raises(UnsupportedConfig, match="model_type") as caught:
+        read_config({"model_type": model_type})
+    assert all(family in str(caught.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("scaling", "match"),
+    [
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_type.*longrope"),
+        ({"type": "mrope", "mrope_section": [1, 2]}, "rope_type.*mrope"),
+        ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "yarn", "factor": 2.0, "surprise": 1.0}, "surprise"),
+        ({"rope_type": "linear", "factor": -1.0}, "factor"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_type": "default", "rope_theta": "big"}, "rope_theta"),
+    ],
+)
+def test_other_rotary_settings_are_refused(family: str, place: str, scaling: Fields, match: str) -> None:
+    fields = {key: value for key, value in fields_of(family).items() if not key.startswith("rope")}
+    with pytest.raises(UnsupportedConfig, match=match):
+        read_config(fields | {place: scaling})
+
+
+def test_partial_rotary_heads_are_refused_at_the_top_too() -> None:
+    refused("qwen3_moe", "partial_rotary_factor", partial_rotary_factor=0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (dict(layer_types=["full_attention"]), "layer_types"),
+        (dict(layer_types=["chunked_attention", "full_attention"]), "layer_types"),
+        (dict(use_sliding_window=False, layer_types=["sliding_attention", "full_attention"]), "layer_types"),
+        (dict(decoder_sparse_step=0), "decoder_sparse_step"),
+        (dict(decoder_sparse_step="2"), "decoder_sparse_step"),
+    ],
+)
+def test_layer_settings_are_refused(changes: Fields, match: str) -> None:
+    refused("qwen2_moe", match, **changes)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_families_of_one_window_refuse_a_mixture(family: str) -> None:
+    """transformers does not read `layer_types` there: a mixture would silently be something else."""
+    on: Fields = dict(use_sliding_window=True, sliding_window=5)
+    refused(family, "layer_types", **on, layer_types=["full_attention", "sliding_attention"])
+    agreeing = read_config(fields_of(family, **on, layer_types=["sliding_attention"] * 2))
+    assert agreeing.sliding_windows == read_config(fields_of(family, **on)).sliding_windows == (5, 5)
+
+
+def test_windows_as_published() -> None:
+    def windows(family: str, **changes: Any) -> tuple[int, ...]:
+        fields = fields_of(family, num_hidden_layers=5, **changes)
+        fields.pop("layer_types", None)
+        return read_config(fields).sliding_windows
+
+    assert windows("qwen2_moe", use_sliding_window=True, sliding_window=7, max_window_layers=3) == (7, 0, 7, 0, 0)
+    assert windows("qwen2_moe", use_sliding_window=False, sliding_window=7) == (0,) * 5
+    assert windows("qwen3_moe", use_sliding_window=True, sliding_window=7, max_window_layers=3) == (7,) * 5
+    assert windows("qwen3_moe", use_sliding_window=False, sliding_window=7) == (0,) * 5
+    assert windows("mixtral", sliding_window=7) == (7,) * 5
+    assert windows("mixtral", sliding_window=None) == (0,) * 5
+    assert windows("olmoe", sliding_window=7) == (0,) * 5
+
+
+def test_sparse_layers_as_published() -> None:
+    fields = fields_of("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert read_config(fields).sparse_layers == (False, True, False, False, False, True)
+
+
+def test_defaults_as_published() -> None:
+    dropped = {"head_dim", "num_key_value_heads", "norm_topk_prob", "hidden_act", "tie_word_embeddings", "qkv_bias"}
+    for family in FAMILIES:
+        fields = {key: v for key, v in fields_of(family).items() if key not in dropped and not key.startswith("rope")}
+        config = read_config(fields)
+        assert config.head_dim == fields["hidden_size"] // fields["num_attention_heads"]
+        assert config.num_key_value_heads == config.num_attention_heads
+        assert config.norm_topk_prob == (family == "mixtral") and not config.tie_word_embeddings
+        assert config.qkv_bias == (family == "qwen2_moe" or fields.get("attention_bias", False))
+        assert config.hidden_act == "silu"
+        assert config.rope == RopeConfig(rope_theta=1_000_000.0 if family == "mixtral" else 10_000.0)
+
+
+def test_both_spellings_of_the_experts_count() -> None:
+    fields = fields_of("qwen3_moe")
+    count = fields.pop("num_experts")
+    assert read_config(fields | {"num_local_experts": count}) == read_config(fields | {"num_experts": count})
+
+
+def test_both_spellings_of_the_rotary_settings() -> None:
+    scaling = {"factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0, "mscale": None}
+    expected = RopeConfig("yarn", 5e5, 4.0, original_max_position_embeddings=32, beta_fast=16.0)
+    for fields in (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **scaling}},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "yarn", **scaling}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **scaling}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "rope_type": "yarn", **scaling}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 16.0}}
+        | {"original_max_position_embeddings": 32},
+    ):
+        assert read_rope(fields, 10_000.0) == expected

@@ -1,0 +1,35 @@
+"""Logits and greedy tokens of committed checkpoints, as transformers computed them; needs neither torch nor transformers.
+
+The checkpoints are made by `golden/make_golden.py`.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from driver import cached_logits, continue_greedily
+
+from moespec_jax.backend import BACKENDS
+from moespec_jax.checkpoint import load_config, load_safetensors
+
+DIRECTORIES = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.npz"))
+
+
+def test_every_family_is_there() -> None:
+    assert [path.name for path in DIRECTORIES] == ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("name", ["switch", "slots"])
+@pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
+def test_golden(directory: Path, name: str) -> None:
+    expected, backend = np.load(directory / "expected.npz"), BACKENDS[name]
+    config = load_config(directory)
+    params = load_safetensors(directory, config, backend, jnp.float32)
+    ids = expected["ids"]
+    logits = cached_logits(config, params, backend, ids)
+    # On logits of standard deviation 1; the two programs sum in different orders.
+    np.testing.assert_allclose(logits, expected["logits"], atol=5e-5, rtol=0)
+    prompts = [row[:length].tolist() for row, length in zip(ids, expected["prompt_lengths"], strict=True)]
+    new = expected["greedy"].shape[1]
+    assert continue_greedily(config, params, backend, prompts, new, slots=64) == expected["greedy"].tolist()
