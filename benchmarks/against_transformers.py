@@ -4,7 +4,8 @@ r"""Plain decoding and prefill against transformers on CPU, same checkpoint, flo
         --output benchmarks/results/against_transformers.json
 
 The floor: a one-token step reads every dense weight once and k experts per layer (OLMoE's shape with 4 layers in
-float32: 0.68 GB and 0.8 GB); a 512-token prefill reads nearly everything once, and arithmetic decides: 0.28 T operations.
+float32: 0.68 GB and 0.8 GB); a 512-token prefill reads nearly everything once, and arithmetic decides: 0.28 T
+operations.
 Needs torch (`pip install torch`), which nothing else in this project does.
 """
 

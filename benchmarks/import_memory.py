@@ -40,7 +40,7 @@ TARGET = 1.3
 
 def main() -> None:
     """Run everything, print one line each, and write the results beside this script."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where the temporary directory is made")
     parser.add_argument("--task", help=argparse.SUPPRESS)

@@ -57,6 +57,7 @@ def whole_directory(output: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `output` exists and is not an empty directory.
     """
+    output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"expected an output directory that is new or empty; {output} is neither")
     workplace = output.with_name(output.name + ".incomplete")
@@ -68,8 +69,8 @@ def whole_directory(output: Path) -> Iterator[Path]:
     (workplace / MARK).touch()
     try:
         yield workplace
-        (workplace / MARK).unlink()
         os.replace(workplace, output)
+        (output / MARK).unlink()
     except BaseException:
         shutil.rmtree(workplace, ignore_errors=True)
         raise

@@ -24,7 +24,7 @@ from moespec_jax.hub import locate
 
 def main() -> int:
     """Compare as the command line says."""
-    parser = Parser(prog="python -m convert.check", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m convert.check", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="directory (safetensors or orbax) or hub id")
     parser.add_argument("--reference", help="directory transformers loads; needed where --model is orbax")
     parser.add_argument("--tokens", type=int, default=64, help="length of each of two random sequences")
@@ -79,7 +79,7 @@ def reference_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
         raise CheckpointError(f"expected torch and transformers to compare with; {error}") from None
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # whatever transformers finds wrong with it
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"expected a directory that transformers loads; {directory}: {reason}") from None
     with torch.no_grad():

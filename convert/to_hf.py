@@ -13,7 +13,7 @@ from moespec_jax.hub import locate
 
 def main() -> int:
     """Convert as the command line says."""
-    parser = Parser(prog="python -m convert.to_hf", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m convert.to_hf", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="directory of orbax (or safetensors, to change dtype or shards)")
     parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")

@@ -13,7 +13,7 @@ from moespec_jax.orbax_io import write_orbax
 
 def main() -> int:
     """Convert as the command line says."""
-    parser = Parser(prog="python -m convert.to_orbax", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m convert.to_orbax", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="directory of safetensors, or a hub id")
     parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")

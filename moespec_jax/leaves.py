@@ -148,7 +148,8 @@ def _converted(array: np.ndarray, dtype: Any, transpose: bool) -> jax.Array:
         array, transpose = array.T, not transpose
     if array.dtype == dtype and not transpose:
         return jnp.array(array, copy=True)
-    return _convert(jnp.asarray(array), dtype, transpose)
+    # On CPU, device_put takes host memory as it is; jnp.asarray would copy it.
+    return _convert(jax.device_put(array), dtype, transpose)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

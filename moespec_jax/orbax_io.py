@@ -1,5 +1,5 @@
-"""Orbax in and out: one orbax checkpoint per layer. Loading holds a tensor beside the parameters; writing holds one layer,
-three times over while orbax writes it.
+"""Orbax in and out: one orbax checkpoint per layer. Loading holds a tensor beside the parameters; writing holds one
+layer, three times over while orbax writes it.
 
     orbax/base            {"embed", "norm", "lm_head"}
     orbax/layers/007      {"input_norm", "attention": {"q", ...}, "mlp": {"router", ...},
@@ -23,7 +23,7 @@ from moespec_jax.backend import Backend
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.files import CheckpointError, listing, read_json, write_json
-from moespec_jax.leaves import Placement, Source, cast, copy_into, load_source
+from moespec_jax.leaves import HostBuffer, Placement, Source, cast, copy_into, load_source
 from moespec_jax.parameters import final_shape
 from moespec_jax.tensors import Path as TreePath
 from moespec_jax.tensors import Tensor, tensor_table
@@ -85,9 +85,10 @@ def open_orbax(directory: Path, config: DecoderConfig) -> Source:
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         wanted = set(names)
+        buffer = HostBuffer()
         for leaf in leaves:
             if chosen := [name for name in leaf.tensors if name in wanted]:
-                yield from _read_leaf(root, leaf, stored[leaf.key], chosen)
+                yield from _read_leaf(root, leaf, stored[leaf.key], chosen, buffer)
 
     return Source(dtypes, read)
 
@@ -210,7 +211,9 @@ def _check_manifest(root: Path, config: DecoderConfig, leaves: list[StoredLeaf])
     return {key: jnp.dtype(found[key]["dtype"]) for key in wanted}
 
 
-def _read_leaf(root: Path, leaf: StoredLeaf, dtype: np.dtype, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_leaf(
+    root: Path, leaf: StoredLeaf, dtype: np.dtype, names: list[str], buffer: HostBuffer
+) -> Iterator[tuple[str, np.ndarray]]:
     """The named tensors of one array, row by row where it is stacked.
 
     Read with TensorStore, as orbax does it inside: through orbax, arrays come whole only, and are let go of late.
@@ -230,8 +233,10 @@ def _read_leaf(root: Path, leaf: StoredLeaf, dtype: np.dtype, names: list[str]) 
                 f"expected {leaf.key} as {dtype}{list(leaf.shape)}, as {MANIFEST} says; it is {found} in {piece}"
             )
         for name in names:
-            array = store[rows[name]] if leaf.stacked else store
-            yield name, _oriented(array.read().result(), leaf.tensors[name])
+            part = store[rows[name]] if leaf.stacked else store
+            array = buffer.array(part.shape, dtype)
+            tensorstore.array(array).write(part).result()
+            yield name, _oriented(array, leaf.tensors[name])
     except CheckpointError:
         raise
     except Exception as error:  # TensorStore names no exceptions of its own

@@ -1,4 +1,4 @@
-"""Running a decoder from a test: logits of whole sequences, and greedy decoding through the public steps of `decode`."""
+"""Running a decoder from a test: logits of whole sequences, and greedy decoding by the public steps of `decode`."""
 
 from collections.abc import Sequence
 from functools import lru_cache, partial

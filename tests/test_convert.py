@@ -151,7 +151,7 @@ KILLED = {
     ),
     "before the manifest": f"moespec_jax.orbax_io.write_json = {KILL}",
     "before the config": f"convert.to_orbax.copy_besides = {KILL}",
-    "before the last rename": f"convert.os.replace = {KILL}",
+    "before the last rename": f"convert.os = type('os', (), dict(replace={KILL}))",
 }
 
 
@@ -167,7 +167,9 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     assert not output.exists()
     rest = tmp_path / "b.incomplete"
     assert rest.exists()
-    if where != "before the last rename":  # by then all is written but the name
+    if where == "before the last rename":  # all is written but the name
+        load_parameters(rest, load_config(rest), BACKENDS["switch"], "float32")
+    else:
         with pytest.raises(CheckpointError):
             load_parameters(rest, load_config(rest), BACKENDS["switch"], "float32")
     assert run(to_orbax.main, monkeypatch, *arguments) == 0
@@ -187,6 +189,15 @@ def test_an_interrupted_conversion_cleans_up(
     assert run(script.main, monkeypatch, "--model", model, "--output", tmp_path / "b") == 130
     assert capsys.readouterr().err == "error: expected to finish; interrupted, and nothing was kept\n"
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_output_may_be_an_empty_directory_given_as_a_dot(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    assert run(to_orbax.main, monkeypatch, "--model", model, "--output", ".") == 0
+    assert not list((tmp_path / "b").glob(".*")) and load_config(tmp_path / "b") == load_config(model)
 
 
 def test_outputs_are_never_overwritten(

@@ -15,7 +15,7 @@ from driver import FAST_COMPILE, build, cached_logits, continue_greedily, fast_j
 from moespec_jax.attention import causal_mask
 from moespec_jax.backend import BACKENDS, Backend
 from moespec_jax.cache import Cache, empty_cache
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.decode import Settings, begin, decode_steps, empty_prefill, prefill_chunk
 from moespec_jax.decoder import Decoder, forward, layer_runs, unembed
 from moespec_jax.sample import SamplingConfig
@@ -34,7 +34,7 @@ CONFIG = DecoderConfig(
     num_experts_per_tok=2,
     max_position_embeddings=64,
     sparse_layers=(True, False, True),
-    sliding_windows=(0, 4, 4),
+    sliding_windows=(0, 4, 3),
     qkv_bias=True,
     shared_expert_intermediate_size=8,
 )
@@ -69,7 +69,8 @@ def one_shot(backend: Backend, ids: np.ndarray) -> tuple[jax.Array, Cache]:
     return runner(backend)(fresh(backend, len(ids)), jnp.asarray(ids), positions, causal_mask(positions, SLOTS))
 
 
-PARENTS = (-1, 0, 0, 1, 1, 2, 3)
+# The last path, 0-2-4-5-6, is longer than the windows and its nodes are not in neighbouring slots.
+PARENTS = (-1, 0, 0, 2, 2, 4, 5)
 
 
 def path_to(node: int) -> list[int]:
@@ -78,7 +79,7 @@ def path_to(node: int) -> list[int]:
 
 @both_backends
 def test_a_tree_equals_its_paths_run_alone(backend: Backend) -> None:
-    """Two prefixes of different lengths, one tree after both; windows of 4 tokens cut through prefix and tree."""
+    """Two prefixes of different lengths, one tree after both; windows cut through prefix and tree."""
     lengths, nodes = (5, 9), len(PARENTS)
     prefixes, tree = ids_of(2, 9), ids_of(2, nodes, seed=1)
     _, cache = one_shot(backend, prefixes)
@@ -164,8 +165,23 @@ def test_prefill_in_chunks_equals_one_shot(backend: Backend, chunk: int) -> None
     hidden, cache = one_shot(backend, ids)
     for b, length in enumerate(lengths):
         np.testing.assert_allclose(state.last_hidden[b], hidden[b, length - 1], atol=TOLERANCE)
-        for ours, whole in zip(jax.tree.leaves((state.cache.k, state.cache.v)), jax.tree.leaves((cache.k, cache.v))):
+        stores = ((c.k, c.v) for c in (state.cache, cache))
+        for ours, whole in zip(*map(jax.tree.leaves, stores), strict=True):
             np.testing.assert_allclose(ours[..., b, :, :length, :], whole[..., b, :, :length, :], atol=TOLERANCE)
+
+
+def test_prefill_in_chunks_rotates_by_the_longest_prompt() -> None:
+    """Dynamic scaling beyond the context: the first chunk must know how long the prompts are."""
+    rope = RopeConfig(rope_type="dynamic", factor=4.0)
+    config, backend = dataclasses.replace(CONFIG, rope=rope, max_position_embeddings=8), BACKENDS["switch"]
+    params, ids, lengths = build(config, TENSORS, backend), ids_of(2, 12), np.array([12, 7], np.int32)
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    read = partial(fast_jit(partial(prefill_chunk, settings)), params)
+    state = empty_prefill(config, 2, SLOTS, jnp.float32, stacked=False)
+    for start in range(0, 12, 4):
+        state = read(state, jnp.asarray(ids[:, start : start + 4]), jnp.int32(start), jnp.asarray(lengths))
+    expected = cached_logits(config, params, backend, ids)[np.arange(2), lengths - 1]
+    np.testing.assert_allclose(unembed(params, state.last_hidden), expected, atol=TOLERANCE)
 
 
 @both_backends

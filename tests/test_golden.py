@@ -1,6 +1,6 @@
-"""Logits and greedy tokens of committed checkpoints, as transformers computed them; needs neither torch nor transformers.
+"""Logits and greedy tokens of committed checkpoints, as transformers computed them.
 
-The checkpoints are made by `golden/make_golden.py`.
+Neither torch nor transformers is needed. The checkpoints are made by `golden/make_golden.py`.
 """
 
 from pathlib import Path

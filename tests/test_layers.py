@@ -37,11 +37,12 @@ def test_rms_norm(size: float, eps: float) -> None:
 
 
 def test_rms_norm_of_bfloat16_is_taken_in_float32() -> None:
-    """Squares of 2**70 overflow bfloat16's range of exponents and float32's, those of 2**60 only would in float16."""
-    x = jnp.full((1, 8), 2.0**60, jnp.bfloat16)
-    out = rms_norm(x, jnp.full((8,), 3.0, jnp.bfloat16), 1e-6)
+    """Only the normed row and its product with the weight are rounded to bfloat16's 8 bits."""
+    x, weight = jnp.asarray(draw(4, 512), jnp.bfloat16), jnp.asarray(draw(512, seed=1), jnp.bfloat16)
+    out = rms_norm(x, weight, 1e-6)
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(out, np.float32), 3.0)
+    expected = oracles.rms_norm(np.asarray(x), np.asarray(weight), 1e-6)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2 * 2**-8)
 
 
 @pytest.mark.parametrize("activation", oracles.ACTIVATIONS)

@@ -57,7 +57,8 @@ def test_draws_cover_every_setting(family: str) -> None:
     drawn = [draw_fields(family, number) for number in range(DRAWS)]
     assert all(fields["max_position_embeddings"] == CONTEXT < TOKENS for fields in drawn)
     ropes = [f.get("rope_parameters") or {"rope_theta": 0} | (f["rope_scaling"] or {"type": "default"}) for f in drawn]
-    assert len({(r.get("rope_type") or r["type"], "rope_parameters" in f) for r, f in zip(ropes, drawn)}) == 10
+    kinds = [(r.get("rope_type") or r["type"], "rope_parameters" in f) for r, f in zip(ropes, drawn, strict=True)]
+    assert len(set(kinds)) == 10
     both = ["tie_word_embeddings"]
     both += ["norm_topk_prob"] * (family != "mixtral") + ["attention_bias"] * (family in ("olmoe", "qwen3_moe"))
     both += ["use_sliding_window"] * family.startswith("qwen") + ["qkv_bias"] * (family == "qwen2_moe")

@@ -4,7 +4,8 @@ Writes the model in Hugging Face format, loads it back the ordinary way, and mea
 per byte, load of the experts, weight of the routing tail. The figures and the loss curve go beside the model.
 """
 
-# pyright: reportArgumentType=false  (optax does not type dataclass trees)
+# optax does not type dataclass trees.
+# pyright: reportArgumentType=false
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Makes the checkpoints and expectations of this directory with transformers and torch: `python tests/golden/make_golden.py`.
+"""Makes the checkpoints and expectations of this directory: `python tests/golden/make_golden.py`; needs torch.
 
 One tiny random checkpoint a family, as transformers writes it, with what transformers computes from it.
 """
@@ -49,9 +49,8 @@ def make(family: str, seed: int) -> None:
     greedy = np.array(hf_greedy(model, prompts, NEW_TOKENS), np.int32)
     expected = dict(ids=ids, logits=logits, prompt_lengths=np.array(PROMPT_LENGTHS, np.int32), greedy=greedy)
     np.savez_compressed(HERE / family / "expected.npz", **expected)
-    print(
-        f"{family}: logits of standard deviation {logits.std():.2f}, {len(set(greedy.ravel().tolist()))} distinct tokens"
-    )
+    distinct = len(set(greedy.ravel().tolist()))
+    print(f"{family}: logits of standard deviation {logits.std():.2f}, {distinct} distinct tokens")
 
 
 if __name__ == "__main__":
