@@ -3,6 +3,9 @@
 Slot p of a sequence holds the token at position p. Everything from `length` on is free, whatever bytes lie there.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -55,12 +58,24 @@ def write_rows(
     """
     rows = rows.swapaxes(1, 2).astype(store.dtype)
     zero = jnp.zeros((), jnp.int32)
-    for b in range(rows.shape[0]):
-        place, block = (jnp.int32(b), zero, start[b], zero), rows[b : b + 1]
+    batch = rows.shape[0]
+
+    def write(b: Array, store: Array) -> Array:
+        place, block = (jnp.asarray(b, jnp.int32), zero, start[b], zero), jax.lax.dynamic_slice_in_dim(rows, b, 1)
         if layer is not None:
             place, block = (layer, *place), block[None]
-        store = jax.lax.dynamic_update_slice(store, block, place)
+        return jax.lax.dynamic_update_slice(store, block, place)
+
+    # Small batches are unrolled; the program of a large one must not grow with it.
+    loop = _unrolled if batch <= 8 else jax.lax.fori_loop
+    store = loop(0, batch, write, store)
     if layer is not None:
         # Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows.
         store = with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
+    return store
+
+
+def _unrolled(lower: int, upper: int, body: Callable[[Any, Array], Array], store: Array) -> Array:
+    for i in range(lower, upper):
+        store = body(i, store)
     return store

@@ -67,6 +67,18 @@ class DecoderConfig:
     shared_expert_intermediate_size: int = 0
 
     @property
+    def context_length(self) -> int:
+        """The longest sequence in tokens. A rotary scaling extends what the model was trained on; files differ in
+        whether `max_position_embeddings` already says so, and the larger reading counts."""
+        rope, trained = self.rope, self.max_position_embeddings
+        if rope.rope_type == "default":
+            return trained
+        original = rope.original_max_position_embeddings
+        if rope.rope_type in ("yarn", "llama3") and original is not None:
+            return max(trained, int(original * rope.factor))
+        return max(trained, int(trained * rope.factor)) if rope.rope_type in ("linear", "dynamic") else trained
+
+    @property
     def num_sparse_layers(self) -> int:
         """How many layers route to experts."""
         return sum(self.sparse_layers)

@@ -58,9 +58,10 @@ def export(
         CheckpointError: a value does not fit `dtype`.
         ValueError: the family's config.json cannot express `config`.
     """
+    fields = checked_fields(config, {"dtype": str(jnp.dtype(dtype))} | dict(extra or {}))
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(decoder_source(params, config), config, directory, dtype, max_shard_bytes, progress)
-    write_config(config, directory, {"dtype": str(jnp.dtype(dtype))} | dict(extra or {}))
+    write_json(directory / "config.json", fields)
 
 
 def write_safetensors(
@@ -95,6 +96,15 @@ def write_config(config: DecoderConfig, directory: Path, extra: Mapping[str, Any
     """Write config.json as the family publishes it: transformers loads it, and `read_config` gives `config` back.
 
     Raises:
+        ValueError: as `checked_fields`.
+    """
+    write_json(directory / "config.json", checked_fields(config, extra))
+
+
+def checked_fields(config: DecoderConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The published fields and `extra`, which read back as `config`.
+
+    Raises:
         ValueError: the family's file cannot say what `config` says; the message names the field.
     """
     fields = config_fields(config) | dict(extra or {})
@@ -103,7 +113,7 @@ def write_config(config: DecoderConfig, directory: Path, extra: Mapping[str, Any
         asked, got = getattr(config, field.name), getattr(again, field.name)
         if asked != got:
             raise ValueError(f"expected {field.name} that {config.model_type} can express ({got!r}); came {asked!r}")
-    write_json(directory / "config.json", fields)
+    return fields
 
 
 def config_fields(config: DecoderConfig) -> dict[str, Any]:

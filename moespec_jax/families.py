@@ -195,7 +195,7 @@ def _number(name: str, value: Any) -> float:
 
 def _experts(fields: Fields) -> int:
     """Mixtral says `num_local_experts`; recent transformers writes it for Qwen3-MoE as well."""
-    return _count(fields, "num_local_experts" if "num_local_experts" in fields else "num_experts")
+    return _count(fields, "num_experts" if fields.get("num_local_experts") is None else "num_local_experts")
 
 
 def _sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
@@ -218,7 +218,7 @@ def _uniform_windows(fields: Fields, layers: int, window: int | None) -> tuple[i
 def _windows(fields: Fields, layers: int, window: int | None) -> tuple[int, ...]:
     kinds = fields.get("layer_types")
     if window:
-        _number("sliding_window", window)
+        _count({"sliding_window": window}, "sliding_window")
     if kinds is None:
         return (int(window or 0),) * layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
@@ -257,6 +257,7 @@ def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
         given["original_max_position_embeddings"] = original  # as in transformers, this place has precedence
     if unknown := set(given) - known:
         raise UnsupportedConfig(f"unknown rope parameter {sorted(unknown)[0]!r} for rope_type {rope_type!r}")
+    _flag(given, "truncate")
     for name, value in given.items():
         if name == "factor" or (name != "truncate" and value != 0):  # published files have mscale 0
             _number(name, value)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from moespec_jax.files import CheckpointError
 
-# Code in a repository is never fetched, let alone run; weights only as safetensors.
+# Code in a repository is never fetched, let alone run; weights only as safetensors, and only once: some repositories
+# hold them again under other names.
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orbax/**"]
+_IGNORED = ["*.py", "consolidated*", "*/*.safetensors"]
 
 
 def locate(model: str, revision: str | None = None, offline: bool = False, progress: bool = False) -> Path:
@@ -39,7 +41,8 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
 
     at = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS, local_files_only=offline))
+        wanted = {"allow_patterns": _PATTERNS, "ignore_patterns": _IGNORED}
+        return Path(snapshot_download(model, revision=revision, local_files_only=offline, **wanted))
     except errors.HFValidationError:
         reason = "it is neither a directory here nor a valid hub id"
     except errors.GatedRepoError:

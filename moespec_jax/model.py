@@ -111,7 +111,7 @@ class Model:
 
     def _limits(self, ids: list[list[int]], max_new_tokens: int, max_length: int | None) -> list[int]:
         """The length at which each sequence ends at the latest."""
-        context = self.config.max_position_embeddings
+        context = self.config.context_length
         if not ids:
             raise RequestError("expected at least one prompt")
         if max_new_tokens < 1:

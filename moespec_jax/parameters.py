@@ -1,7 +1,6 @@
 """The parameters' leaves: their shapes under a back-end's layout, the place of each published tensor in them, and how
 they come together as a `Decoder`. One description serves loading, random models and ahead-of-time compilation."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -87,11 +86,6 @@ def random_decoder(config: DecoderConfig, backend: Backend, key: jax.Array, dtyp
     keys = jax.random.split(key, len(shapes))
     leaves = {path: _random_leaf(path, shape, k, dtype) for (path, shape), k in zip(shapes.items(), keys, strict=True)}
     return build_decoder(config, backend, leaves)
-
-
-def count_parameters(params: Decoder) -> int:
-    """Number of scalars in all leaves."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
@@ -38,6 +39,9 @@ class Programs:
         if key not in self._compiled:
             started = time.perf_counter()
             jitted = jax.jit(partial(function, settings), donate_argnums=donate)
-            self._compiled[key] = jitted.lower(params, *arguments).compile()
+            # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
+            exact = params.embed.dtype == jnp.float32 and jax.default_backend() != "cpu"
+            with jax.default_matmul_precision("highest" if exact else None):
+                self._compiled[key] = jitted.lower(params, *arguments).compile()
             self.compile_s += time.perf_counter() - started
         return self._compiled[key](params, *arguments)

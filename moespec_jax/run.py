@@ -20,6 +20,7 @@ from moespec_jax.decode import (
 )
 from moespec_jax.decoder import Decoder
 from moespec_jax.programs import Programs
+from moespec_jax.sample import SamplingConfig
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
@@ -65,7 +66,7 @@ class Run:
         self._collect(state, on_tokens)
         while not bool(jnp.all(state.done)):
             steps = jnp.int32(self._steps_per_call() if on_tokens else max(self._batch.limit))
-            state, info = self._timed("decode_s", decode_steps, state, steps, donate=(1,))
+            state, info = self._timed("decode_s", decode_steps, self._settings, state, steps, donate=(1,))
             self.rounds += int(info.rounds)
             self.experts_wanted += float(info.experts_wanted)
             self._collect(state, on_tokens)
@@ -84,18 +85,23 @@ class Run:
             row[: len(prompt)] = prompt
         prefill = empty_prefill(config, len(prompts), slots, self._dtype, stacked=self._params.stacked)
         start, prompt_lengths = 0, jnp.asarray(lengths)
+        # Prefill draws nothing: one program serves every way of sampling.
+        settings = self._settings._replace(sampling=SamplingConfig())
         for chunk in chunks:
             part = jnp.asarray(tokens[:, start : start + chunk])
             arguments = (prefill, part, jnp.int32(start), prompt_lengths)
-            prefill = self._timed("prefill_s", prefill_chunk, *arguments, donate=(1,))
+            prefill = self._timed("prefill_s", prefill_chunk, settings, *arguments, donate=(1,))
             start += chunk
         limit = jnp.asarray(np.array(self._batch.limit, np.int32))
         rest = (jnp.asarray(tokens), prompt_lengths, limit, self._stops, jax.random.key(self._batch.seed))
-        return self._timed("prefill_s", begin, prefill.cache, prefill.last_hidden, *rest, donate=(1, 3))
+        last = (prefill.cache, prefill.last_hidden)
+        return self._timed("prefill_s", begin, self._settings, *last, *rest, donate=(1, 3))
 
-    def _timed(self, clock: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...]) -> Any:
+    def _timed(
+        self, clock: str, function: Callable[..., Any], settings: Settings, *arguments: Any, donate: tuple[int, ...]
+    ) -> Any:
         compiled, started = self._programs.compile_s, time.perf_counter()
-        out = self._programs.run(function, self._settings, self._params, *arguments, donate=donate)
+        out = self._programs.run(function, settings, self._params, *arguments, donate=donate)
         jax.block_until_ready(out)
         spent = time.perf_counter() - started - (self._programs.compile_s - compiled)
         setattr(self, clock, getattr(self, clock) + spent)

@@ -32,7 +32,7 @@ def branches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("repositories")
     found = {"main": write_tiny(base / "main", seed=0), "v2": write_tiny(base / "v2", seed=1)}
     for directory in found.values():
-        for name in ("README.md", "modeling_tiny.py", "pytorch_model.bin", "model.gguf"):
+        for name in ("README.md", "modeling_tiny.py", "tokenizer_tiny.py", "pytorch_model.bin", "model.gguf"):
             (directory / name).write_bytes(b"not for us")
     return found
 

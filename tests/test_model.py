@@ -222,3 +222,41 @@ def test_a_dtype_is_kept(model: Model) -> None:
 def test_no_prompts_are_refused(model: Model) -> None:
     with pytest.raises(RequestError, match="expected at least one prompt"):
         model.generate([])
+
+
+def test_prefill_is_compiled_once_for_every_way_of_sampling(model: Model) -> None:
+    fresh = moespec_jax.load(str(model.directory))
+    fresh.generate([PROMPTS[0]], max_new_tokens=4)
+    programs = len(fresh.programs)
+    fresh.generate([PROMPTS[0]], max_new_tokens=4, temperature=0.5)
+    assert len(fresh.programs) == programs + 2  # the first token's draw and the loop, not the prompt
+
+
+def test_a_large_batch_gives_each_prompt_its_solo_output(model: Model) -> None:
+    prompts = [[1 + i, *PROMPTS[i % len(PROMPTS)]] for i in range(11)]
+    run = model.generate(prompts, max_new_tokens=6, ignore_eos=True)
+    assert [p.token_ids for p in run.prompts] == [greedy(model, p, 6) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default"}, CONTEXT),
+        ({"rope_type": "linear", "factor": 2.0}, 2 * CONTEXT),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2 * CONTEXT),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        # Files of this kind state the extended length already.
+        (
+            {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8, "high_freq_factor": 4.0},
+            CONTEXT,
+        ),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_a_rotary_scaling_extends_the_context(tmp_path: Path, rope: dict[str, object], context: int) -> None:
+    loaded = moespec_jax.load(str(write_tiny(tmp_path, rope_parameters={"rope_theta": 10_000.0, **rope})))
+    assert loaded.config.context_length == context
+    with pytest.raises(RequestError, match=f"context of {context} tokens"):
+        loaded.generate([[1] * context])
+    run = loaded.generate([[1] * (context - 2)], max_new_tokens=9, ignore_eos=True)
+    assert (run.prompts[0].new_tokens, run.prompts[0].finish_reason) == (2, "context")

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moespec_jax.attention import causal_mask
+from moespec_jax.backend import BACKENDS
 from moespec_jax.decoder import Decoder, forward, unembed
 from moespec_jax.demo import corpus
 from moespec_jax.demo.train_target import CONFIG, Recipe, init_params, optimizer
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "target")
     arguments = parser.parse_args()
     step = export_checkpoint(arguments.training.absolute(), arguments.output)
-    model = load(str(arguments.output), dtype="float32")
+    model = load(str(arguments.output), dtype="float32", backend=BACKENDS["switch"])
     documents = corpus.held_out_documents()
     record = {
         "steps": step,

@@ -44,7 +44,7 @@ CONFIG = DecoderConfig(
     head_dim=64,
     num_experts=32,
     num_experts_per_tok=4,
-    max_position_embeddings=2048,
+    max_position_embeddings=1024,
     sparse_layers=(True,) * LAYERS,
     sliding_windows=(0,) * LAYERS,
     rope=RopeConfig(rope_theta=10_000.0),

@@ -73,6 +73,8 @@ def run_blocks(
         out = _run_size(rows, out, begin, blocks, size, run)
         begin, left = begin + blocks * size, left - blocks * size
     mixed = out[jnp.clip(routes.row, 0, rows.shape[0] - 1)].reshape(tokens, k, -1)
+    # A route to nobody has weight 0 but somebody's row, which may hold anything.
+    mixed = jnp.where((routing.experts < num_experts)[:, :, None], mixed, 0.0)
     return jnp.einsum("tkd,tk->td", mixed, routing.weights)
 
 

@@ -1,11 +1,9 @@
 """Expert weight layouts: how all experts of a model lie in memory, made once at load.
 
 `PerExpert` keeps every expert's three matrices as arrays of their own, because XLA:CPU copies whatever it slices.
-`Flat` keeps all experts of all sparse layers in three arrays indexed by `layer * num_experts + expert`, because TPU and
-GPU compilers fuse such an index into the load, and copy the whole layer if the layer is sliced out first.
+`Flat` keeps all experts of all sparse layers in three arrays indexed by `layer * num_experts + expert`, because the TPU
+compiler fuses such an index into the load (GPU compilers can), and copies the whole layer if it is sliced out first.
 """
-
-from typing import NamedTuple
 
 from flax import struct
 from jaxtyping import Array, Float
@@ -24,15 +22,6 @@ class Flat:
     up: Float[Array, "all model ffn"]
     down: Float[Array, "all ffn model"]
     num_experts: int = struct.field(pytree_node=False)
-
-
-class ExpertShape(NamedTuple):
-    """Everything a layout needs to allocate: counts and the two widths of one expert."""
-
-    layers: int
-    num_experts: int
-    hidden_size: int
-    moe_intermediate_size: int
 
 
 def flat_from_per_expert(experts: PerExpert) -> Flat:

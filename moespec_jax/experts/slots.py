@@ -35,7 +35,9 @@ def slot_experts(activation: str) -> ExpertCompute:
             # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
             return total + jnp.where(weight > 0, _run(experts, first + ids[slot], x, activation) * weight, 0.0)
 
-        return jax.lax.fori_loop(0, active, body, jnp.zeros(x.shape, jnp.float32))
+        # One token fills its slots; a trip count known beforehand spares GPUs a wait for the host in every iteration.
+        count = ids.shape[0] if x.shape[0] == 1 else active
+        return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
 
     return compute
 
