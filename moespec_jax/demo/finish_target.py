@@ -130,6 +130,7 @@ def _score_window(model: Model, params: Decoder, tokens: jax.Array) -> tuple[jax
 
 def _routing(load: Any, tails: np.ndarray) -> dict[str, Any]:
     """Load of the busiest and idlest expert against the mean, and mass kept by the B heaviest experts."""
+    load, tails = load.astype(np.float64), tails.astype(np.float64)
     relative = load / load.mean(axis=1, keepdims=True)
     kept = np.cumsum(tails.mean(axis=(0, 2)), axis=-1)
     return {
