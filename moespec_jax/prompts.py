@@ -7,14 +7,14 @@ from typing import TextIO
 
 from moespec_jax.model import RequestError
 
-DEFAULT_PROMPT = '''class Stack:
-    """A last-in, first-out stack."""
+# Ends inside a line: a tokenizer of code joins a line's end and the next line's indentation into one token.
+DEFAULT_PROMPT = '''import os
+import sys
 
-    def __init__(self):
-        self.items = []
 
-    def push(self, item):
-'''
+def read_lines(path):
+    """Return the lines of a file without their line ends."""
+    with open(path'''
 
 
 def gather_texts(arguments: argparse.Namespace, stdin: TextIO) -> list[str]:

@@ -26,8 +26,8 @@ COUNTS = (1, 2, 17, 130, 200)
 
 def test_counts_reach_every_path() -> None:
     assert 1 < 2 < 17 < PREFILL_TOKENS <= 130 and 17 <= SLOT_TOKENS < 130
-    # All 130 tokens on one expert fill every block size; 17 on one expert need more than one block.
-    assert 130 > sum(PREFILL_BLOCKS) and 17 > DECODE_BLOCKS[-1]
+    # 17 tokens on one expert need more than one block; "every block size" is made for 200 tokens.
+    assert 17 > DECODE_BLOCKS[-1] and len(PREFILL_BLOCKS) == EXPERTS and 200 >= PREFILL_BLOCKS[0] + PREFILL_BLOCKS[3]
 
 
 def random_experts(seed: int = 0) -> PerExpert:
@@ -60,6 +60,12 @@ def routings(tokens: int) -> dict[str, Routing]:
     one = np.full_like(chosen, EXPERTS)
     one[:, 1] = 2
     cases["all to one expert"] = (one, weights)
+    if tokens == 200:
+        sizes = np.full_like(chosen, EXPERTS)
+        for expert, size in enumerate(PREFILL_BLOCKS):
+            first = PREFILL_BLOCKS[0] if expert >= ACTIVE else 0
+            sizes[first : first + size, expert % ACTIVE] = expert
+        cases["every block size"] = (sizes, weights)
     cases["all to the same experts"] = (np.broadcast_to([5, 0, 3], chosen.shape), weights)
     return {
         name: Routing(jnp.asarray(ids, jnp.int32), jnp.asarray(np.where(ids < EXPERTS, w, 0.0), jnp.float32))

@@ -23,7 +23,7 @@ RunExpert = Callable[[Array, Array], Array]
 
 
 class PaddedRoutes(NamedTuple):
-    """Routes laid out by expert. `tokens` in `token` marks padding; an absent route's `row` is meaningless."""
+    """Routes laid out by expert. `tokens` in `token` marks padding; a route to nobody has the row after the last."""
 
     token: Int[Array, " rows"]
     row: Int[Array, " routes"]
@@ -50,9 +50,9 @@ def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoute
     route = order[jnp.clip(first[owner] + within, 0, tokens * k - 1)]
     expert = jnp.clip(flat, 0, num_experts - 1)
     rank = jnp.argsort(order).astype(jnp.int32)
-    return PaddedRoutes(
-        jnp.where(within < count[owner], route // k, tokens), begin[expert] + rank - first[expert], begin, length
-    )
+    token = jnp.where(within < count[owner], route // k, tokens)
+    row = jnp.where(flat < num_experts, begin[expert] + rank - first[expert], rows.size)
+    return PaddedRoutes(token, row, begin, length)
 
 
 def run_blocks(
@@ -60,21 +60,19 @@ def run_blocks(
 ) -> Float[Array, "tokens model"]:
     """Every token through its experts, weighted and summed, float32.
 
-    `sizes` are the block sizes, descending, each a multiple of the next. Few rows want a small size, which wastes
+    `sizes` are the block sizes, descending, each a multiple of the last. Few rows want a small size, which wastes
     little; many rows want large ones too, which read each expert's weights fewer times.
     """
     tokens, k = routing.experts.shape
     routes = lay_out_routes(routing, num_experts, sizes[-1])
     rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token]
-    out = jnp.zeros(rows.shape, jnp.float32)
+    out = jnp.zeros((rows.shape[0] + 1, rows.shape[1]), jnp.float32)  # the last row stays 0: it is nobody's
     begin, left = routes.begin, routes.length
     for size in sizes:
         blocks = left // size
         out = _run_size(rows, out, begin, blocks, size, run)
         begin, left = begin + blocks * size, left - blocks * size
-    mixed = out[jnp.clip(routes.row, 0, rows.shape[0] - 1)].reshape(tokens, k, -1)
-    # A route to nobody has weight 0 but somebody's row, which may hold anything.
-    mixed = jnp.where((routing.experts < num_experts)[:, :, None], mixed, 0.0)
+    mixed = out[routes.row].reshape(tokens, k, -1)
     return jnp.einsum("tkd,tk->td", mixed, routing.weights)
 
 

@@ -1,7 +1,7 @@
 """Expert compute for CPU: `lax.switch` over per-expert arrays, so that no weight is ever sliced and thereby copied.
 
 One token runs its k experts one after another. More tokens run in 16-row blocks of rows sorted by expert, and from
-`PREFILL_TOKENS` on in blocks of 64, 32 and 16 rows: on two cores a product of 64 rows reaches 1.6 times the operations
+`PREFILL_TOKENS` on in blocks of 128 down to 16 rows: on two cores a product of 64 rows reaches 1.8 times the operations
 per second of one of 16 rows.
 """
 
@@ -17,7 +17,7 @@ from moespec_jax.layers import GatedMlp, gated_mlp
 from moespec_jax.moe import ExpertCompute, Routing
 
 PREFILL_TOKENS = 128
-DECODE_BLOCKS, PREFILL_BLOCKS = (16,), (64, 32, 16)
+DECODE_BLOCKS, PREFILL_BLOCKS = (16,), (128, 96, 64, 48, 32, 16)
 
 
 def cpu_experts(activation: str) -> ExpertCompute:
