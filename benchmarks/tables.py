@@ -55,8 +55,9 @@ def import_memory() -> str:
 
 
 def tpu_compile() -> str:
-    """As the compiler's script wrote it."""
-    return (RESULTS / "tpu_compile.md").read_text(encoding="utf-8").strip()
+    """As the script wrote it, without its title."""
+    text = (RESULTS / "tpu_compile.md").read_text(encoding="utf-8")
+    return re.sub(r"^## ", "#### ", text.partition("\n")[2].strip(), flags=re.MULTILINE)
 
 
 def demo_target() -> str:

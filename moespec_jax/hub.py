@@ -41,8 +41,15 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
 
     at = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        wanted = {"allow_patterns": _PATTERNS, "ignore_patterns": _IGNORED}
-        return Path(snapshot_download(model, revision=revision, local_files_only=offline, **wanted))
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_PATTERNS,
+                ignore_patterns=_IGNORED,
+                local_files_only=offline,
+            )
+        )
     except errors.HFValidationError:
         reason = "it is neither a directory here nor a valid hub id"
     except errors.GatedRepoError:

@@ -15,7 +15,7 @@ SOURCES = ["moespec_jax", "convert", "benchmarks", "tests"]
     [
         ["ruff", "format", "--check", *SOURCES],
         ["ruff", "check", *SOURCES],
-        ["pyright"],
+        ["pyright", "--pythonpath", sys.executable],
     ],
     ids=["format", "lint", "types"],
 )
