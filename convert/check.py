@@ -73,7 +73,7 @@ def reference_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
         CheckpointError: there is no torch, or transformers does not load the directory.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise CheckpointError(f"expected torch and transformers to compare with; {error}") from None
