@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import shutil
 import sys
@@ -37,6 +38,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Exit with what `main` returns; with status 2 and one line for anything the caller can fix, 130 for Ctrl-C."""
+    # orbax advises larger chunks than one expert, which is what we read at a time.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         status = main()
     except CheckpointError as error:
