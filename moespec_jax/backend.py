@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 import jax
 
 from moespec_jax.experts.cpu import cpu_experts
-from moespec_jax.experts.pallas_tpu import pallas_experts
 from moespec_jax.experts.slots import slot_experts
 from moespec_jax.moe import ExpertCompute
 
@@ -24,10 +23,17 @@ class Backend(NamedTuple):
     compute: Callable[[str], ExpertCompute]
 
 
+def _pallas_experts(activation: str) -> ExpertCompute:
+    # Pallas takes its time to import, and only TPUs want it.
+    from moespec_jax.experts.pallas_tpu import pallas_experts
+
+    return pallas_experts(activation)
+
+
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, cpu_experts),
     "slots": Backend("slots", "flat", True, slot_experts),
-    "pallas": Backend("pallas", "flat", True, pallas_experts),
+    "pallas": Backend("pallas", "flat", True, _pallas_experts),
 }
 
 

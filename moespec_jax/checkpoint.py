@@ -62,25 +62,9 @@ def load_parameters(
     """Parameters of a directory, whichever of safetensors and orbax it holds.
 
     Raises:
-        CheckpointError: as `open_source`.
+        CheckpointError: as `open_source`; or a tensor turns out damaged while it is read.
     """
     return load_source(open_source(directory, config), config, backend, dtype, placement, progress)
-
-
-def load_safetensors(
-    directory: Path,
-    config: DecoderConfig,
-    backend: Backend,
-    dtype: DTypeLike,
-    placement: Placement | None = None,
-    progress: bool = False,
-) -> Decoder:
-    """Parameters from one or many safetensors shards, with or without an index.
-
-    Raises:
-        CheckpointError: as `open_safetensors`; or a shard turns out damaged while it is read.
-    """
-    return load_source(open_safetensors(directory, config), config, backend, dtype, placement, progress)
 
 
 def open_source(directory: Path, config: DecoderConfig) -> Source:

@@ -19,11 +19,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from moespec_jax.backend import Backend
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoder import Decoder
 from moespec_jax.files import CheckpointError, listing, read_json, write_json
-from moespec_jax.leaves import HostBuffer, Placement, Source, cast, copy_into, load_source
+from moespec_jax.leaves import HostBuffer, Source, cast, copy_into
 from moespec_jax.parameters import final_shape
 from moespec_jax.tensors import Path as TreePath
 from moespec_jax.tensors import Tensor, tensor_table
@@ -53,22 +51,6 @@ class StoredLeaf(NamedTuple):
 def is_orbax(directory: Path) -> bool:
     """Whether the directory has its parameters as orbax pieces, whole or not."""
     return (directory / SUBDIRECTORY).is_dir()
-
-
-def load_orbax(
-    directory: Path,
-    config: DecoderConfig,
-    backend: Backend,
-    dtype: DTypeLike,
-    placement: Placement | None = None,
-    progress: bool = False,
-) -> Decoder:
-    """Parameters from a directory that `write_orbax` wrote, in any back-end's layout, dtype and sharding.
-
-    Raises:
-        CheckpointError: as `open_orbax`; or a piece is missing or damaged.
-    """
-    return load_source(open_orbax(directory, config), config, backend, dtype, placement, progress)
 
 
 def open_orbax(directory: Path, config: DecoderConfig) -> Source:

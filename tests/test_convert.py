@@ -21,7 +21,6 @@ from convert import check, to_hf, to_orbax
 from moespec_jax.backend import BACKENDS
 from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters, read_json
 from moespec_jax.families import read_config
-from moespec_jax.orbax_io import load_orbax
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,7 +85,7 @@ def test_orbax_loads_what_safetensors_load(
     assert run(to_orbax.main, monkeypatch, "--model", tmp_path / "a", "--output", tmp_path / "b") == 0
     config = load_config(tmp_path / "b")
     expected = load_parameters(tmp_path / "a", config, BACKENDS[backend], dtype)
-    assert same(load_orbax(tmp_path / "b", config, BACKENDS[backend], dtype), expected)
+    assert same(load_parameters(tmp_path / "b", config, BACKENDS[backend], dtype), expected)
     assert same(load_parameters(tmp_path / "b", config, BACKENDS[backend], dtype), expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 from driver import cached_logits, continue_greedily
 
 from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_safetensors
+from moespec_jax.checkpoint import load_config, load_parameters
 
 DIRECTORIES = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.npz"))
 
@@ -25,7 +25,7 @@ def test_every_family_is_there() -> None:
 def test_golden(directory: Path, name: str) -> None:
     expected, backend = np.load(directory / "expected.npz"), BACKENDS[name]
     config = load_config(directory)
-    params = load_safetensors(directory, config, backend, jnp.float32)
+    params = load_parameters(directory, config, backend, jnp.float32)
     ids = expected["ids"]
     logits = cached_logits(config, params, backend, ids)
     # On logits of standard deviation 1; the two programs sum in different orders.

@@ -13,7 +13,7 @@ from hf_models import CONTEXT, FAMILIES, TOKENS, Fields, draw_fields, hf_greedy,
 
 from moespec_jax.attention import causal_mask
 from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_safetensors
+from moespec_jax.checkpoint import load_config, load_parameters
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder, forward, unembed
 from moespec_jax.experts.dense import dense_experts
@@ -82,7 +82,7 @@ def test_logits(family: str, number: int, tmp_path: Path) -> None:
     fields = draw_fields(family, number)
     model = write_checkpoint(tmp_path, fields, seed=number)
     config = load_config(tmp_path)
-    params = load_safetensors(tmp_path, config, BACKENDS["switch"], jnp.float32)
+    params = load_parameters(tmp_path, config, BACKENDS["switch"], jnp.float32)
     expected = hf_logits(model, random_ids(number))
     assert 0.5 < expected.std() < 2
     np.testing.assert_allclose(reference_logits(config, params, random_ids(number)), expected, atol=TOLERANCE, rtol=0)
@@ -95,7 +95,7 @@ def test_logits_of_the_back_ends(family: str, number: int, tmp_path: Path) -> No
     backend = BACKENDS["slots" if (number + FAMILIES.index(family)) % 2 else "switch"]
     model = write_checkpoint(tmp_path, draw_fields(family, number), seed=100 + number)
     config = load_config(tmp_path)
-    params = load_safetensors(tmp_path, config, backend, jnp.float32)
+    params = load_parameters(tmp_path, config, backend, jnp.float32)
     ids = random_ids(number)
     np.testing.assert_allclose(
         cached_logits(config, params, backend, ids), hf_logits(model, ids), atol=TOLERANCE, rtol=0
@@ -124,7 +124,7 @@ def test_greedy_tokens(family: str, tmp_path: Path) -> None:
     prompts = [random_ids(7, 3)[row, :length].tolist() for row, length in enumerate((9, 2, 6))]
     config = load_config(tmp_path)
     backend = BACKENDS["switch"]
-    params = load_safetensors(tmp_path, config, backend, jnp.float32)
+    params = load_parameters(tmp_path, config, backend, jnp.float32)
     ours = continue_greedily(config, params, backend, prompts, new=64)
     assert ours == hf_greedy(model, prompts, new=64)
     assert len({tuple(row) for row in ours}) == 3 and len(set(sum(ours, []))) > 5
