@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import AttentionConfig
 from moespec_jax.layers import apply_rope, rms_norm
 
 
@@ -27,7 +27,7 @@ class Attention:
 
 
 def project_qkv(
-    config: DecoderConfig, weights: Attention, x: Float[Array, "batch tokens model"], cos: Array, sin: Array
+    config: AttentionConfig, weights: Attention, x: Float[Array, "batch tokens model"], cos: Array, sin: Array
 ) -> tuple[Array, Array, Array]:
     """Rotated queries `[batch, tokens, heads, head]`, rotated keys and plain values `[batch, tokens, kv_heads, head]`.
 
