@@ -47,9 +47,11 @@ class Decoder:
 
 
 class ForwardInfo(NamedTuple):
-    """What a forward pass can tell besides its result: routing of every sparse layer, in order of depth."""
+    """What a forward pass can tell besides its result: routing of every sparse layer, in order of depth, and the
+    tapped states side by side `[batch, tokens, boundaries * model]`, None where none were asked for."""
 
     routers: tuple[RouterInfo, ...]
+    taps: Float[Array, "batch tokens aux"] | None = None
 
 
 class _Pass(NamedTuple):
@@ -62,6 +64,7 @@ class _Pass(NamedTuple):
     start: Int[Array, " batch"]
     cos: Float[Array, "batch tokens half"]
     sin: Float[Array, "batch tokens half"]
+    boundaries: tuple[int, ...]
 
 
 def forward(
@@ -74,20 +77,23 @@ def forward(
     compute: ExpertCompute,
     valid: Bool[Array, "batch tokens"] | None = None,
     longest: Int[Array, ""] | None = None,
+    boundaries: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
     """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
 
     Rows are written from slot `cache.length[b]` on; `length` itself is left to the caller, who knows how many rows
     count. `mask[b, t, s]` says whether token t may see slot s. Without a cache, slots are the tokens themselves.
     `longest` is the length of the longest sequence, where this pass does not reach its end (dynamic rope asks for it).
+    `boundaries` name states to tap: b is the residual stream entering layer b, before any norm; after the last layer,
+    `num_hidden_layers`.
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
-    shared = _share(config, positions, mask, cache, valid, longest)
+    shared = _share(config, positions, mask, cache, valid, longest, boundaries)
     run = _scanned_layers if params.stacked else _unrolled_layers
-    x, cache, routers = run(config, params, x, shared, cache, compute)
-    return rms_norm(x, params.norm, config.rms_norm_eps), cache, ForwardInfo(routers)
+    x, cache, info = run(config, params, x, shared, cache, compute)
+    return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
 
 
 def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
@@ -108,7 +114,13 @@ def layer_runs(config: DecoderConfig) -> list[range]:
 
 
 def _share(
-    config: DecoderConfig, positions: Array, mask: Array, cache: Cache | None, valid: Array, longest: Array
+    config: DecoderConfig,
+    positions: Array,
+    mask: Array,
+    cache: Cache | None,
+    valid: Array,
+    longest: Array,
+    boundaries: tuple[int, ...],
 ) -> _Pass:
     batch, count = positions.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
@@ -119,7 +131,7 @@ def _share(
         (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
     )
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
-    return _Pass(positions, slot_positions, mask, valid.reshape(-1), start, cos, sin)
+    return _Pass(positions, slot_positions, mask, valid.reshape(-1), start, cos, sin, boundaries)
 
 
 def _attention_block(
@@ -166,9 +178,10 @@ def _mlp_block(
 
 def _unrolled_layers(
     config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
-) -> tuple[Array, Cache | None, tuple[RouterInfo, ...]]:
-    keys, values, routers = [], [], []
+) -> tuple[Array, Cache | None, ForwardInfo]:
+    keys, values, routers, entering = [], [], [], []
     for i, layer in enumerate(params.layers):
+        entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
         x, kv = _attention_block(config, layer, x, shared, config.sliding_windows[i], kv)
         x, info = _mlp_block(config, params, layer, len(routers), x, shared, compute)
@@ -179,27 +192,31 @@ def _unrolled_layers(
             values.append(kv[1])
     if cache is not None:
         cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
-    return x, cache, tuple(routers)
+    states = [*entering, x]
+    taps = jnp.concatenate([states[b] for b in shared.boundaries], axis=-1) if shared.boundaries else None
+    return x, cache, ForwardInfo(tuple(routers), taps)
 
 
 def _scanned_layers(
     config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
-) -> tuple[Array, Cache | None, tuple[RouterInfo, ...]]:
-    """The cache travels as carry and is updated in place; experts stay outside the scan, indexed by layer."""
+) -> tuple[Array, Cache | None, ForwardInfo]:
+    """The cache travels as carry and is updated in place; experts stay outside the scan, indexed by layer. Taps do too:
+    to have the scan give out every layer's state would take memory for all of them."""
     if cache is None:
         raise ValueError("stacked layers run with a cache only")
     windows = jnp.asarray(config.sliding_windows, jnp.int32)
     routers: list[RouterInfo] = []
 
     def step(carry, xs):
-        x, k, v = carry
+        x, k, v, taps = carry
         layer, index, sparse_index, window = xs
+        taps = _tap(shared.boundaries, index, x, taps)
         x, kv = _attention_block(config, layer, x, shared, window, (k, v), index)
         assert kv is not None
         x, info = _mlp_block(config, params, layer, sparse_index, x, shared, compute)
-        return (x, *kv), info
+        return (x, *kv, taps), info
 
-    carry = (x, cache.k, cache.v)
+    carry = (x, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in shared.boundaries))
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
         first = sum(config.sparse_layers[: run.start])
         count = jnp.arange(len(run), dtype=jnp.int32)
@@ -208,5 +225,11 @@ def _scanned_layers(
         )
         if info is not None:
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
-    x, k, v = carry
-    return x, Cache(k, v, cache.length), tuple(routers)
+    x, k, v, taps = carry
+    taps = _tap(shared.boundaries, jnp.int32(config.num_hidden_layers), x, taps)
+    return x, Cache(k, v, cache.length), ForwardInfo(tuple(routers), jnp.concatenate(taps, axis=-1) if taps else None)
+
+
+def _tap(boundaries: tuple[int, ...], layer: Array, x: Array, taps: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Keep the state entering `layer` for every boundary of that number."""
+    return tuple(jnp.where(layer == b, x, tap) for b, tap in zip(boundaries, taps, strict=True))

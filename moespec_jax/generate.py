@@ -3,15 +3,12 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import jax
 from tokenizers import Tokenizer
 
-from moespec_jax.checkpoint import CheckpointError
+from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
@@ -34,34 +31,11 @@ _LATER = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
-    try:
-        arguments = _parser().parse_args(argv)
-        _refuse_flags(arguments)
-        _use_compilation_cache(arguments.compilation_cache)
-        _run(arguments)
-    except (CheckpointError, RequestError) as error:
-        # Messages may quote somebody else's words; an error stays one line.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = " ".join(str(error).split())[:200] or "the host has no more"
-        print(f"error: expected model, cache and batch to fit the device's memory; {reason}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except _OutputError as error:
-        # Python must not complain about what it could not write once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error.__cause__, BrokenPipeError):  # whoever read our output has gone: that is no error
-            print(f"error: expected to write to standard output; {error}", file=sys.stderr)
-            return 2
-    return 0
+    return run_command(_parser(), _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    _refuse_flags(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load(
         arguments.model,
@@ -88,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
         on_tokens=streams,
     )
     if arguments.json:
-        _write(json.dumps(dataclasses.asdict(result)) + "\n")
+        write_output(json.dumps(dataclasses.asdict(result)) + "\n")
         return
     streams.finish() if streams else _print_batch(texts, result)
     print(_statistics(model, result), file=sys.stderr)
@@ -103,30 +77,18 @@ class _Printer:
 
     def __call__(self, new: list[list[int]]) -> None:
         # The prompt comes with the first token: nothing is printed of a request that is refused.
-        _write(self._stream.push([*self._prompt, *new[0]]))
+        write_output(self._stream.push([*self._prompt, *new[0]]))
         self._prompt = []
 
     def finish(self) -> None:
-        _write(self._stream.flush() + "\n")
+        write_output(self._stream.flush() + "\n")
 
 
 def _print_batch(texts: list[str], result: RunResult) -> None:
     for number, prompt in enumerate(result.prompts):
         given = texts[number] if number < len(texts) else ""
         text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else given + prompt.text
-        _write(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
-
-
-class _OutputError(Exception):
-    """Standard output cannot be written."""
-
-
-def _write(text: str) -> None:
-    """Write to standard output at once, so that a failure shows here and not at exit."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        raise _OutputError(error.strerror) from error
+        write_output(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
 
 
 def _statistics(model: Model, result: RunResult) -> str:
@@ -155,24 +117,8 @@ def _refuse_flags(arguments: argparse.Namespace) -> None:
                 raise RequestError(f"--{flag} belongs to {feature}, which is not part of this version yet")
 
 
-def _use_compilation_cache(directory: str | None) -> None:
-    """Keep compiled programs between starts, unless told otherwise by flag or by JAX's own variable."""
-    if directory == "none" or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(directory or Path(base) / "moespec_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Bad usage is reported like every other error: one line, exit status 2."""
-
-    def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise RequestError(f"{message} (see --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m moespec_jax.generate", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m moespec_jax.generate", description=__doc__, allow_abbrev=False)
     _add_model_flags(parser.add_argument_group("model"))
     _add_prompt_flags(parser.add_argument_group("prompts (several form a batch)"))
     _add_sampling_flags(parser.add_argument_group("sampling"))

@@ -1,5 +1,6 @@
 """Text to token ids and back: the checkpoint's own tokenizer, its chat template, and text that arrives bit by bit."""
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,20 @@ def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool
     """
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
+    return render_chat(directory, turns, ask=True, thinking=thinking)
+
+
+def render_chat(directory: Path, turns: list[dict[str, str]], *, ask: bool = False, thinking: bool = True) -> str:
+    """Turns in the checkpoint's chat template; with `ask`, ready for the assistant's next one.
+
+    Raises:
+        CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
+    """
     try:
         tokenizer = _transformers_tokenizer(directory)
         if tokenizer.chat_template is None:
             raise ValueError("the checkpoint has no chat template")
-        return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking)
     except Exception as error:  # templates are somebody's programs and raise what they like
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"expected a chat template in {directory}; {reason}") from None
@@ -113,6 +121,7 @@ class TextStream:
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(before) :]
 
 
+@functools.lru_cache(maxsize=4)
 def _transformers_tokenizer(directory: Path) -> Any:
     import os
 

@@ -1,0 +1,107 @@
+"""Train the embedded draft head from nothing: `python -m moespec_jax.demo.train_draft --output DIR`.
+
+Prompts are cut from the embedded target's training text, the target continues them (two thirds greedily, one third at
+temperature 1), and the head learns from these continuations and from as much of the text itself. Resumable at any
+moment with the same command. Then `python -m moespec_jax.demo.finish_draft --training DIR` exports and measures it.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moespec_jax.command import Parser, run_command
+from moespec_jax.config import DraftConfig
+from moespec_jax.demo import corpus
+from moespec_jax.model import Model, load
+from moespec_jax.train.optimizer import OptimizerConfig
+from moespec_jax.train.records import Sample, read_samples
+from moespec_jax.train.regenerate import regenerate
+from moespec_jax.train.run import Pace, train
+from moespec_jax.train.trainer import Recipe
+
+PROMPT, RESPONSE = 64, 192
+LENGTH = PROMPT + RESPONSE
+# Name, how many prompts, temperature of their continuations.
+RESPONSES = (("greedy", 3072, 0.0), ("sampled", 1536, 1.0))
+TEXT_ROWS, HELD_OUT_ROWS = 4608, 128
+DRAFT = DraftConfig(
+    vocab_size=4096,
+    draft_vocab_size=2048,
+    hidden_size=256,
+    target_hidden_size=256,
+    intermediate_size=512,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    boundaries=(1, 2, 4),
+    max_position_embeddings=1024,
+)
+
+
+def recipe(model: Model, steps: int) -> Recipe:
+    """Of the embedded head."""
+    optimizer = OptimizerConfig(
+        steps, "muon", learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=40, decay_from=0.4, clip=1.0
+    )
+    return Recipe(model.config, DRAFT, optimizer, batch=16, length=LENGTH, recompute=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = Parser(prog="python -m moespec_jax.demo.train_draft", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="working directory")
+    parser.add_argument("--steps", type=int, default=800)
+    return run_command(parser, _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    model, directory = load(dtype="float32"), arguments.output
+    directory.mkdir(parents=True, exist_ok=True)
+    stream = _stream(model, directory)
+    random = np.random.default_rng(1)
+    for name, count, temperature in RESPONSES:
+        starts = random.integers(0, len(stream) - 100, count)
+        prompts = [stream[start : start + PROMPT].tolist() for start in starts]
+        output = directory / f"{name}.jsonl"
+        regenerate(model, prompts, output, batch=64, max_new_tokens=RESPONSE, temperature=temperature)
+
+    def data() -> Iterator[Sample]:
+        for name, _, _ in RESPONSES:
+            yield from read_samples(model, directory / f"{name}.jsonl")
+        yield from _windows(stream, TEXT_ROWS)
+
+    def held_out() -> Iterator[Sample]:
+        return _windows(corpus.encode_documents(_tokenizer(model), corpus.held_out_documents()), HELD_OUT_ROWS)
+
+    source = {"responses": [list(row) for row in RESPONSES], "text_rows": TEXT_ROWS, **corpus.corpus_versions()}
+    train(model, recipe(model, arguments.steps), data, held_out, directory, Pace(), source)
+
+
+def _stream(model: Model, directory: Path) -> np.ndarray:
+    """All training text, each document once, as one stream of token ids; made once and kept."""
+    file = directory / "stream.npy"
+    if not file.exists():
+        documents = list(dict.fromkeys(corpus.training_documents()))
+        np.random.default_rng(0).shuffle(documents)
+        temporary = directory / "stream.incomplete.npy"
+        np.save(temporary, corpus.encode_documents(_tokenizer(model), documents))
+        temporary.replace(file)
+    return np.load(file)
+
+
+def _windows(stream: np.ndarray, count: int) -> Iterator[Sample]:
+    """Evenly spaced rows of the stream, of which every token counts."""
+    for start in np.linspace(0, len(stream) - LENGTH - 1, count).astype(int):
+        yield Sample(stream[start : start + LENGTH + 1], np.ones(LENGTH + 1, bool))
+
+
+def _tokenizer(model: Model):
+    assert model.tokenizer is not None
+    return model.tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

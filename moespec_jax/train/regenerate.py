@@ -1,0 +1,106 @@
+"""Responses in the target's own words: `python -m moespec_jax.train.regenerate --data IN.jsonl --output OUT.jsonl`.
+
+A head learns to guess what its target says, so it learns best from what the target says (EAGLE-3, arXiv:2503.01840,
+section 4). Chat: the last assistant turn is answered anew. Text and token ids: their first tokens are continued.
+Resumable: prompts whose responses are in OUT.jsonl already are not asked again.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moespec_jax.command import Parser, run_command
+from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
+from moespec_jax.text import render_chat
+from moespec_jax.train.records import chat_turns, read_records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_command(_parser(), _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    model = load(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
+    prompts = list(read_prompts(model, arguments.data, arguments.prompt_tokens))
+    regenerate(
+        model, prompts, arguments.output,
+        batch=arguments.batch, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+        seed=arguments.seed,
+    )  # fmt: skip
+
+
+def read_prompts(model: Model, path: Path, prompt_tokens: int) -> Iterator[list[int]]:
+    """What is to be answered in every line of `path`, as token ids."""
+    for number, record in read_records(path):
+        where = f"line {number} of {path}"
+        if isinstance(record.get("prompt_ids"), list):
+            yield record["prompt_ids"][:prompt_tokens]
+        elif isinstance(record.get("text"), str):
+            yield model.encode(record["text"])[:prompt_tokens]
+        else:
+            turns = chat_turns(record, where)
+            while turns and turns[-1]["role"] == "assistant":
+                turns.pop()
+            if not turns:
+                raise RequestError(f"expected a turn before the assistant's in {where}")
+            yield model.encode(render_chat(model.directory, turns, ask=True), special_tokens=False)
+
+
+def regenerate(
+    model: Model,
+    prompts: list[list[int]],
+    output: Path,
+    *,
+    batch: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int = 0,
+) -> None:
+    """Append a record for each prompt that `output` does not hold yet, in order."""
+    done = _drop_half_a_line(output)
+    with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
+        for start in range(done, len(prompts), batch):
+            part = prompts[start : start + batch]
+            # One batch size: a smaller last one would compile anew.
+            filled = part + part[-1:] * (batch - len(part))
+            result = model.generate(
+                filled, max_new_tokens=max_new_tokens, temperature=temperature, seed=(seed + start) % 2**32
+            )
+            for prompt, given in zip(part, result.prompts, strict=False):
+                file.write(json.dumps({"prompt_ids": prompt, "response_ids": given.token_ids}) + "\n")
+            file.flush()
+            bar.update(len(part))
+
+
+def _drop_half_a_line(output: Path) -> int:
+    """How many whole records there are; what an interruption left of another is cut off."""
+    if not output.exists():
+        return 0
+    data = output.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        output.write_bytes(whole)
+    return whole.count(b"\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m moespec_jax.train.regenerate", description=__doc__)
+    parser.add_argument("--model", default=DEMO_TARGET, help="directory or hub id of the target")
+    parser.add_argument("--data", type=Path, required=True, help="JSON lines")
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines to write or to continue")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="how much of a text is the prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

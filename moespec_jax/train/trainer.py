@@ -1,0 +1,173 @@
+"""One training run: the state, one compiled step, data-parallel over a mesh."""
+
+# optax does not type dataclass trees.
+# pyright: reportArgumentType=false
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.attention import Attention
+from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.decoder import Decoder
+from moespec_jax.draft import DraftHead, DraftLayer
+from moespec_jax.layers import GatedMlp
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
+from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
+from moespec_jax.train.rows import Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is trained and how; static. `length` tokens a row, `batch` rows a step, `unroll` draft steps whose losses
+    are weighed with powers of `decay` (EAGLE-3: 7 and 0.8). Parameters are kept in float32 and run in `dtype`.
+    `recompute` trades a second forward pass for not keeping every step's logits and activations."""
+
+    target: DecoderConfig
+    draft: DraftConfig
+    optimizer: OptimizerConfig
+    batch: int = 8
+    length: int = 2048
+    unroll: int = 7
+    decay: float = 0.8
+    loss: str = "cross-entropy"
+    dtype: str = "float32"
+    seed: int = 0
+    recompute: bool = True
+
+
+@struct.dataclass
+class TrainState:
+    """What the next step needs. `head` has no `target_ids`, which are not trained."""
+
+    head: DraftHead
+    optimizer: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Of one batch, by draft step: mean loss over all positions, share of the target's first choices that were guessed;
+    and the norm of the gradient."""
+
+    loss: Float[Array, " steps"]
+    accuracy: Float[Array, " steps"]
+    gradient_norm: Float[Array, ""]
+
+
+def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " draft_vocab"], key: Array) -> DraftHead:
+    """A head to start from, float32: the output head and last norm are the target's, everything else is random."""
+    d, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv, f = config.num_key_value_heads * config.head_dim, config.intermediate_size
+    keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 1))
+
+    def normal(*shape: int, fan_in: int) -> Array:
+        return jax.random.normal(next(keys), shape, jnp.float32) * fan_in**-0.5
+
+    def layer(first: bool) -> DraftLayer:
+        width = 2 * d if first else d
+        attention = Attention(
+            q=normal(q, width, fan_in=width), k=normal(kv, width, fan_in=width), v=normal(kv, width, fan_in=width),
+            o=jnp.zeros((q, d)) + normal(q, d, fan_in=q) * 0.1,
+            q_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
+            k_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
+        )  # fmt: skip
+        mlp = GatedMlp(normal(d, f, fan_in=d), normal(d, f, fan_in=d), normal(f, d, fan_in=f) * 0.1)
+        return DraftLayer(jnp.ones(d), jnp.ones(d) if first else None, attention, jnp.ones(d), mlp)
+
+    unembedding = target.embed if target.lm_head is None else target.lm_head
+    norms = {"norm_before_fc": [config.aux_size], "fc_norm": [config.target_hidden_size] * len(config.boundaries)}
+    widths = [width for name, some in norms.items() if getattr(config, name) for width in some]
+    return DraftHead(
+        fc=normal(config.aux_size, d, fan_in=config.aux_size),
+        layers=tuple(layer(i == 0) for i in range(config.num_hidden_layers)),
+        norm=target.norm.astype(jnp.float32),
+        lm_head=unembedding[target_ids].astype(jnp.float32),
+        target_ids=target_ids,
+        fc_norms=tuple(jnp.ones(width) for width in widths),
+    )
+
+
+def initial_state(recipe: Recipe, head: DraftHead, mesh: Mesh) -> TrainState:
+    """Before the first step, on every device of the mesh."""
+    # Copies: the state is donated from step to step, and the target's own arrays must not go with it.
+    head = jax.tree.map(jnp.copy, dataclasses.replace(head, target_ids=None))
+    return jax.device_put(TrainState(head, build_optimizer(recipe.optimizer).init(head)), NamedSharding(mesh, P()))
+
+
+def data_mesh(batch: int) -> Mesh:
+    """As many devices as divide the batch among them, as one axis `data`."""
+    count = max(n for n in range(1, len(jax.devices()) + 1) if batch % n == 0)
+    return Mesh(np.array(jax.devices()[:count]), ("data",))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+def train_step(
+    recipe: Recipe, compute: ExpertCompute, mesh: Mesh,
+    target: Decoder, target_ids: Array, state: TrainState, batch: Rows,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """One optimizer step. Every device takes its rows through target and unrolled head; gradients are averaged."""
+
+    def shard(target: Decoder, target_ids: Array, head: DraftHead, batch: Rows):
+        loss = functools.partial(_loss, recipe, compute, target, target_ids)
+        (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(head, batch)
+        return jax.lax.pmean(gradients, "data"), _over_devices(metrics)
+
+    # Routing inside the experts is a loop of its own on every device, which the compiler could not split by itself.
+    split = jax.shard_map(
+        shard, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=(P(), P()), check_vma=False
+    )  # fmt: skip
+    gradients, scores = split(target, target_ids, state.head, batch)
+    updates, optimizer = build_optimizer(recipe.optimizer).update(gradients, state.optimizer, state.head)
+    head = optax.apply_updates(state.head, updates)
+    return TrainState(head, optimizer), _metrics(scores, batch, optax.global_norm(gradients))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def evaluate_batch(
+    recipe: Recipe, compute: ExpertCompute, target: Decoder, target_ids: Array, state: TrainState, batch: Rows
+) -> list[StepScore]:
+    """The same scores without a step."""
+    return _loss(recipe, compute, target, target_ids, state.head, batch)[1]
+
+
+def shard_batch(mesh: Mesh, batch: Rows) -> Rows:
+    """Rows spread over the mesh."""
+    return jax.device_put(batch, NamedSharding(mesh, P("data")))
+
+
+def finished_head(state: TrainState, target_ids: Array) -> DraftHead:
+    """The head as it runs."""
+    return dataclasses.replace(state.head, target_ids=target_ids)
+
+
+def _loss(
+    recipe: Recipe, compute: ExpertCompute, target: Decoder, target_ids: Array, head: DraftHead, batch: Rows
+) -> tuple[Array, list[StepScore]]:
+    head = dataclasses.replace(jax.tree.map(lambda p: p.astype(recipe.dtype), head), target_ids=target_ids)
+    tokens, counts = batch.ids[:, :-1], batch.counts[:, 1:]
+    teacher = ask_teacher(recipe.target, target, compute, recipe.draft.boundaries, target_ids, tokens)
+    scores = unrolled_scores(
+        recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, LOSSES[recipe.loss], recipe.recompute
+    )
+    weighed = [recipe.decay**step * score.loss for step, score in enumerate(scores)]
+    return sum(weighed[1:], weighed[0]) / tokens.size, scores
+
+
+def _over_devices(scores: list[StepScore]) -> list[StepScore]:
+    return jax.tree.map(lambda x: jax.lax.psum(x, "data"), scores)
+
+
+def _metrics(scores: list[StepScore], batch: Rows, gradient_norm: Array) -> Metrics:
+    size = batch.ids[:, :-1].size
+    loss = jnp.stack([score.loss for score in scores]) / size
+    accuracy = jnp.stack([score.hits / jnp.maximum(score.positions, 1.0) for score in scores])
+    return Metrics(loss, accuracy, gradient_norm)
