@@ -88,6 +88,17 @@ def causal_mask(positions: Int[Array, "batch tokens"], slots: int) -> Bool[Array
     return jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
 
 
+def tree_mask(
+    own: Bool[Array, "batch tokens nodes"], start: Int[Array, " batch"], slots: int
+) -> Bool[Array, "batch tokens slots"]:
+    """True for every slot before `start[b]`, and for slot `start[b] + i` where `own[b, t, i]`."""
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :] - start[:, None]
+    # A product with a one-hot matrix: indexing `own` by slot would be a gather, which is slow on accelerators.
+    place = jax.nn.one_hot(slot, own.shape[-1], axis=1, dtype=jnp.float32)
+    seen = jnp.einsum("btn,bns->bts", own.astype(jnp.float32), place)
+    return (slot < 0)[:, None, :] | (seen > 0)
+
+
 def within_window(
     positions: Int[Array, "batch tokens"], slot_positions: Int[Array, "batch slots"], window: int | Array
 ) -> Bool[Array, "batch tokens slots"]:

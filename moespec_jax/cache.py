@@ -75,6 +75,31 @@ def write_rows(
     return store
 
 
+def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch kept"], window: int) -> Cache:
+    """Of the `window` rows from slot `start[b]` on, put rows `rows[b]`, counted from there, first and in that order.
+
+    A product with a one-hot matrix over the window: taken by index along the slots, the TPU compiler copies the cache.
+    """
+    pick = jax.nn.one_hot(rows, window, dtype=jax.tree.leaves(cache.k)[0].dtype)
+
+    def keep(store: Array) -> Array:
+        lead = store.ndim - 4
+        zero = jnp.zeros((), jnp.int32)
+
+        def move(b: Array, store: Array) -> Array:
+            place = (*(zero,) * lead, jnp.asarray(b, jnp.int32), zero, start[b], zero)
+            size = (*store.shape[:lead], 1, store.shape[-3], window, store.shape[-1])
+            old = jax.lax.dynamic_slice(store, place, size)
+            new = jnp.einsum("pw,...wh->...ph", pick[b], old, precision=jax.lax.Precision.HIGHEST)
+            return jax.lax.dynamic_update_slice(store, new, place)
+
+        loop = _unrolled if rows.shape[0] <= 8 else jax.lax.fori_loop
+        store = loop(0, rows.shape[0], move, store)
+        return store if lead == 0 else with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
+
+    return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
+
+
 def _unrolled(lower: int, upper: int, body: Callable[[Any, Array], Array], store: Array) -> Array:
     for i in range(lower, upper):
         store = body(i, store)

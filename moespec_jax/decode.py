@@ -83,10 +83,23 @@ def prefill_chunk(
 
     Padding writes cache rows too, in slots that the sequence's own tokens overwrite before anything sees them.
     """
+    return read_chunk(settings, params, state, tokens, start, prompt_lengths)[0]
+
+
+def read_chunk(
+    settings: Settings,
+    params: Decoder,
+    state: PrefillState,
+    tokens: Int[Array, "batch chunk"],
+    start: Int[Array, ""],
+    prompt_lengths: Int[Array, " batch"],
+    boundaries: tuple[int, ...] = (),
+) -> tuple[PrefillState, Float[Array, "batch chunk aux"] | None]:
+    """As `prefill_chunk`, with the states tapped at `boundaries`."""
     batch, chunk = tokens.shape
     positions = jnp.broadcast_to(start + jnp.arange(chunk, dtype=jnp.int32)[None, :], (batch, chunk))
     cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, (batch,)))
-    hidden, cache, _ = forward(
+    hidden, cache, info = forward(
         settings.config,
         params,
         tokens,
@@ -96,12 +109,20 @@ def prefill_chunk(
         settings.compute,
         valid=positions < prompt_lengths[:, None],
         longest=jnp.max(prompt_lengths),
+        boundaries=boundaries,
     )
     assert cache is not None
-    here = prompt_lengths - 1 - start
-    picked = jnp.take_along_axis(hidden, jnp.clip(here, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-    last = jnp.where(((here >= 0) & (here < chunk))[:, None], picked, state.last_hidden)
-    return PrefillState(cache, last)
+    last = row_at(hidden, prompt_lengths - 1 - start, state.last_hidden)
+    return PrefillState(cache, last), info.taps
+
+
+def row_at(
+    rows: Float[Array, "batch chunk width"], index: Int[Array, " batch"], otherwise: Float[Array, "batch width"]
+) -> Float[Array, "batch width"]:
+    """Each sequence's row `index[b]` where the chunk has it, `otherwise` where it has not."""
+    chunk = rows.shape[1]
+    picked = jnp.take_along_axis(rows, jnp.clip(index, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where(((index >= 0) & (index < chunk))[:, None], picked, otherwise)
 
 
 def begin(
@@ -129,9 +150,11 @@ def begin(
 
 
 class DecodeInfo(NamedTuple):
-    """Of one call: forward passes run, and the sum over them of the mean number of distinct experts a layer wanted."""
+    """Of one call: forward passes run, in how many of them each sequence took part, and the sum over them of the mean
+    number of distinct experts a layer wanted."""
 
     rounds: Int[Array, ""]
+    active: Int[Array, " batch"]
     experts_wanted: Float[Array, ""]
 
 
@@ -144,10 +167,13 @@ def decode_steps(
         return (carry[1].rounds < steps) & ~jnp.all(carry[0].done)
 
     def step(carry: tuple[DecodeState, DecodeInfo]) -> tuple[DecodeState, DecodeInfo]:
-        state, wanted = _decode_one(settings, params, carry[0])
-        return state, DecodeInfo(carry[1].rounds + 1, carry[1].experts_wanted + wanted)
+        before, info = carry
+        state, wanted = _decode_one(settings, params, before)
+        active = info.active + (~before.done).astype(jnp.int32)
+        return state, DecodeInfo(info.rounds + 1, active, info.experts_wanted + wanted)
 
-    return jax.lax.while_loop(unfinished, step, (state, DecodeInfo(jnp.int32(0), jnp.float32(0.0))))
+    nothing = DecodeInfo(jnp.int32(0), jnp.zeros_like(state.length), jnp.float32(0.0))
+    return jax.lax.while_loop(unfinished, step, (state, nothing))
 
 
 def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tuple[DecodeState, Float[Array, ""]]:

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.attention import Attention, attend, output_projection, project_qkv
@@ -44,6 +45,13 @@ class DraftHead:
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
     embed: Float[Array, "vocab model"] | None = None
+
+
+def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
+    """A cache of `slots` pairs per sequence, all free; layers are never stacked, since there is seldom more than one."""
+    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in "kv")
+    return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
 
 def fuse_taps(

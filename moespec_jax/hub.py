@@ -12,8 +12,15 @@ _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orb
 _IGNORED = ["*.py", "consolidated*", "*/*.safetensors"]
 
 
-def locate(model: str, revision: str | None = None, offline: bool = False, progress: bool = False) -> Path:
-    """The local directory of `model`: a path, or a hub id `owner/name` downloaded if it is not in the cache.
+def locate(
+    model: str,
+    revision: str | None = None,
+    offline: bool = False,
+    progress: bool = False,
+    torch_archives: bool = False,
+) -> Path:
+    """The local directory of `model`: a path, or a hub id `owner/name` downloaded if it is not in the cache. With
+    `torch_archives` weights may come as `*.bin` too, as many draft heads do.
 
     Raises:
         CheckpointError: there is neither such a directory nor such a model, or it cannot be fetched.
@@ -33,10 +40,10 @@ def locate(model: str, revision: str | None = None, offline: bool = False, progr
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"expected a model directory or hub id; there is no directory {model}")
     with _progress_bars(progress):
-        return _download(model, revision, offline)
+        return _download(model, revision, offline, [*_PATTERNS, *(["pytorch_model.bin"] if torch_archives else [])])
 
 
-def _download(model: str, revision: str | None, offline: bool) -> Path:
+def _download(model: str, revision: str | None, offline: bool, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     at = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
@@ -45,7 +52,7 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=_PATTERNS,
+                allow_patterns=patterns,
                 ignore_patterns=_IGNORED,
                 local_files_only=offline,
             )

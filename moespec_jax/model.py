@@ -8,25 +8,34 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
+from moespec_jax.accept import accept_rule
 from moespec_jax.backend import Backend, default_backend
 from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load_parameters
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
+from moespec_jax.draft_checkpoint import LoadedDraft, load_draft
 from moespec_jax.hub import locate
+from moespec_jax.method import Method, plain_method, speculative_method
 from moespec_jax.programs import Programs
 from moespec_jax.results import PromptResult, RunResult, versions
-from moespec_jax.run import Batch, OnTokens, Run
+from moespec_jax.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, Speculator
 from moespec_jax.text import load_tokenizer, read_stop_ids
 
 DEMO_TARGET = str(Path(__file__).parent / "demo" / "target")
+DEMO_DRAFT = str(Path(__file__).parent / "demo" / "draft")
+# What decodes fastest where nothing else is asked for. On CPU measured with the embedded pair (README); elsewhere the
+# chain that published heads for MoE targets are served with, until a measurement says better.
+DEFAULT_TREES = {"cpu": TreeConfig(depth=2, top_k=1, size=4)}
 
 
 class RequestError(ValueError):
@@ -35,7 +44,7 @@ class RequestError(ValueError):
 
 @dataclasses.dataclass
 class Model:
-    """A decoder with its tokenizer, stop ids and compiled programs."""
+    """A decoder with its tokenizer, stop ids and compiled programs, and its draft head if it has one."""
 
     config: DecoderConfig
     params: Decoder
@@ -44,6 +53,7 @@ class Model:
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     directory: Path
+    draft: LoadedDraft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
 
     def __post_init__(self) -> None:
@@ -83,14 +93,21 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
         max_length: int | None = None,
+        tree: TreeConfig | Literal["default"] | None = "default",
+        simulate_accept_length: float | None = None,
         on_tokens: OnTokens | None = None,
+        on_round: OnRound | None = None,
     ) -> RunResult:
         """Continue one or several prompts, given as text or as token ids, as one batch.
 
-        `on_tokens` is called with every sequence's new ids, about ten times a second or once a token if that is slower.
+        With a draft head, `tree` says what is drafted in a round; None decodes plainly. `simulate_accept_length` makes
+        rounds accept that many tokens on average, whatever the model says: for timing. `on_tokens` is called with every
+        sequence's new ids, about ten times a second or once a round if that is slower; `on_round` with what each round
+        did.
 
         Raises:
-            RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range.
+            RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range; or
+                something is asked of a draft head that is not there.
         """
         try:
             sampling = SamplingConfig(temperature, top_k, top_p)
@@ -104,10 +121,41 @@ class Model:
         ids = [self.encode(p) if isinstance(p, str) else list(p) for p in given]
         limit = self._limits(ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
+        shape = self._tree(tree, simulate_accept_length, on_round)
+        run = Run(self.programs, self._method(sampling, shape, simulate_accept_length), batch)
+        run.execute(on_tokens, on_round)
+        return self._result(run, batch, max_new_tokens, shape, simulate_accept_length)
+
+    def _tree(
+        self, tree: TreeConfig | Literal["default"] | None, simulate: float | None, on_round: OnRound | None
+    ) -> TreeConfig | None:
+        """The tree to draft, None for plain decoding."""
+        if tree == "default":
+            tree = None if self.draft is None else default_tree()
+        if tree is None:
+            if simulate is not None or on_round is not None:
+                raise RequestError("expected speculative decoding to trace or to simulate; this is plain decoding")
+            return None
+        if self.draft is None:
+            raise RequestError(f"expected a draft head to draft a tree with; {self.directory} was loaded without one")
+        if tree.top_k > self.draft.config.draft_vocab_size:
+            raise RequestError(
+                f"expected a tree top-k of at most the draft vocabulary of {self.draft.config.draft_vocab_size}"
+                f" tokens, got {tree.top_k}"
+            )
+        if simulate is not None and not 1.0 <= simulate <= tree.longest_path:
+            raise RequestError(
+                f"expected an accept length from 1 to {tree.longest_path}, the longest path of the tree; got {simulate}"
+            )
+        return tree
+
+    def _method(self, sampling: SamplingConfig, tree: TreeConfig | None, simulate: float | None) -> Method:
         settings = Settings(self.config, sampling, self._compute)
-        run = Run(self.programs, settings, self.params, self.dtype, batch)
-        run.execute(on_tokens)
-        return self._result(run, batch, max_new_tokens)
+        if tree is None or self.draft is None:
+            return plain_method(settings, self.params, self.dtype)
+        accept = accept_rule(sampling, tree.longest_path, simulate)
+        speculation = SpeculationSettings(settings, self.draft.config, tree, accept)
+        return speculative_method(speculation, Speculator(self.params, self.draft.head), self.dtype)
 
     def _limits(self, ids: list[list[int]], max_new_tokens: int, max_length: int | None) -> list[int]:
         """The length at which each sequence ends at the latest."""
@@ -133,9 +181,12 @@ class Model:
                     )
         return [min(len(prompt) + max_new_tokens, context) for prompt in ids]
 
-    def _result(self, run: Run, batch: Batch, max_new_tokens: int) -> RunResult:
+    def _result(
+        self, run: Run, batch: Batch, max_new_tokens: int, tree: TreeConfig | None, simulate: float | None
+    ) -> RunResult:
         pairs = zip(batch.prompts, run.sequences, strict=True)
-        prompts = [self._prompt_result(p, s[len(p) :], batch.stop_ids, max_new_tokens) for p, s in pairs]
+        new = [sequence[len(prompt) :] for prompt, sequence in pairs]
+        prompts = [self._prompt_result(run, batch, number, ids, max_new_tokens) for number, ids in enumerate(new)]
         later = sum(p.new_tokens - 1 for p in prompts)
         experts = run.experts_wanted / run.rounds if run.rounds else 0.0
         return RunResult(
@@ -144,9 +195,11 @@ class Model:
             experts_loaded=experts,
             mass_kept=1.0,
             tokens_replaced=0.0,
-            exact=True,
+            exact=simulate is None,
             budget=None,
-            tree=None,
+            tree=None if tree is None else dataclasses.asdict(tree),
+            draft_model=None if tree is None or self.draft is None else self.draft.name,
+            simulated_accept_length=simulate,
             compile_s=run.compile_s,
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,
@@ -156,36 +209,55 @@ class Model:
             versions=versions(),
         )
 
-    def _prompt_result(
-        self, prompt: list[int], new: list[int], stop_ids: tuple[int, ...], max_new_tokens: int
-    ) -> PromptResult:
-        reason = "stop" if new[-1] in stop_ids else "length" if len(new) == max_new_tokens else "context"
-        rounds = len(new) - 1
+    def _prompt_result(self, run: Run, batch: Batch, number: int, new: list[int], max_new_tokens: int) -> PromptResult:
+        prompt = batch.prompts[number]
+        reason = "stop" if new[-1] in batch.stop_ids else "length" if len(new) == max_new_tokens else "context"
+        rounds = int(run.active[number])
+        by_depth = (run.accepted[number] / max(rounds, 1)).tolist()
+        accept_length = 1.0 + sum(by_depth) if rounds else 0.0
         text = self.decode(new, after=prompt)
-        return PromptResult(text, new, len(prompt), len(new), rounds, 1.0 if rounds else 0.0, [], reason)
+        return PromptResult(text, new, len(prompt), len(new), rounds, accept_length, by_depth, reason)
+
+
+def default_tree() -> TreeConfig:
+    """What is drafted on this platform if nothing else is asked for."""
+    return DEFAULT_TREES.get(jax.default_backend(), TreeConfig(depth=2, top_k=1, size=4))
 
 
 def load(
     model: str = DEMO_TARGET,
+    draft_model: str | None = None,
     *,
     revision: str | None = None,
+    draft_revision: str | None = None,
+    draft_boundaries: tuple[int, ...] | None = None,
     offline: bool = False,
     dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     placement: Placement | None = None,
     progress: bool = False,
 ) -> Model:
-    """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded model.
+    """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
 
+    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None with a model that has no head of its
+    own here, loads none. `draft_boundaries` override which of the target's states the head is said to read.
     The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
 
     Raises:
-        CheckpointError: there is no such model, or it is not one we can run; the message says what is wrong and where.
+        CheckpointError: there is no such model, or it is not one we can run, or the head does not fit it; the message
+            says what is wrong and where.
     """
     directory = locate(model, revision, offline, progress)
     config = load_config(directory)
     backend = backend or default_backend()
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    if draft_model is None:
+        draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
+    draft = None
+    if draft_model != "none":
+        # First: it is small, and whether it fits is known before the model is read.
+        draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
+        draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
     tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
     tokens = 0 if tokenizer is None else tokenizer.get_vocab_size()
     if tokens > config.vocab_size:
@@ -193,4 +265,4 @@ def load(
             f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
         )
     params = load_parameters(directory, config, backend, kind, placement, progress)
-    return Model(config, params, backend, kind, tokenizer, stop_ids, directory)
+    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft)

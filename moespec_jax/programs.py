@@ -8,9 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder
-
 
 class Programs:
     """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled."""
@@ -25,8 +22,8 @@ class Programs:
     def run(
         self,
         function: Callable[..., Any],
-        settings: Settings,
-        params: Decoder,
+        settings: Any,
+        params: Any,
         *arguments: Any,
         donate: tuple[int, ...] = (),
     ) -> Any:
@@ -40,7 +37,7 @@ class Programs:
             started = time.perf_counter()
             jitted = jax.jit(partial(function, settings), donate_argnums=donate)
             # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
-            exact = params.embed.dtype == jnp.float32 and jax.default_backend() != "cpu"
+            exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
             with jax.default_matmul_precision("highest" if exact else None):
                 self._compiled[key] = jitted.lower(params, *arguments).compile()
             self.compile_s += time.perf_counter() - started

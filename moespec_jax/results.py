@@ -10,7 +10,9 @@ class PromptResult:
     """What one prompt gave. Text fields are None where there is no tokenizer.
 
     `finish_reason` is "stop" (a stop id, which is the last of `token_ids`), "length" (`max_new_tokens`) or "context".
-    `rounds` counts forward passes after prefill; plain decoding accepts one token in each.
+    `rounds` counts the target's forward passes after prefill. `accept_length` is the mean number of tokens a round
+    gained, the drafted ones it accepted and one more; 1 in plain decoding. `accepted_by_depth[d]` is the share of rounds
+    that accepted a drafted token at depth d + 1.
     """
 
     text: str | None
@@ -26,7 +28,8 @@ class PromptResult:
 @dataclasses.dataclass
 class RunResult:
     """What one batch gave, and how long each part took in seconds. `tokens_per_s` counts tokens after the first of each
-    sequence over `decode_s`; compilation is in neither."""
+    sequence over `decode_s`; compilation is in neither. `tree` is None where nothing was drafted; with a
+    `simulated_accept_length` the tokens are not the model's and only times mean anything."""
 
     prompts: list[PromptResult]
     experts_wanted: float
@@ -36,6 +39,8 @@ class RunResult:
     exact: bool
     budget: dict[str, Any] | None
     tree: dict[str, Any] | None
+    draft_model: str | None
+    simulated_accept_length: float | None
     compile_s: float
     prefill_s: float
     decode_s: float

@@ -1,0 +1,97 @@
+"""Speculation in tests: random heads for random targets, and whole batches decoded plainly and speculatively."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from driver import fast_jit
+
+from moespec_jax.accept import accept_rule
+from moespec_jax.backend import Backend
+from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
+from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder
+from moespec_jax.draft import DraftHead
+from moespec_jax.method import Method, plain_method, speculative_method
+from moespec_jax.run import Batch, Run
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, Speculator
+from moespec_jax.train.trainer import random_head
+
+
+def draft_config(target: DecoderConfig, **changes: Any) -> DraftConfig:
+    """A small head of the target's width over three of its states."""
+    fields: dict[str, Any] = dict(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=target.vocab_size - 5,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        boundaries=(0, 1, target.num_hidden_layers),
+    )
+    return DraftConfig(**(fields | changes))
+
+
+def small_head(config: DraftConfig, params: Decoder, seed: int = 0) -> DraftHead:
+    """A random head whose guesses come from the target's own output matrix, and so are not always wrong."""
+    ids = np.sort(np.random.default_rng(seed).permutation(config.vocab_size)[: config.draft_vocab_size])
+    return random_head(config, params, jnp.asarray(ids, jnp.int32), jax.random.key(seed))
+
+
+class FastPrograms:
+    """Stands in for `Programs`: compiles quickly, and counts how often each function was traced."""
+
+    def __init__(self) -> None:
+        self.compile_s, self.traces = 0.0, {}
+        self._jitted = cache(self._jit)
+
+    def run(self, function: Any, settings: Any, params: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        return self._jitted(function, settings, donate)(params, *arguments)
+
+    def _jit(self, function: Any, settings: Any, donate: tuple[int, ...]) -> Any:
+        def counted(*arguments: Any) -> Any:
+            self.traces[function.__name__] = self.traces.get(function.__name__, 0) + 1
+            return function(settings, *arguments)
+
+        return fast_jit(counted, donate_argnums=donate)
+
+
+def speculating(
+    config: DecoderConfig,
+    params: Decoder,
+    backend: Backend,
+    draft: DraftConfig,
+    head: DraftHead,
+    tree: TreeConfig,
+    sampling: SamplingConfig = SamplingConfig(),
+    simulate: float | None = None,
+) -> Method:
+    """The method that drafts `tree` with `head`."""
+    settings = Settings(config, sampling, _compute(backend, config.hidden_act))
+    accept = accept_rule(sampling, tree.longest_path, simulate)
+    return speculative_method(SpeculationSettings(settings, draft, tree, accept), Speculator(params, head), jnp.float32)
+
+
+def plainly(
+    config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = SamplingConfig()
+) -> Method:
+    return plain_method(Settings(config, sampling, _compute(backend, config.hidden_act)), params, jnp.float32)
+
+
+def decode(
+    method: Method, programs: Any, prompts: Sequence[Sequence[int]], new: int, stop_ids: tuple[int, ...] = (), seed: int = 0
+) -> Run:
+    """Decode a batch to `new` tokens after each prompt."""
+    batch = Batch([list(p) for p in prompts], [len(p) + new for p in prompts], stop_ids, seed)
+    run = Run(programs, method, batch)
+    run.execute()
+    return run
+
+
+_compute = cache(lambda backend, activation: backend.compute(activation))
