@@ -34,20 +34,17 @@ class Accepted:
 Accept = Callable[[Tree, Array, Array, Array], Accepted]
 
 
-@functools.cache  # One value a setting, since a compiled program is looked up by it.
 def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None = None) -> Accept:
     """How trees are verified: greedily, by sampling, or, for timing alone, to a mean number of tokens `simulate`.
+
+    Equal settings give the same function, since compiled programs are looked up by it.
 
     Raises:
         ValueError: `simulate` is below 1, the least that a round gives, or not finite.
     """
-    if simulate is not None:
-        if not 1.0 <= simulate < float("inf"):
-            raise ValueError(f"expected a simulated acceptance length of at least 1, got {simulate}")
-        return functools.partial(accept_simulated, simulate, longest_path)
-    if sampling.greedy:
-        return lambda tree, logits, key, index: accept_greedy(longest_path, tree, logits)
-    return functools.partial(accept_sampled, sampling, longest_path)
+    if simulate is not None and not 1.0 <= simulate < float("inf"):
+        raise ValueError(f"expected a simulated acceptance length of at least 1, got {simulate}")
+    return _accept_rule(sampling, longest_path, simulate)
 
 
 def accept_greedy(longest_path: int, tree: Tree, logits: Float[Array, "nodes vocab"]) -> Accepted:
@@ -141,6 +138,15 @@ def position_keys(key: Array, position: Int[Array, ""]) -> tuple[Array, Array]:
     """The keys of a position's coin and of its bonus: two streams, so that neither says anything of the other."""
     coin, bonus = jax.random.split(jax.random.fold_in(key, position))
     return coin, bonus
+
+
+@functools.cache
+def _accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None) -> Accept:
+    if simulate is not None:
+        return functools.partial(accept_simulated, simulate, longest_path)
+    if sampling.greedy:
+        return lambda tree, logits, key, index: accept_greedy(longest_path, tree, logits)
+    return functools.partial(accept_sampled, sampling, longest_path)
 
 
 def _walk(

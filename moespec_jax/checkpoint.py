@@ -22,6 +22,8 @@ from moespec_jax.orbax_io import is_orbax, open_orbax
 from moespec_jax.tensors import is_ignorable, tensor_table
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# What tensors other than parameters may be: the vocabulary maps of a draft head.
+STORED = FLOATS | {"I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
@@ -152,7 +154,7 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
         try:
             with file.open("rb", buffering=0) as data:
                 for name in sorted(names, key=lambda name: entries[name].start):
-                    array = buffer.array(entries[name].shape, jnp.dtype(FLOATS[entries[name].dtype]))
+                    array = buffer.array(entries[name].shape, jnp.dtype(STORED[entries[name].dtype]))
                     data.seek(entries[name].start)
                     _fill(array, data)
                     yield name, array

@@ -48,7 +48,7 @@ class DraftHead:
 
 
 def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """A cache of `slots` pairs per sequence, all free; layers are never stacked, since there is seldom more than one."""
+    """A cache of `slots` pairs per sequence, all free; never stacked: there is seldom more than one layer."""
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in "kv")
     return Cache(k, v, jnp.zeros((batch,), jnp.int32))

@@ -1,56 +1,54 @@
-"""Generate text: `python -m moespec_jax.generate`. Without arguments, the embedded model on a built-in prompt."""
+"""Generate text: `python -m moespec_jax.generate`. Without arguments, the embedded pair on a built-in prompt."""
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from moespec_jax.command import Parser, run_command, write_output
-from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
+from moespec_jax.arguments import boundaries_of, build_parser, refuse_flags, tree_of
+from moespec_jax.command import run_command, write_output
+from moespec_jax.compare import compare
+from moespec_jax.model import load
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
+from moespec_jax.statistics import statistics_table
 from moespec_jax.text import TextStream, chat_prompt
-
-# Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.
-_LATER = {
-    "speculative decoding": (
-        "tree-depth",
-        "tree-top-k",
-        "tree-size",
-        "simulate-accept-length",
-        "trace",
-        "draft-revision",
-    ),
-    "expert budgets": ("expert-budget", "budget-policy", "budget-score", "budget-size", "budget-anchor"),
-    "several devices": ("mesh",),
-}
+from moespec_jax.trace import tracing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
-    return run_command(_parser(), _run, argv)
+    return run_command(build_parser(__doc__), _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    _refuse_flags(arguments)
+    refuse_flags(arguments)
+    tree, boundaries = tree_of(arguments), boundaries_of(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load(
         arguments.model,
+        arguments.draft_model,
         revision=arguments.revision,
+        draft_revision=arguments.draft_revision,
+        draft_boundaries=boundaries,
         offline=arguments.offline,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
     )
+    if model.draft is not None and arguments.draft_model is not None:
+        print("\n".join(model.draft.notes), file=sys.stderr)
     if arguments.chat:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
     # A chat template writes the special tokens itself.
     prompts = [model.encode(text, special_tokens=not arguments.chat) for text in texts] + ids
     alone = not arguments.json and len(prompts) == 1
     streams = _Printer(model.tokenizer, prompts[0]) if alone and model.tokenizer is not None else None
-    result = model.generate(
+    generate = functools.partial(
+        model.generate,
         prompts,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -59,13 +57,17 @@ def _run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         ignore_eos=arguments.ignore_eos,
         max_length=arguments.max_length,
-        on_tokens=streams,
+        simulate_accept_length=arguments.simulate_accept_length,
     )
+    with tracing(arguments.trace) as on_round:
+        result = generate(tree=tree or "default", on_tokens=streams, on_round=on_round)
+    comparison = compare(generate, tree or "default") if arguments.compare else None
     if arguments.json:
-        write_output(json.dumps(dataclasses.asdict(result)) + "\n")
+        extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
+        write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
         return
     streams.finish() if streams else _print_batch(texts, result)
-    print(_statistics(model, result), file=sys.stderr)
+    print(statistics_table(model, result, comparison), file=sys.stderr)
 
 
 class _Printer:
@@ -89,80 +91,6 @@ def _print_batch(texts: list[str], result: RunResult) -> None:
         given = texts[number] if number < len(texts) else ""
         text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else given + prompt.text
         write_output(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
-
-
-def _statistics(model: Model, result: RunResult) -> str:
-    new = sum(p.new_tokens for p in result.prompts)
-    ends = ", ".join(sorted({p.finish_reason for p in result.prompts}))
-    rows = [
-        ("model", f"{model.config.model_type} from {model.directory}"),
-        ("device", f"{result.device}, {result.dtype}"),
-        ("output", f"exact, plain decoding; {new} new tokens, ended by {ends}"),
-        ("compilation", f"{result.compile_s:.2f} s"),
-        ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
-        ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
-        ("experts", f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and step"),
-    ]
-    return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
-
-
-def _refuse_flags(arguments: argparse.Namespace) -> None:
-    if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
-        raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
-    if arguments.draft_model not in (None, "none"):
-        raise RequestError("expected --draft-model none: speculative decoding is not part of this version yet")
-    for feature, flags in _LATER.items():
-        for flag in flags:
-            if getattr(arguments, flag.replace("-", "_")) not in (None, "none"):
-                raise RequestError(f"--{flag} belongs to {feature}, which is not part of this version yet")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m moespec_jax.generate", description=__doc__, allow_abbrev=False)
-    _add_model_flags(parser.add_argument_group("model"))
-    _add_prompt_flags(parser.add_argument_group("prompts (several form a batch)"))
-    _add_sampling_flags(parser.add_argument_group("sampling"))
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
-    later = parser.add_argument_group("not part of this version yet")
-    for flags in _LATER.values():
-        for flag in flags:
-            later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
-    return parser
-
-
-def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", default=DEMO_TARGET, help="directory or hub id (default: the embedded model)")
-    group.add_argument("--draft-model", metavar="none", help="none: plain decoding, all there is in this version")
-    group.add_argument("--revision", help="branch, tag or commit of a hub model")
-    group.add_argument("--offline", action="store_true", help="use the local hub cache only")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
-    group.add_argument("--max-length", type=int, help="longest sequence in tokens (default: the model's context)")
-    group.add_argument(
-        "--compilation-cache",
-        metavar="DIR",
-        help="where compiled programs are kept, or none (default: ~/.cache/moespec_jax)",
-    )
-
-
-def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--prompt", action="append", help="text to continue; - reads standard input; repeatable")
-    group.add_argument("--prompt-file", action="append", help="one prompt a line, or JSON lines with turns; repeatable")
-    group.add_argument("--prompt-ids", action="append", metavar="5,17,9", help="token ids instead of text; repeatable")
-    group.add_argument("--chat", action="store_true", help="apply the model's chat template")
-    group.add_argument("--system", help="system turn of the chat")
-    group.add_argument(
-        "--no-thinking", action="store_true", help="ask the chat template for an answer without thinking"
-    )
-
-
-def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-new-tokens", type=int, default=128)
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    group.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
-    group.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's stop ids")
 
 
 if __name__ == "__main__":

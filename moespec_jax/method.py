@@ -1,4 +1,4 @@
-"""Ways to decode a batch, as the programs they are made of: plain, one token a pass; or speculative, one tree a pass."""
+"""Ways to decode a batch, as the programs they are made of: plain, a token a pass; or speculative, a tree a pass."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple

@@ -21,7 +21,7 @@ from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
-from moespec_jax.draft_checkpoint import LoadedDraft, load_draft
+from moespec_jax.draft_checkpoint import LoadedDraft, load_draft, share_embedding
 from moespec_jax.hub import locate
 from moespec_jax.method import Method, plain_method, speculative_method
 from moespec_jax.programs import Programs
@@ -124,7 +124,7 @@ class Model:
         shape = self._tree(tree, simulate_accept_length, on_round)
         run = Run(self.programs, self._method(sampling, shape, simulate_accept_length), batch)
         run.execute(on_tokens, on_round)
-        return self._result(run, batch, max_new_tokens, shape, simulate_accept_length)
+        return self._result(run, batch, sampling, max_new_tokens, shape, simulate_accept_length)
 
     def _tree(
         self, tree: TreeConfig | Literal["default"] | None, simulate: float | None, on_round: OnRound | None
@@ -182,7 +182,13 @@ class Model:
         return [min(len(prompt) + max_new_tokens, context) for prompt in ids]
 
     def _result(
-        self, run: Run, batch: Batch, max_new_tokens: int, tree: TreeConfig | None, simulate: float | None
+        self,
+        run: Run,
+        batch: Batch,
+        sampling: SamplingConfig,
+        max_new_tokens: int,
+        tree: TreeConfig | None,
+        simulate: float | None,
     ) -> RunResult:
         pairs = zip(batch.prompts, run.sequences, strict=True)
         new = [sequence[len(prompt) :] for prompt, sequence in pairs]
@@ -196,6 +202,7 @@ class Model:
             mass_kept=1.0,
             tokens_replaced=0.0,
             exact=simulate is None,
+            greedy=sampling.greedy,
             budget=None,
             tree=None if tree is None else dataclasses.asdict(tree),
             draft_model=None if tree is None or self.draft is None else self.draft.name,
@@ -239,8 +246,8 @@ def load(
 ) -> Model:
     """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
 
-    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None with a model that has no head of its
-    own here, loads none. `draft_boundaries` override which of the target's states the head is said to read.
+    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
+    one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
     The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
 
     Raises:
@@ -265,4 +272,5 @@ def load(
             f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
         )
     params = load_parameters(directory, config, backend, kind, placement, progress)
+    draft = draft and share_embedding(draft, params.embed)
     return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft)

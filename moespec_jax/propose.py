@@ -26,8 +26,8 @@ def extend_draft(
     following: Int[Array, "batch pairs"],
     cache: Cache,
 ) -> tuple[Float[Array, "batch pairs model"], Cache]:
-    """Run the head on new pairs: the target's states of tokens from position `cache.length[b]` on, each beside the token
-    after it. Rows past the last true pair are padding: whatever sees their slots later writes them first."""
+    """Run the head on new pairs: the target's states of tokens from position `cache.length[b]` on, each beside the
+    token after it. Rows past the last true pair are padding: whatever sees their slots later writes them first."""
     embed = embed if head.embed is None else head.embed
     positions = cache.length[:, None] + jnp.arange(following.shape[1], dtype=jnp.int32)[None, :]
     mask = causal_mask(positions, cache.slots)
@@ -43,7 +43,7 @@ def propose_trees(
     roots: Int[Array, " batch"],
     cache: Cache,
 ) -> tuple[Tree, Cache]:
-    """A tree for every sequence. `outputs` are the head's at the last confirmed pair, `cache` holds all confirmed pairs.
+    """A tree for every sequence. `outputs` are the head's at the last confirmed pair; `cache` holds all those pairs.
 
     The cache comes back with the same length and the tree's rows behind it.
     """

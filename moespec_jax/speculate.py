@@ -61,7 +61,7 @@ class SpeculationState:
 
 
 class SpeculationPrefill(NamedTuple):
-    """What one prefill chunk hands to the next: as in plain decoding, and the head's cache and the last tapped states."""
+    """What one prefill chunk hands to the next: as in plain decoding, with the head's cache and last tapped states."""
 
     cache: Cache
     last_hidden: Float[Array, "batch model"]
@@ -112,8 +112,9 @@ def speculation_prefill_chunk(
     start: Int[Array, ""],
     prompt_lengths: Int[Array, " batch"],
 ) -> SpeculationPrefill:
-    """Read one chunk of every prompt with the target, and its pairs with the head; `tokens` has one token more than the
-    chunk, since a pair holds the token after its feature. The pair of a prompt's last token waits for the first draw."""
+    """Read one chunk of every prompt with the target, and its pairs with the head; `tokens` has one token more than
+    the chunk, for a pair holds the token after its feature. The pair of a prompt's last token waits for the first draw.
+    """
     chunk, boundaries = tokens[:, :-1], settings.draft.boundaries
     before = PrefillState(state.cache, state.last_hidden)
     target, taps = read_chunk(settings.target, params.target, before, chunk, start, prompt_lengths, boundaries)
@@ -192,7 +193,7 @@ def speculation_round(
 def verify_trees(
     settings: SpeculationSettings, target: Decoder, decoding: DecodeState, trees: Tree
 ) -> tuple[Float[Array, "batch nodes vocab"], Cache, ForwardInfo]:
-    """The target's logits at every node, its cache with the nodes' rows behind the committed ones, and what was tapped."""
+    """The target's logits at every node, its cache with the nodes' rows behind the committed ones, and its taps."""
     known = decoding.length - 1
     own = jax.vmap(ancestors)(trees.parents)
     hidden, cache, info = settings.verify(

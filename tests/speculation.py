@@ -85,7 +85,12 @@ def plainly(
 
 
 def decode(
-    method: Method, programs: Any, prompts: Sequence[Sequence[int]], new: int, stop_ids: tuple[int, ...] = (), seed: int = 0
+    method: Method,
+    programs: Any,
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    stop_ids: tuple[int, ...] = (),
+    seed: int = 0,
 ) -> Run:
     """Decode a batch to `new` tokens after each prompt."""
     batch = Batch([list(p) for p in prompts], [len(p) + new for p in prompts], stop_ids, seed)

@@ -1,0 +1,144 @@
+"""The flags of `generate`, and what they ask for."""
+
+import argparse
+
+from moespec_jax.command import Parser
+from moespec_jax.config import TreeConfig
+from moespec_jax.model import DEMO_TARGET, RequestError
+
+# Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.
+_LATER = {
+    "expert budgets": ("expert-budget", "budget-policy", "budget-score", "budget-size", "budget-anchor"),
+    "several devices": ("mesh",),
+}
+EAGLE_TREE = TreeConfig(depth=7, top_k=10, size=60)
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m moespec_jax.generate`."""
+    parser = Parser(prog="python -m moespec_jax.generate", description=description, allow_abbrev=False)
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_prompt_flags(parser.add_argument_group("prompts (several form a batch)"))
+    _add_sampling_flags(parser.add_argument_group("sampling"))
+    _add_tree_flags(parser.add_argument_group("speculative decoding"))
+    _add_output_flags(parser.add_argument_group("output"))
+    later = parser.add_argument_group("not part of this version yet")
+    for flags in _LATER.values():
+        for flag in flags:
+            later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
+    return parser
+
+
+def refuse_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that say nothing together, before anything is loaded.
+
+    Raises:
+        RequestError: there are such flags.
+    """
+    if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
+        raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
+    if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
+        for flag in ("draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size"):
+            if getattr(arguments, flag) is not None:
+                raise RequestError(f"--{flag.replace('_', '-')} is about a draft head; expected --draft-model with it")
+        if arguments.compare:
+            raise RequestError("--compare is about a draft head; expected --draft-model with it")
+    for feature, flags in _LATER.items():
+        for flag in flags:
+            if getattr(arguments, flag.replace("-", "_")) not in (None, "none"):
+                raise RequestError(f"--{flag} belongs to {feature}, which is not part of this version yet")
+
+
+def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
+    """The tree that the flags ask for, None if they leave it to the platform. What they leave out of a tree is EAGLE's,
+    or as much of it as the rest allows.
+
+    Raises:
+        RequestError: there is no such tree.
+    """
+    depth, top_k, size = arguments.tree_depth, arguments.tree_top_k, arguments.tree_size
+    if depth is None and top_k is None and size is None:
+        return None
+    try:
+        depth = EAGLE_TREE.depth if depth is None else depth
+        top_k = EAGLE_TREE.top_k if top_k is None else top_k
+        if size is None:
+            size = min(EAGLE_TREE.size, TreeConfig(depth, top_k, 2).pool + 1)
+        return TreeConfig(depth, top_k, size)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:
+    """The boundaries of `--draft-boundaries`, None without it.
+
+    Raises:
+        RequestError: they are not integers.
+    """
+    if arguments.draft_boundaries is None:
+        return None
+    try:
+        return tuple(int(part) for part in arguments.draft_boundaries.split(","))
+    except ValueError:
+        raise RequestError(f"expected --draft-boundaries like 2,24,45; got {arguments.draft_boundaries!r}") from None
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default=DEMO_TARGET, help="directory or hub id (default: the embedded pair)")
+    group.add_argument(
+        "--draft-model",
+        help="directory or hub id of an EAGLE-3 head; none: plain decoding (default: the embedded pair's)",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of a hub model")
+    group.add_argument("--draft-revision", help="the same of the draft head")
+    group.add_argument("--offline", action="store_true", help="use the local hub cache only")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
+    group.add_argument("--max-length", type=int, help="longest sequence in tokens (default: the model's context)")
+    group.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="where compiled programs are kept, or none (default: ~/.cache/moespec_jax)",
+    )
+
+
+def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompt", action="append", help="text to continue; - reads standard input; repeatable")
+    group.add_argument("--prompt-file", action="append", help="one prompt a line, or JSON lines with turns; repeatable")
+    group.add_argument("--prompt-ids", action="append", metavar="5,17,9", help="token ids instead of text; repeatable")
+    group.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    group.add_argument("--system", help="system turn of the chat")
+    group.add_argument(
+        "--no-thinking", action="store_true", help="ask the chat template for an answer without thinking"
+    )
+
+
+def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-new-tokens", type=int, default=128)
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+    group.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens (default)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's stop ids")
+
+
+def _add_tree_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tree-depth", type=int, help="how often the beam is expanded; nodes reach depth + 1 (EAGLE: 7)"
+    )
+    group.add_argument("--tree-top-k", type=int, help="width of the beam; 1 is a chain (EAGLE: 10)")
+    group.add_argument("--tree-size", type=int, help="tokens verified at once, the root included (EAGLE: 60)")
+    group.add_argument(
+        "--draft-boundaries", metavar="2,24,45", help="which states of the target the head reads, where its files err"
+    )
+    group.add_argument(
+        "--simulate-accept-length",
+        type=float,
+        metavar="X",
+        help="accept X tokens a round on average, whatever the model says: for timing only",
+    )
+    group.add_argument("--compare", action="store_true", help="decode plainly as well, and tell the speed-up")
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
+    group.add_argument("--trace", metavar="FILE", help="JSON lines, one a round and sequence")

@@ -1,0 +1,56 @@
+"""The short table of figures after a run, for people."""
+
+from moespec_jax.compare import Comparison
+from moespec_jax.model import Model
+from moespec_jax.results import RunResult
+
+
+def statistics_table(model: Model, result: RunResult, comparison: Comparison | None) -> str:
+    """One figure a line: what ran, how exact it is, and how long each part took."""
+    rows = [
+        ("model", f"{model.config.model_type} from {model.directory}"),
+        ("device", f"{result.device}, {result.dtype}"),
+        ("output", _output(result)),
+        *_drafting(result),
+        ("compilation", f"{result.compile_s:.2f} s"),
+        ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
+        ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
+        ("experts", f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass"),
+    ]
+    if comparison is not None:
+        rows.append(("compared", _compared(comparison)))
+    return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
+
+
+def _output(result: RunResult) -> str:
+    new, ends = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
+    exact = "exact" if result.exact else "SIMULATED, not the model's"
+    how = "plain decoding" if result.tree is None else "speculative decoding"
+    return f"{exact}, {how}; {new} new tokens, ended by {', '.join(sorted(ends))}"
+
+
+def _drafting(result: RunResult) -> list[tuple[str, str]]:
+    """Head, tree and acceptance, over all rounds of all prompts."""
+    if result.tree is None:
+        return []
+    rounds = sum(p.rounds for p in result.prompts)
+    depths = range(max(len(p.accepted_by_depth) for p in result.prompts))
+    shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / max(rounds, 1) for d in depths]
+    tree = result.tree
+    shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
+    marked = "" if result.simulated_accept_length is None else " (simulated)"
+    return [
+        ("draft", f"{result.draft_model}; {shape}, depth {tree['depth']}, {tree['size']} tokens a pass"),
+        (
+            "acceptance",
+            f"{1 + sum(shares):.2f} tokens a round{marked}; by depth {' '.join(f'{s:.2f}' for s in shares)}",
+        ),
+    ]
+
+
+def _compared(comparison: Comparison) -> str:
+    spread = f"{comparison.speed_up_min:.2f} to {comparison.speed_up_max:.2f} in {comparison.repeats} runs"
+    same = "" if comparison.same_tokens is None else f"; {comparison.same_tokens:.1%} the same tokens"
+    return (
+        f"{comparison.speed_up:.2f}x of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s ({spread}){same}"
+    )
