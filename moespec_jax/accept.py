@@ -101,6 +101,7 @@ def take_child(
     were rounded. A child of probability 0 never is.
     """
     mass = jnp.where(children, probabilities[tokens], 0.0)
+    # Accelerators add in a tree, where a running sum may creep up over an addend of 0: hence `possible`.
     possible = mass > 0
     running = jnp.where(possible, jnp.cumsum(mass), 0.0)
     others = jnp.ones(probabilities.shape, jnp.bool_).at[tokens].min(~children)

@@ -83,9 +83,8 @@ def load_draft(
     for key, array in stored.read(table):
         kept = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {directory}")
         leaves[table[key].path] = _on_device(kept, table[key].transpose)
-    return LoadedDraft(
-        config, build_head(config, leaves), described.notes + notes, described.format, name or str(directory)
-    )
+    head, name = build_head(config, leaves), name or str(directory)
+    return LoadedDraft(config, head, described.notes + notes, described.format, name)
 
 
 def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:

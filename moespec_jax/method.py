@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jax.typing import DTypeLike
 
-from moespec_jax.accept import accept_greedy
+from moespec_jax.accept import accept_rule
 from moespec_jax.config import TreeConfig
 from moespec_jax.decode import DecodeState, Settings, begin, decode_steps, empty_prefill, prefill_chunk
 from moespec_jax.decoder import Decoder
@@ -63,7 +63,7 @@ def speculative_method(settings: SpeculationSettings, params: Speculator, dtype:
         return empty_speculation_prefill(settings, batch, slots, dtype, stacked=params.target.stacked)
 
     target = settings.target._replace(sampling=SamplingConfig())
-    reading = SpeculationSettings(target, settings.draft, TreeConfig(), accept_greedy)
+    reading = SpeculationSettings(target, settings.draft, TreeConfig(), accept_rule(SamplingConfig(), 2))
     return Method(
         settings, reading, params, empty,
         speculation_prefill_chunk, begin_speculation, speculation_rounds, lambda state: state.decoding,

@@ -1,7 +1,7 @@
 """Speculation in tests: random heads for random targets, and whole batches decoded plainly and speculatively."""
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, Speculator
 from moespec_jax.train.trainer import random_head
+
+GREEDY = SamplingConfig()
 
 
 def draft_config(target: DecoderConfig, **changes: Any) -> DraftConfig:
@@ -69,7 +71,7 @@ def speculating(
     draft: DraftConfig,
     head: DraftHead,
     tree: TreeConfig,
-    sampling: SamplingConfig = SamplingConfig(),
+    sampling: SamplingConfig = GREEDY,
     simulate: float | None = None,
 ) -> Method:
     """The method that drafts `tree` with `head`."""
@@ -78,9 +80,7 @@ def speculating(
     return speculative_method(SpeculationSettings(settings, draft, tree, accept), Speculator(params, head), jnp.float32)
 
 
-def plainly(
-    config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = SamplingConfig()
-) -> Method:
+def plainly(config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = GREEDY) -> Method:
     return plain_method(Settings(config, sampling, _compute(backend, config.hidden_act)), params, jnp.float32)
 
 

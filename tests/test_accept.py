@@ -191,9 +191,9 @@ def test_under_all_coins_the_rule_gives_the_target_exactly(config: TreeConfig, s
 def test_two_tokens_are_distributed_as_the_target_says(config: TreeConfig, sampling: SamplingConfig) -> None:
     """Total variation from the exact distribution, over 200,000 texts, is within twice that of direct draws.
 
-    Rounds follow each other with one key a text, as in decoding. Direct draws of this size are about 0.0045 away on
-    average, with a standard deviation of 0.0007; the floor is the mean of 20, and so a sound rule is 6 deviations from
-    failing: less than one seed in a million.
+    Rounds follow each other with one key a text, as in decoding. Direct draws of this size are 0.004 to 0.005 away on
+    average, with a standard deviation of 0.0007. The floor is the mean of 20 of them, and so a sound rule is at least 5
+    standard deviations from failing: less than one seed in a million.
     """
     rounds = [draft_tree(config, prefix) for prefix in [(), *((t,) for t in range(VOCAB))]]
     trees = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree for tree, _ in rounds))

@@ -115,8 +115,10 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     found = []
     for name in names:
         a, b = before.get(name), now.get(name)
-        both = isinstance(a, dict) and isinstance(b, dict)
-        found += _differences(a, b, f"{prefix}{name}.") if both else [prefix + name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
     return found
 
 
@@ -147,7 +149,8 @@ def _restore(directory: Path, state: TrainState) -> tuple[TrainState, int, Any]:
     latest = manager.latest_step()
     if latest is None:
         return state, 0, manager
-    return manager.restore(latest, args=ocp.args.StandardRestore(state)), latest, manager
+    restored: Any = manager.restore(latest, args=ocp.args.StandardRestore(state))
+    return restored, latest, manager
 
 
 def _save(manager: Any, step: int, state: TrainState) -> None:
