@@ -21,29 +21,31 @@ Large values: see `tpu_hlo.py`.
 """
 
 import argparse
-import dataclasses
-import importlib.metadata
 import json
-import os
-import re
 import sys
-import time
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-# The host plans for chips it does not have: no metadata server to ask, no lock to take.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
-os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from benchmarks.tpu_ahead import (
+    DTYPE,
+    MODELS,
+    SLOTS,
+    TOPOLOGIES,
+    OutOfMemory,
+    Program,
+    compile_lowered,
+    copyable_sizes,
+    devices,
+    local_bytes,
+    placed,
+    versions,
+    with_layers,
+)
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_table import table
 from moespec_jax.backend import BACKENDS, Backend
@@ -54,62 +56,8 @@ from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder
 from moespec_jax.sample import SamplingConfig
 
-SLOTS, CHUNK, DTYPE = 2048, 512, jnp.bfloat16
-TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+CHUNK = 512
 PROGRAMS = ("decode", "prefill")
-
-MODELS: dict[str, dict[str, Any]] = {
-    "OLMoE-1B-7B": {
-        "model_type": "olmoe",
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-    },
-    "Qwen3-30B-A3B": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-    },
-}
-
-
-class Program(NamedTuple):
-    """One program as the compiler left it."""
-
-    bytes_accessed: int
-    temp_bytes: int
-    alias_bytes: int
-    compile_s: float
-    hlo: str
-
-
-class OutOfMemory(Exception):
-    """The arguments alone do not fit the chip, which has `available` bytes."""
-
-    def __init__(self, available: int) -> None:
-        super().__init__(f"the chip has {available} bytes")
-        self.available = available
 
 
 def main() -> None:
@@ -131,8 +79,7 @@ def main() -> None:
                 for backend in options.backends if program == "decode" else options.backends[:1]:
                     rows.append({"model": model, **examine(config, chip, program, BACKENDS[backend], options.layers)})
                     print(json.dumps(rows[-1]), file=sys.stderr)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-    report = {"versions": versions, "slots": SLOTS, "chunk": CHUNK, "dtype": "bfloat16", "rows": rows}
+    report = {"versions": versions(), "slots": SLOTS, "chunk": CHUNK, "dtype": "bfloat16", "rows": rows}
     if options.out is None:
         print(json.dumps(report))
     else:
@@ -142,8 +89,7 @@ def main() -> None:
 
 def examine(config: DecoderConfig, chip: str, program: str, backend: Backend, layers: int | None) -> dict[str, Any]:
     """One row of the report: the program over `layers` layers (None: all, or as many as fit the chip)."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-    sharding = SingleDeviceSharding(device)
+    sharding = SingleDeviceSharding(devices(chip)[0])
     needed = memory_needed(config, backend)
     fits = True
     shallow = config if layers is None else with_layers(config, layers)
@@ -201,7 +147,9 @@ def ideal_bytes(config: DecoderConfig, backend: Backend) -> int:
     params = abstract_decoder(config, backend, DTYPE)
     head = params.embed if params.lm_head is None else params.lm_head
     chosen = sum(leaf.size // config.num_experts for leaf in jax.tree.leaves(params.experts))
-    weights = _size((params.layers, params.norm, head)) + chosen * config.num_experts_per_tok * DTYPE.dtype.itemsize
+    weights = (
+        local_bytes((params.layers, params.norm, head)) + chosen * config.num_experts_per_tok * DTYPE.dtype.itemsize
+    )
     return weights + config.hidden_size * DTYPE.dtype.itemsize + cache_bytes(config)
 
 
@@ -211,27 +159,11 @@ def compile_program(config: DecoderConfig, program: str, backend: Backend, shard
     Raises:
         OutOfMemory: parameters and state exceed the chip's memory.
     """
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
     settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
     function, arguments = _PROGRAMS[program]
     params = abstract_decoder(config, backend, DTYPE, sharding)
-    lowered = jax.jit(partial(function, settings), donate_argnums=1).lower(params, *placed(arguments(config)))
-    started = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        limit = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
-        if limit is None:
-            raise
-        raise OutOfMemory(int(float(limit[1]) * 2**30)) from None
-    seconds = time.perf_counter() - started
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    assert memory is not None and cost is not None
-    counted = int(cost["bytes accessed"])
-    return Program(counted, memory.temp_size_in_bytes, memory.alias_size_in_bytes, seconds, compiled.as_text() or "")
+    state = placed(arguments(config), sharding)
+    return compile_lowered(jax.jit(partial(function, settings), donate_argnums=1).lower(params, *state))
 
 
 def _decode_arguments(config: DecoderConfig) -> tuple[Any, ...]:
@@ -256,15 +188,9 @@ def _chunk_arguments(config: DecoderConfig) -> tuple[Any, ...]:
 _PROGRAMS = {"decode": (decode_steps, _decode_arguments), "prefill": (prefill_chunk, _chunk_arguments)}
 
 
-def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
-    """The same decoder cut off after `layers` layers."""
-    kept = {"sparse_layers": config.sparse_layers[:layers], "sliding_windows": config.sliding_windows[:layers]}
-    return dataclasses.replace(config, num_hidden_layers=layers, **kept)
-
-
 def memory_needed(config: DecoderConfig, backend: Backend) -> int:
     """Bytes of parameters and cache."""
-    return _size(abstract_decoder(config, backend, DTYPE)) + cache_bytes(config)
+    return local_bytes(abstract_decoder(config, backend, DTYPE)) + cache_bytes(config)
 
 
 def layers_that_fit(config: DecoderConfig, backend: Backend, available: int) -> int:
@@ -277,19 +203,12 @@ def layers_that_fit(config: DecoderConfig, backend: Backend, available: int) -> 
 def cache_bytes(config: DecoderConfig) -> int:
     """Bytes of keys and values of all layers."""
     cache = jax.eval_shape(lambda: empty_cache(config, 1, SLOTS, DTYPE, stacked=True))
-    return _size((cache.k, cache.v))
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return local_bytes((cache.k, cache.v))
 
 
 def _copyable_sizes(config: DecoderConfig, backend: Backend) -> set[tuple[str, int]]:
-    """Element counts of all weights and cache arrays: whole, one layer of them, one expert of them."""
     cache = jax.eval_shape(lambda: empty_cache(config, 1, SLOTS, DTYPE, stacked=True))
-    leaves = jax.tree.leaves((abstract_decoder(config, backend, DTYPE), cache.k, cache.v))
-    parts = [1, config.num_hidden_layers, config.num_sparse_layers * config.num_experts]
-    return {("bf16", leaf.size // part) for leaf in leaves for part in parts}
+    return copyable_sizes(config, (abstract_decoder(config, backend, DTYPE), cache.k, cache.v))
 
 
 if __name__ == "__main__":

@@ -53,3 +53,8 @@ def _layers(row: dict[str, Any]) -> str:
     if row["fits"]:
         return f"{row['layers_compiled']}"
     return f"{row['layers_compiled']} of {row['layers']}: does not fit one chip, needs {row['needs_gb']:.1f} GB"
+
+
+def speculation_table(report: dict[str, Any]) -> str:
+    """The report of `tpu_speculate.py` as Markdown."""
+    return ""

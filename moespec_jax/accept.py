@@ -155,12 +155,17 @@ def _walk(
 ) -> tuple[Int[Array, " path"], Int[Array, ""]]:
     """From the root to the child that `choose(level, node)` gives, until it finds none; the path and its length."""
 
-    def step(level: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        path, count = state
-        node = path[level]
-        child, found = choose(level, node)
-        moved = found & (count == level + 1)
-        return path.at[level + 1].set(jnp.where(moved, child, node)), count + moved.astype(jnp.int32)
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        path, count, _ = state
+        node = path[-1]
+        child, found = choose(count - 1, node)
+        ahead = jnp.arange(longest_path, dtype=jnp.int32) >= count
+        return jnp.where(ahead & found, child, path), count + found.astype(jnp.int32), found
 
-    start = jnp.zeros((longest_path,), jnp.int32), jnp.int32(1)
-    return jax.lax.fori_loop(0, longest_path - 1, step, start)
+    def going(state: tuple[Array, Array, Array]) -> Array:
+        _, count, found = state
+        return found & (count < longest_path)
+
+    start = jnp.zeros((longest_path,), jnp.int32), jnp.int32(1), jnp.bool_(True)
+    path, count, _ = jax.lax.while_loop(going, step, start)
+    return path, count

@@ -122,7 +122,7 @@ class Model:
         limit = self._limits(ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
         shape = self._tree(tree, simulate_accept_length, on_round)
-        run = Run(self.programs, self._method(sampling, shape, simulate_accept_length), batch)
+        run = Run(self.programs, self.method(sampling, shape, simulate_accept_length), batch)
         run.execute(on_tokens, on_round)
         return self._result(run, batch, sampling, max_new_tokens, shape, simulate_accept_length)
 
@@ -149,7 +149,8 @@ class Model:
             )
         return tree
 
-    def _method(self, sampling: SamplingConfig, tree: TreeConfig | None, simulate: float | None) -> Method:
+    def method(self, sampling: SamplingConfig, tree: TreeConfig | None = None, simulate: float | None = None) -> Method:
+        """The programs that decode: plainly, or drafting `tree`."""
         settings = Settings(self.config, sampling, self._compute)
         if tree is None or self.draft is None:
             return plain_method(settings, self.params, self.dtype)

@@ -69,6 +69,14 @@ class Run:
                 on_round(self.rounds - 1, jax.tree.map(np.asarray, info.last))
             self._collect(state, on_tokens)
 
+    def state_after(self, rounds: int) -> Any:
+        """The method's state after prefill and so many rounds: what a round can be run on by itself."""
+        state = self._prefill()
+        for _ in range(rounds):
+            advance, settings = self._method.advance, self._method.settings
+            state, _ = self._timed("decode_s", advance, settings, state, jnp.int32(1), donate=(1,))
+        return state
+
     def _rounds_per_call(self) -> int:
         """As many rounds as fit between two looks of a reader; one at first, to learn how long a round takes."""
         return max(1, int(_STREAM_INTERVAL_S * self.rounds / self.decode_s)) if self.rounds else 1

@@ -164,30 +164,32 @@ def speculation_round(
     settings: SpeculationSettings, params: Speculator, state: SpeculationState
 ) -> tuple[SpeculationState, RoundInfo]:
     """Draft, verify, accept, keep: one forward pass of the target, `depth + 1` of the head."""
-    decoding, width = state.decoding, settings.tree.longest_path
-    known = decoding.length - 1  # tokens in the target's cache once the last round is kept; the root is not
-    after = state.draft_cache.length[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
-    following = jnp.take_along_axis(decoding.tokens, after, axis=1)
-    outputs, draft_cache = extend_draft(
-        settings.draft, params.draft, params.target.embed, state.taps, following, state.draft_cache
-    )
-    last = jnp.clip(known - 1 - state.draft_cache.length, 0, width - 1)
-    outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
-    draft_cache = dataclasses.replace(draft_cache, length=known)
-    roots = jnp.take_along_axis(decoding.tokens, known[:, None], axis=1)[:, 0]
-    trees, draft_cache = propose_trees(
-        settings.draft, settings.tree, params.draft, params.target.embed, outputs, roots, draft_cache
-    )
+    trees, draft_cache = draft_trees(settings, params, state)
+    decoding = state.decoding
     logits, cache, info = verify_trees(settings, params.target, decoding, trees)
     accepted = _accept(settings.accept, decoding, trees, logits)
     if settings.tree.top_k > 1:  # a chain's accepted rows are where they belong
-        cache = keep_rows(cache, known, accepted.path, settings.tree.size)
+        cache = keep_rows(cache, decoding.length - 1, accepted.path, settings.tree.size)
     assert info.taps is not None
     taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)
-    experts = _experts_hit(settings, info, roots.shape[0])
-    done = RoundInfo(~decoding.done, trees, accepted, experts)
+    happened = RoundInfo(~decoding.done, trees, accepted, _experts_hit(settings, info, trees.tokens.shape[0]))
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-    return SpeculationState(decoding, draft_cache, taps), done
+    return SpeculationState(decoding, draft_cache, taps), happened
+
+
+def draft_trees(settings: SpeculationSettings, params: Speculator, state: SpeculationState) -> tuple[Tree, Cache]:
+    """Every sequence's tree, and the head's cache with the pairs that the last round confirmed."""
+    decoding, width, embed = state.decoding, settings.tree.longest_path, params.target.embed
+    confirmed = state.draft_cache.length
+    after = confirmed[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+    following = jnp.take_along_axis(decoding.tokens, after, axis=1)
+    outputs, cache = extend_draft(settings.draft, params.draft, embed, state.taps, following, state.draft_cache)
+    known = decoding.length - 1  # pairs there are now, and tokens in the target's cache: all but the root
+    last = jnp.clip(known - 1 - confirmed, 0, width - 1)
+    outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
+    roots = jnp.take_along_axis(decoding.tokens, known[:, None], axis=1)[:, 0]
+    cache = dataclasses.replace(cache, length=known)
+    return propose_trees(settings.draft, settings.tree, params.draft, embed, outputs, roots, cache)
 
 
 def verify_trees(

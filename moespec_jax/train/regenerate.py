@@ -35,20 +35,35 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(model: Model, path: Path, prompt_tokens: int) -> Iterator[list[int]]:
-    """What is to be answered in every line of `path`, as token ids."""
+    """What is to be answered in every line of `path`, as token ids.
+
+    Raises:
+        RequestError: a line holds no prompt, or one that the model cannot read or answer.
+    """
     for number, record in read_records(path):
         where = f"line {number} of {path}"
         if isinstance(record.get("prompt_ids"), list):
-            yield record["prompt_ids"][:prompt_tokens]
+            ids = record["prompt_ids"][:prompt_tokens]
         elif isinstance(record.get("text"), str):
-            yield model.encode(record["text"])[:prompt_tokens]
+            ids = model.encode(record["text"])[:prompt_tokens]
         else:
             turns = chat_turns(record, where)
             while turns and turns[-1]["role"] == "assistant":
                 turns.pop()
             if not turns:
                 raise RequestError(f"expected a turn before the assistant's in {where}")
-            yield model.encode(render_chat(model.directory, turns, ask=True), special_tokens=False)
+            ids = model.encode(render_chat(model.directory, turns, ask=True), special_tokens=False)
+        _check_prompt(model, ids, where)
+        yield ids
+
+
+def _check_prompt(model: Model, ids: list[int], where: str) -> None:
+    """Refuse now what would be refused after hours of answering the prompts before it."""
+    vocab, context = model.config.vocab_size, model.config.context_length
+    if not all(type(i) is int and 0 <= i < vocab for i in ids):
+        raise RequestError(f"expected token ids from 0 to {vocab - 1} in {where}")
+    if not 0 < len(ids) < context:
+        raise RequestError(f"expected a prompt of 1 to {context - 1} tokens in {where}; it has {len(ids)}")
 
 
 def regenerate(
@@ -61,8 +76,22 @@ def regenerate(
     temperature: float,
     seed: int = 0,
 ) -> None:
-    """Append a record for each prompt that `output` does not hold yet, in order."""
-    done = _drop_half_a_line(output)
+    """Append a record for each prompt that `output` does not hold yet, in order.
+
+    Raises:
+        RequestError: `output` cannot be written, or holds something else than responses to the first of these prompts;
+            or a number is out of range.
+    """
+    if batch < 1:
+        raise RequestError(f"expected a batch of at least 1; got {batch}")
+    try:
+        done = _drop_half_a_line(output)
+        output.touch()
+    except OSError as error:
+        raise RequestError(f"expected to write to {output}; {error.strerror}") from None
+    kept = [record.get("prompt_ids") for _, record in read_records(output)]
+    if kept != prompts[:done]:
+        raise RequestError(f"expected {output} to hold responses to the same prompts; it holds others: write elsewhere")
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
         for start in range(done, len(prompts), batch):
             part = prompts[start : start + batch]

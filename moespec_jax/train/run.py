@@ -6,22 +6,29 @@ Batches are a function of the step and a checkpoint holds the whole state, so a 
 with the same bits as one that was not.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from moespec_jax.backend import Backend
+from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
-from moespec_jax.files import write_json
+from moespec_jax.files import read_json, write_json
 from moespec_jax.model import Model, RequestError
+from moespec_jax.moe import ExpertCompute
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
 from moespec_jax.train.trainer import (
@@ -54,39 +61,63 @@ def train(
     Raises:
         RequestError: `directory` holds another run, or there is too little data.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    _claim(directory, {"recipe": dataclasses.asdict(recipe), "source": source})
-    rows, checks = _prepare(directory, recipe, data, held_out)
+    run = {"recipe": dataclasses.asdict(recipe), "source": source}
+    rows, checks = _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
+    # Only now: whoever mends bad data and begins again is not told that the data differ.
+    write_json(directory / "run.json", run)
+    mesh = data_mesh(recipe.batch)
     ids = draft_vocabulary(rows, recipe.target.vocab_size, recipe.draft.draft_vocab_size)
-    target_ids, mesh = jnp.asarray(ids), data_mesh(recipe.batch)
-    # Made by a function so that a restored state takes its place: nothing else keeps the first one.
-    head = random_head(recipe.draft, model.params, target_ids, jax.random.key(recipe.seed))
-    state, first, manager = _restore(directory, initial_state(recipe, head, mesh))
-    log = _Log(directory / "log.jsonl", first)
-    compute = model.backend.compute(model.config.hidden_act)
-    with tqdm(total=recipe.optimizer.steps, initial=first, unit="step") as bar:
-        for step in range(first, recipe.optimizer.steps):
-            started = time.perf_counter()
-            batch = shard_batch(mesh, rows.batch(step, recipe.batch, recipe.seed))
-            state, metrics = train_step(recipe, compute, mesh, model.params, target_ids, state, batch)
-            row = {"step": step, **{name: np.asarray(value).tolist() for name, value in metrics._asdict().items()}}
-            row["seconds"] = time.perf_counter() - started
-            last = step + 1 == recipe.optimizer.steps
-            if len(checks.ids) and ((step + 1) % pace.evaluate_every == 0 or last):
-                row["held_out_accuracy"] = held_out_accuracy(recipe, model, target_ids, state, checks)
-            log.write(row)
-            bar.set_postfix(loss=f"{row['loss'][0]:.3f}", accuracy="/".join(f"{x:.2f}" for x in row["accuracy"]))
-            bar.update()
-            if (step + 1) % pace.save_every == 0 or last:
-                _save(manager, step + 1, state)
-    manager.wait_until_finished()
+    # Once, and not at every step: with several devices, each needs its own.
+    params, target_ids = jax.device_put((model.params, jnp.asarray(ids)), NamedSharding(mesh, P()))
+    model = dataclasses.replace(model, params=params)
+    with _checkpoints(directory) as manager:
+        state, first = _begin(manager, recipe, params, target_ids, mesh)
+        log = _Log(directory / "log.jsonl", first)
+        with tqdm(total=recipe.optimizer.steps, initial=first, unit="step") as bar:
+            for step in range(first, recipe.optimizer.steps):
+                batch = rows.batch(step, recipe.batch, recipe.seed)
+                state, row = _advance(recipe, model, mesh, target_ids, state, batch, step)
+                last = step + 1 == recipe.optimizer.steps
+                if len(checks.ids) and ((step + 1) % pace.evaluate_every == 0 or last):
+                    row["held_out_accuracy"] = held_out_accuracy(recipe, model, target_ids, state, checks)
+                log.write(row)
+                bar.set_postfix(loss=f"{row['loss'][0]:.3f}", accuracy="/".join(f"{x:.2f}" for x in row["accuracy"]))
+                bar.update()
+                if (step + 1) % pace.save_every == 0 or last:
+                    _save(manager, step + 1, state)
     return finished_head(state, target_ids)
 
 
+def _advance(
+    recipe: Recipe, model: Model, mesh: Mesh, target_ids: jax.Array, state: TrainState, batch: Rows, step: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step, and what the log says of it."""
+    started = time.perf_counter()
+    compute = _compute(model.backend, model.config.hidden_act)
+    state, metrics = train_step(recipe, compute, mesh, model.params, target_ids, state, shard_batch(mesh, batch))
+    row = {"step": step, **{name: np.asarray(value).tolist() for name, value in metrics._asdict().items()}}
+    return state, row | {"seconds": time.perf_counter() - started}
+
+
+@functools.cache
+def _compute(backend: Backend, activation: str) -> ExpertCompute:
+    """One function object for one back-end: compiled programs are found by it."""
+    return backend.compute(activation)
+
+
+def last_state(directory: Path, recipe: Recipe, model: Model, target_ids: jax.Array) -> tuple[TrainState, int]:
+    """The last state that the run in `directory` saved, and its step; a run that saved none gives its first state."""
+    with _checkpoints(directory) as manager:
+        return _begin(manager, recipe, model.params, target_ids, data_mesh(recipe.batch))
+
+
 def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: TrainState, rows: Rows) -> list[float]:
-    """Share of the target's first choices guessed at each draft step, over all rows."""
-    compute = model.backend.compute(model.config.hidden_act)
+    """Share of the target's first choices guessed at each draft step, over all whole batches of rows; what is less
+    than one batch is filled up with rows of which nothing counts."""
+    compute = _compute(model.backend, model.config.hidden_act)
     hits, positions = np.zeros(recipe.unroll), np.zeros(recipe.unroll)
+    missing = max(recipe.batch - len(rows.ids), 0)
+    rows = Rows(*(np.pad(part, ((0, missing), (0, 0))) for part in rows))
     for start in range(0, len(rows.ids) - recipe.batch + 1, recipe.batch):
         batch = Rows(*(part[start : start + recipe.batch] for part in rows))
         scores = evaluate_batch(recipe, compute, model.params, target_ids, state, batch)
@@ -95,19 +126,23 @@ def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: Trai
     return (hits / np.maximum(positions, 1)).round(5).tolist()
 
 
-def _claim(directory: Path, run: dict[str, Any]) -> None:
-    """Write down what this run is, or find that it is the same one."""
-    file, run = directory / "run.json", json.loads(json.dumps(run))
+def _is_continued(directory: Path, run: dict[str, Any]) -> bool:
+    """Whether `directory`, which is made if there is none, holds this very run."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"expected a directory to train in at {directory}; {error.strerror}") from None
+    file = directory / "run.json"
     if not file.exists():
-        write_json(file, run)
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
+        return False
+    before, run = read_json(file), json.loads(json.dumps(run))
     if before != run:
         differ = _differences(before, run)
         raise RequestError(
             f"expected the settings that the run in {directory} began with; {', '.join(differ)} differ:"
             " continue with the same command, or train elsewhere"
         )
+    return True
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -123,11 +158,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def _prepare(
-    directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]]
-) -> tuple[Rows, Rows]:
-    """Rows to train on and rows to check with, packed once and kept."""
+    directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
+    keep: bool,
+) -> tuple[Rows, Rows]:  # fmt: skip
+    """Rows to train on and rows to check with, packed once and kept: those of another beginning are not."""
     file = directory / "rows.npz"
-    if not file.exists():
+    if not (keep and file.exists()):
         # One token more than the target reads: the last one is only predicted.
         train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
         temporary = directory / "rows.incomplete.npz"
@@ -140,17 +176,34 @@ def _prepare(
     return train, check
 
 
-def _restore(directory: Path, state: TrainState) -> tuple[TrainState, int, Any]:
+@contextlib.contextmanager
+def _checkpoints(directory: Path) -> Iterator[Any]:
+    """The run's checkpoints; however the block ends, what it began to save is saved."""
     import orbax.checkpoint as ocp
 
     manager = ocp.CheckpointManager(
         (directory / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
-    latest = manager.latest_step()
+    try:
+        yield manager
+    finally:
+        manager.wait_until_finished()
+        manager.close()
+
+
+def _begin(manager: Any, recipe: Recipe, target: Decoder, target_ids: jax.Array, mesh: Mesh) -> tuple[TrainState, int]:
+    """The last state saved and its step, else the first state. A function of its own, so that nothing else keeps the
+    head that it starts from."""
+    import orbax.checkpoint as ocp
+
+    head = random_head(recipe.draft, target, target_ids, jax.random.key(recipe.seed))
+    state, latest = initial_state(recipe, head, mesh), manager.latest_step()
     if latest is None:
-        return state, 0, manager
-    restored: Any = manager.restore(latest, args=ocp.args.StandardRestore(state))
-    return restored, latest, manager
+        return state, 0
+    place = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    del head, state
+    restored: Any = manager.restore(latest, args=ocp.args.StandardRestore(place))
+    return restored, latest
 
 
 def _save(manager: Any, step: int, state: TrainState) -> None:
@@ -163,8 +216,11 @@ class _Log:
     """JSON lines, one a step; what an interrupted run wrote after its last checkpoint is dropped."""
 
     def __init__(self, path: Path, first: int):
-        rows = path.read_text(encoding="utf-8").splitlines()[:first] if path.exists() else []
-        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) < first]
+        temporary = path.with_name(path.name + ".incomplete")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
         self._path = path
 
     def write(self, row: dict[str, Any]) -> None:
@@ -172,8 +228,17 @@ class _Log:
             file.write(json.dumps(row) + "\n")
 
 
-def draw_training(log: Path, picture: Path, tokens_per_step: int, mesh: Mesh | None = None) -> None:
-    """Loss of the first step and accuracy of every step against tokens seen."""
+def _step_of(line: str) -> float:
+    """The step of a line of the log; of half a line, one that no run reaches."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def draw_training(log: Path, picture: Path, tokens_per_step: int) -> None:
+    """Loss of the first draft step, and accuracy of every one, against tokens seen; accuracy is that on held-out rows
+    where there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -184,12 +249,15 @@ def draw_training(log: Path, picture: Path, tokens_per_step: int, mesh: Mesh | N
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     left.plot(seen, [row["loss"][0] for row in rows], linewidth=0.8)
     left.set(xlabel="million tokens", ylabel="training loss of the first draft step")
-    checks = [(x, row["held_out_accuracy"]) for x, row in zip(seen, rows, strict=True) if "held_out_accuracy" in row]
-    for step in range(len(rows[-1]["accuracy"])):
-        if checks:
-            right.plot([x for x, _ in checks], [a[step] for _, a in checks], "o-", label=f"step {step}")
-    right.set(xlabel="million tokens", ylabel="held-out accuracy", ylim=(0, 1))
-    right.legend(fontsize=7)
+    held_out = any("held_out_accuracy" in row for row in rows)
+    name, style = ("held_out_accuracy", "o-") if held_out else ("accuracy", "-")
+    checks = [(x, row[name]) for x, row in zip(seen, rows, strict=True) if name in row]
+    for step in range(len(checks[0][1]) if checks else 0):
+        right.plot([x for x, _ in checks], [a[step] for _, a in checks], style, label=f"step {step}")
+    right.set(xlabel="million tokens", ylabel="held-out accuracy" if held_out else "training accuracy", ylim=(0, 1))
+    if checks:
+        right.legend(fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,89 @@
+"""How much of what the embedded head drafts is accepted: `python -m benchmarks.acceptance --out benchmarks/results`.
+
+Prompts are pieces of the held-out modules, 64 tokens each, and any set given with `--prompts NAME=FILE` (JSON lines with
+`turns`), whose first turns are cut to their last 256 tokens. Every tree and chain, greedily and at temperature 1; one
+batch a setting; 128 new tokens a prompt. Lengths count the bonus token (the papers' tau); figures by depth are shares of
+all rounds, so that they sum to the length less one.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from moespec_jax.config import TreeConfig
+from moespec_jax.demo import corpus
+from moespec_jax.model import Model, load
+from moespec_jax.prompts import read_prompt_file
+from moespec_jax.results import RunResult
+
+PROMPT, LONGEST, NEW = 64, 256, 128
+TREES = [TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 2, 6)]
+TREES += [TreeConfig(depth, 1, depth + 2) for depth in (7, 4, 2, 1, 0)]
+
+
+def main() -> int:
+    """Measure every prompt set, tree and temperature, and write `acceptance.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="directory to write acceptance.json to (default: print)")
+    parser.add_argument("--prompts", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--count", type=int, default=64, help="prompts of each set")
+    parser.add_argument("--draft-model", help="another head for the embedded target")
+    options = parser.parse_args()
+    model = load(draft_model=options.draft_model, dtype="float32")
+    sets = {"held-out modules": held_out_prompts(model, options.count)}
+    for given in options.prompts:
+        name, _, file = given.partition("=")
+        texts = read_prompt_file(Path(file))[: options.count]
+        sets[name] = [model.encode(text)[-LONGEST:] for text in texts]
+    rows = []
+    for name, prompts in sets.items():
+        for temperature in (0.0, 1.0):
+            for tree in tqdm(TREES, desc=f"{name}, temperature {temperature:g}", unit="tree"):
+                result = model.generate(
+                    prompts, tree=tree, max_new_tokens=NEW, temperature=temperature, ignore_eos=True
+                )
+                rows.append(
+                    {"prompts": name, "count": len(prompts), "temperature": temperature, **summary(tree, result)}
+                )
+                print(json.dumps(rows[-1]), file=sys.stderr)
+    report = {
+        "new_tokens": NEW,
+        "device": result.device,
+        "dtype": result.dtype,
+        "versions": result.versions,
+        "rows": rows,
+    }
+    if options.out is None:
+        print(json.dumps(report))
+    else:
+        (options.out / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def held_out_prompts(model: Model, count: int, length: int = PROMPT) -> list[list[int]]:
+    """Evenly spaced pieces of the held-out modules."""
+    assert model.tokenizer is not None
+    stream = corpus.encode_documents(model.tokenizer, corpus.held_out_documents())
+    starts = np.linspace(0, len(stream) - length - 1, count).astype(int)
+    return [stream[start : start + length].tolist() for start in starts]
+
+
+def summary(tree: TreeConfig, result: RunResult) -> dict[str, Any]:
+    """Acceptance over all rounds of all prompts."""
+    rounds = sum(p.rounds for p in result.prompts)
+    by_depth = np.sum([np.array(p.accepted_by_depth) * p.rounds for p in result.prompts], axis=0) / rounds
+    return {
+        "tree": f"{tree.size}/{tree.depth}/{tree.top_k}",
+        "rounds": rounds,
+        "accept_length": round(1 + float(by_depth.sum()), 3),
+        "accepted_by_depth": by_depth.round(3).tolist(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Compiling for TPUs on a machine that has none: chips, models, and what the compiler says of a program.
+
+Importing this sets JAX up for it: programs are planned for described chips, and nothing runs on any.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+# The host plans for chips it does not have: no metadata server to ask, no lock to take.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-4"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from moespec_jax.config import DecoderConfig
+
+# Whoever imports this may have imported JAX before.
+jax.config.update("jax_platforms", "cpu")
+
+SLOTS, DTYPE = 2048, jnp.bfloat16
+TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "OLMoE-1B-7B": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+    },
+}
+
+
+class Program(NamedTuple):
+    """One program as the compiler left it; bytes are those of one device."""
+
+    bytes_accessed: int
+    argument_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    compile_s: float
+    hlo: str
+
+
+class OutOfMemory(Exception):
+    """The program needs more than the chip's `available` bytes."""
+
+    def __init__(self, available: int) -> None:
+        super().__init__(f"the chip has {available} bytes")
+        self.available = available
+
+
+def devices(chip: str, topology: str | None = None) -> list[Any]:
+    """The chips of a topology: that of `TOPOLOGIES` where none is named."""
+    name = TOPOLOGIES[chip] if topology is None else topology
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Program:
+    """Compile for the devices that the arguments were placed on.
+
+    Raises:
+        OutOfMemory: the program does not fit the chip.
+    """
+    started = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        limit = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
+        if limit is None:
+            raise
+        raise OutOfMemory(int(float(limit[1]) * 2**30)) from None
+    seconds = time.perf_counter() - started
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    assert memory is not None and cost is not None
+    return Program(
+        bytes_accessed=int(cost["bytes accessed"]),
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        compile_s=seconds,
+        hlo=compiled.as_text() or "",
+    )
+
+
+def placed(tree: Any, sharding: Any) -> Any:
+    """The abstract tree with every leaf on `sharding`, or each on its own where `sharding` is a tree of them."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, sharding)
+
+
+def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
+    """The same decoder cut off after `layers` layers."""
+    kept = {"sparse_layers": config.sparse_layers[:layers], "sliding_windows": config.sliding_windows[:layers]}
+    return dataclasses.replace(config, num_hidden_layers=layers, **kept)
+
+
+def local_size(leaf: Any) -> int:
+    """Elements of an abstract leaf on one device."""
+    sharding = getattr(leaf, "sharding", None)
+    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of an abstract tree on one device, without what a layout pads."""
+    return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def copyable_sizes(config: DecoderConfig, tree: Any) -> set[tuple[str, int]]:
+    """What a copy of a weight or cache array is told by, for `tpu_hlo.large_values`: the local element counts of the
+    tree's leaves, whole, one layer of them, one expert of them."""
+    parts = [1, max(config.num_hidden_layers, 1), max(config.num_sparse_layers * config.num_experts, 1)]
+    return {("bf16", local_size(leaf) // part) for leaf in jax.tree.leaves(tree) for part in parts}
+
+
+def versions() -> dict[str, str]:
+    """Of what compiled."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}

@@ -1,0 +1,223 @@
+"""What the TPU compiler makes of a speculative round, on a machine without a TPU: `pip install "jax[tpu]"`, then
+
+    python -m benchmarks.tpu_speculate --out benchmarks/results
+
+compiles `speculate.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
+path and keeps its cache rows. Shapes are those of published checkpoints, with an EAGLE-3 head of 32000 tokens, in
+bfloat16, batch 1, caches of 2048 slots. Nothing runs, so there are no times: sizes and copies are the compiler's own.
+
+Memory is that of one device: arguments (parameters, caches and the rest of the state, as the chip's layouts pad them)
+and temporaries. Caches are in place if all bytes of them that go in come out in the same memory. Large copies and large
+activations: see `tpu_hlo.py`.
+
+A target that fits no chip is spread over several by the compiler (tensor sharding, see `tpu_shards.py`), under `slots`.
+Collectives are counted as the program names them, those in a loop once.
+"""
+
+import argparse
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.tpu_ahead import (
+    DTYPE,
+    MODELS,
+    SLOTS,
+    TOPOLOGIES,
+    Program,
+    compile_lowered,
+    copyable_sizes,
+    devices,
+    local_bytes,
+    placed,
+    versions,
+    with_layers,
+)
+from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_shards import make_mesh, parameter_shardings, state_shardings
+from benchmarks.tpu_table import speculation_table
+from moespec_jax.accept import accept_rule
+from moespec_jax.backend import BACKENDS
+from moespec_jax.cache import empty_cache
+from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig, TreeConfig
+from moespec_jax.decode import DecodeState, Settings
+from moespec_jax.draft import DraftHead, empty_draft_cache
+from moespec_jax.draft_tensors import build_head, draft_table
+from moespec_jax.families import read_config
+from moespec_jax.parameters import abstract_decoder, final_shape
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, speculation_rounds
+
+TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
+SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=1.0, top_p=0.9)}
+
+# What differs between the models' draft heads.
+HEADS: dict[str, dict[str, Any]] = {
+    "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
+    "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
+}
+
+# The topology whose chips, all of them, a target needs where one chip is too small.
+MESHES = {("Qwen3-30B-A3B", "v5e"): "v5e:2x4", ("Qwen3-30B-A3B", "v6e"): "v6e:2x2"}
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Case(NamedTuple):
+    """One row of the report."""
+
+    model: str
+    chip: str
+    backend: str
+    tree: str
+    sampling: str = "greedy"
+
+
+def main() -> None:
+    """Compile what was asked for and write `tpu_speculate.json` and the table made of it, or print the JSON."""
+    parser = argparse.ArgumentParser(description="Compile speculative rounds for TPUs ahead of time.")
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--backends", nargs="+", choices=("pallas", "slots"), default=["pallas", "slots"])
+    parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
+    parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
+    parser.add_argument("--layers", type=int, help="compile this many layers only")
+    parser.add_argument("--out", type=Path, help="directory to write to")
+    options = parser.parse_args()
+    rows = []
+    for case in all_cases():
+        chosen = zip(case, (getattr(options, f"{name}s") for name in Case._fields), strict=True)
+        if all(value in allowed for value, allowed in chosen):
+            rows.append(examine(case, options.layers))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    report = {"versions": versions(), "slots": SLOTS, "dtype": "bfloat16", "rows": rows}
+    report["trees"] = {name: dict(size=t.size, depth=t.depth, top_k=t.top_k) for name, t in TREES.items()}
+    if options.out is None:
+        print(json.dumps(report))
+    else:
+        (options.out / "tpu_speculate.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "tpu_speculate.md").write_text(speculation_table(report))
+
+
+def all_cases() -> list[Case]:
+    """Every model, chip, back-end and tree, greedily; and one that samples."""
+    cases = [
+        Case(model, chip, backend, tree)
+        for model in MODELS
+        for chip in TOPOLOGIES
+        for backend in (("slots",) if (model, chip) in MESHES else ("pallas", "slots"))
+        for tree in TREES
+    ]
+    return [*cases, Case("OLMoE-1B-7B", "v5e", "pallas", "tree", "sampled")]
+
+
+def examine(case: Case, layers: int | None) -> dict[str, Any]:
+    """One row of the report, over `layers` layers (None: all)."""
+    config = read_config(MODELS[case.model])
+    draft = draft_config(case.model, config)
+    if layers is not None:
+        config = with_layers(config, layers)
+        draft = draft_config(case.model, config, boundaries=(0, layers // 2, layers))
+    params, state = abstract_arguments(config, draft, case)
+    program = compile_rounds(config, draft, case, params, state)
+    caches = (state.decoding.cache.k, state.decoding.cache.v, state.draft_cache.k, state.draft_cache.v)
+    copies, activations = large_values(program.hlo, copyable_sizes(config, (params, caches)))
+    return {
+        **case._asdict(),
+        "devices": device_count(case),
+        "layers": config.num_hidden_layers,
+        "weights_gb": round(local_bytes(params) / 1e9, 2),
+        "arguments_gb": round(program.argument_bytes / 1e9, 2),
+        "temp_mb": round(program.temp_bytes / 1e6, 2),
+        "memory_gb": round((program.argument_bytes + program.temp_bytes) / 1e9, 2),
+        "cache_mb": round(local_bytes(caches) / 1e6, 1),
+        "cache_aliased": program.alias_bytes >= local_bytes(caches),
+        "large_copies": copies,
+        "large_activations": activations,
+        "collectives": collectives(program.hlo),
+        "compile_s": round(program.compile_s, 1),
+    }
+
+
+def compile_rounds(
+    config: DecoderConfig, draft: DraftConfig, case: Case, params: Speculator, state: SpeculationState
+) -> Program:
+    """Compile for the devices of the arguments; the state is donated, and comes back where it was."""
+    tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
+    target = Settings(config, sampling, BACKENDS[case.backend].compute(config.hidden_act))
+    settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path))
+    held = jax.tree.map(lambda leaf: leaf.sharding, state)
+    whole = state.taps.sharding
+    run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1, out_shardings=(held, whole))
+    return compile_lowered(run.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)))
+
+
+def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[Speculator, SpeculationState]:
+    """Parameters and state without memory behind them, placed on one chip or spread over a mesh."""
+    params = Speculator(abstract_decoder(config, BACKENDS[case.backend], DTYPE), abstract_head(draft))
+    state = abstract_state(config, draft, TREES[case.tree])
+    topology = MESHES.get((case.model, case.chip))
+    if topology is None:
+        sharding = SingleDeviceSharding(devices(case.chip)[0])
+        return placed(params, sharding), placed(state, sharding)
+    mesh = make_mesh(devices(case.chip, topology), config.num_key_value_heads)
+    return placed(params, parameter_shardings(mesh, params)), placed(state, state_shardings(mesh, state))
+
+
+def abstract_state(config: DecoderConfig, draft: DraftConfig, tree: TreeConfig) -> SpeculationState:
+    """One sequence under way."""
+
+    def make() -> SpeculationState:
+        one = jnp.zeros((1,), jnp.int32)
+        cache = empty_cache(config, 1, SLOTS, DTYPE, stacked=True)
+        tokens, stops = jnp.zeros((1, SLOTS), jnp.int32), jnp.zeros((2,), jnp.int32)
+        decoding = DecodeState(tokens, one, one, one > 0, stops, jax.random.key(0), cache)
+        taps = jnp.zeros((1, tree.longest_path, draft.aux_size), DTYPE)
+        return SpeculationState(decoding, empty_draft_cache(draft, 1, SLOTS, DTYPE), taps)
+
+    return jax.eval_shape(make)
+
+
+def abstract_head(draft: DraftConfig) -> DraftHead:
+    """A head without memory behind it."""
+    leaves = {t.path: jax.ShapeDtypeStruct(final_shape(t), jnp.dtype(DTYPE)) for t in draft_table(draft).values()}
+    ids = jax.ShapeDtypeStruct((draft.draft_vocab_size,), jnp.dtype(jnp.int32))
+    return build_head(draft, leaves | {("target_ids",): ids})
+
+
+def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConfig:
+    """The head published for a model, or for a cut of it."""
+    fields: dict[str, Any] = dict(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=32000,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        rope=RopeConfig(rope_theta=target.rope.rope_theta),
+    )
+    return DraftConfig(**(fields | HEADS[model] | changes))
+
+
+def device_count(case: Case) -> int:
+    """How many chips share the program."""
+    topology = MESHES.get((case.model, case.chip))
+    return 1 if topology is None else len(devices(case.chip, topology))
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """How often each kind of exchange between chips stands in the program; a started one counts once."""
+    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", hlo)) for kind in _COLLECTIVES}
+    return {kind: count for kind, count in counts.items() if count}
+
+
+if __name__ == "__main__":
+    main()

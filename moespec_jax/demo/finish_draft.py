@@ -1,0 +1,67 @@
+"""From a training run to the shipped head: `python -m moespec_jax.demo.finish_draft --training DIR`.
+
+Exports the run's last checkpoint in SpecForge format and writes down how it was trained. How much of what it drafts is
+accepted, `python -m benchmarks.acceptance` measures.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from moespec_jax.command import Parser, run_command
+from moespec_jax.demo.train_draft import RESPONSES, TEXT_ROWS, recipe
+from moespec_jax.draft_export import export_draft
+from moespec_jax.files import write_json
+from moespec_jax.model import DEMO_DRAFT, Model, load
+from moespec_jax.train.rows import Rows, draft_vocabulary
+from moespec_jax.train.run import draw_training, last_state
+from moespec_jax.train.trainer import finished_head
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export, record, draw."""
+    parser = Parser(prog="python -m moespec_jax.demo.finish_draft", description=__doc__)
+    parser.add_argument("--training", type=Path, required=True, help="the training run's --output")
+    parser.add_argument("--output", type=Path, default=Path(DEMO_DRAFT))
+    return run_command(parser, _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    model, training = load(draft_model="none", dtype="float32"), arguments.training
+    step = export_head(model, training, arguments.output)
+    log = [json.loads(line) for line in (training / "log.jsonl").read_text(encoding="utf-8").splitlines()][:step]
+    plan = recipe(model, step)
+    tokens = plan.batch * plan.length
+    record = {
+        "steps": step,
+        "tokens": step * tokens,
+        "training_minutes": round(sum(row["seconds"] for row in log) / 60, 1),
+        "responses": {name: count for name, count, _ in RESPONSES},
+        "text_rows": TEXT_ROWS,
+        "held_out_accuracy_by_step": [row["held_out_accuracy"] for row in log if "held_out_accuracy" in row][-1],
+        "training_accuracy_by_step": np.mean([row["accuracy"] for row in log[-50:]], axis=0).round(4).tolist(),
+    }
+    file = Path(__file__).parent / "draft_record.json"
+    write_json(file, record)
+    draw_training(training / "log.jsonl", file.with_name("draft_training.png"), tokens)
+
+
+def export_head(model: Model, training: Path, output: Path) -> int:
+    """Write the last checkpoint of a run as a bfloat16 SpecForge directory; returns its step."""
+    settings = json.loads((training / "run.json").read_text(encoding="utf-8"))
+    plan = recipe(model, settings["recipe"]["optimizer"]["steps"])
+    with np.load(training / "rows.npz") as kept:
+        rows = Rows(kept["ids"], kept["counts"])
+    ids = jnp.asarray(draft_vocabulary(rows, plan.draft.vocab_size, plan.draft.draft_vocab_size))
+    state, step = last_state(training, plan, model, ids)
+    export_draft(finished_head(state, ids), plan.draft, output, target=model.config, dtype="bfloat16")
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

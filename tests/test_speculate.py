@@ -1,0 +1,244 @@
+"""Laws of the speculative loop: what comes out is what plain decoding gives, and what stays in the caches is what a
+fresh prefill would have put there."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from driver import build, fast_jit
+from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
+from tiny import CONFIG, tiny_tensors
+
+from moespec_jax.attention import causal_mask
+from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.cache import Cache, empty_cache
+from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
+from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder, forward, unembed
+from moespec_jax.draft import DraftHead, empty_draft_cache
+from moespec_jax.families import read_config
+from moespec_jax.method import Method
+from moespec_jax.propose import extend_draft
+from moespec_jax.run import Batch, Run
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationState
+
+Pair = tuple[DecoderConfig, Decoder, Backend, DraftConfig, DraftHead]
+
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "olmoe": dict(intermediate_size=16, norm_topk_prob=False, clip_qkv=8.0),
+    "qwen3_moe": {},
+    "qwen2_moe": dict(
+        shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "mixtral": dict(intermediate_size=16, num_local_experts=4, sliding_window=None),
+}
+EAGLE, SMALL, CHAIN = TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 1, 4)
+TREES = {"60/7/10": EAGLE, "16/4/4": SMALL, "chain of 4": CHAIN}
+PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 9] * 10]
+both_backends = pytest.mark.parametrize("backend", ["switch", "slots"])
+every_family = pytest.mark.parametrize("family", FAMILY_FIELDS)
+
+
+@cache
+def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 64) -> Pair:
+    """A tiny target of a family and a random head for it."""
+    fields = CONFIG | dict(
+        model_type=family, vocab_size=vocab_size, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=False
+    )
+    fields |= FAMILY_FIELDS[family]
+    config = read_config(fields)
+    params = build(config, tiny_tensors(fields), BACKENDS[backend])
+    draft = draft_config(config, draft_vocab_size=max(vocab_size - 5, 5), boundaries=(0, 1, 2))
+    return config, params, BACKENDS[backend], draft, small_head(draft, params)
+
+
+def plain_method_of(pair: Pair, sampling: SamplingConfig = SamplingConfig()) -> Method:  # noqa: B008, frozen
+    return plainly(*pair[:3], sampling)
+
+
+@cache
+def plain_tokens(family: str, backend: str, new: int) -> list[list[int]]:
+    return decode(plain_method_of(pair(family, backend)), FastPrograms(), PROMPTS, new).sequences
+
+
+@every_family
+@pytest.mark.parametrize("tree", TREES)
+def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
+    """More than 1,000 tokens a family and tree, three sequences that progress at their own speed."""
+    new, programs = 340, FastPrograms()
+    run = decode(speculating(*pair(family), TREES[tree]), programs, PROMPTS, new)
+    assert run.sequences == plain_tokens(family, "switch", new)
+    assert int(run.accepted.sum()) > 30  # a loop that never accepts proves little
+    assert programs.traces == {"speculation_prefill_chunk": 1, "begin_speculation": 1, "speculation_rounds": 1}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
+    three = decode(speculating(*pair(backend="slots"), TREES[tree]), FastPrograms(), PROMPTS, 120).sequences
+    assert three == plain_tokens("qwen3_moe", "slots", 120)
+    for prompt, sequence in zip(PROMPTS[:1], three[:1], strict=True):
+        alone = decode(speculating(*pair(backend="slots"), TREES[tree]), FastPrograms(), [prompt], 120).sequences
+        assert alone == [sequence]
+
+
+@pytest.mark.parametrize("tree", [TreeConfig(0, 1, 2), TreeConfig(0, 4, 3), TreeConfig(1, 3, 13)], ids=str)
+def test_so_it_is_for_the_smallest_trees(tree: TreeConfig) -> None:
+    run = decode(speculating(*pair(), tree), FastPrograms(), PROMPTS, 60)
+    assert run.sequences == [
+        s[: len(p) + 60] for s, p in zip(plain_tokens("qwen3_moe", "switch", 340), PROMPTS, strict=True)
+    ]
+
+
+def test_stop_ids_and_limits_cut_where_plain_decoding_stops() -> None:
+    """Every token of a plain run in turn as stop id, and every limit from 1 to 9, in one batch each."""
+    programs, speculative = FastPrograms(), speculating(*pair(), SMALL)
+    plain = plain_tokens("qwen3_moe", "switch", 340)
+    for position in range(12, 30):
+        stops = (plain[0][position],)
+        expected = decode(plain_method_of(pair()), programs, PROMPTS, 40, stops).sequences
+        assert decode(speculative, programs, PROMPTS, 40, stops).sequences == expected
+    for limit in range(1, 10):
+        batch = Batch(PROMPTS, [len(p) + limit + i for i, p in enumerate(PROMPTS)], (), 0)
+        run = Run(programs, speculative, batch)
+        run.execute()
+        assert run.sequences == [s[:n] for s, n in zip(plain, batch.limit, strict=True)]
+    assert programs.traces["speculation_rounds"] == 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.9, 12, 0.95)], ids=["greedy", "sampled"])
+def test_streaming_changes_no_token(sampling: SamplingConfig) -> None:
+    method, programs = speculating(*pair(), SMALL, sampling), FastPrograms()
+    whole = decode(method, programs, PROMPTS, 50).sequences
+    run = Run(programs, method, Batch(PROMPTS, [len(p) + 50 for p in PROMPTS], (), 0))
+    pieces: list[list[list[int]]] = []
+    run.execute(on_tokens=pieces.append, on_round=lambda number, info: None)
+    assert run.sequences == whole
+    assert [sum((piece[b] for piece in pieces), p) for b, p in enumerate(PROMPTS)] == whole
+    assert programs.traces["speculation_rounds"] == 1
+
+
+def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: int) -> np.ndarray:
+    """The target's probability of every continuation of `new` tokens, by running each as plain text."""
+    config, params, backend, *_ = pair
+    paths = np.array(list(np.ndindex(*(config.vocab_size,) * new)), np.int32)
+    ids = np.concatenate([np.tile(np.array(prompt, np.int32), (len(paths), 1)), paths], axis=1)
+
+    def score(params: Decoder, ids: jax.Array) -> jax.Array:
+        from moespec_jax.sample import log_probabilities
+
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
+        cache = empty_cache(config, ids.shape[0], ids.shape[1], jnp.float32, stacked=backend.stacked)
+        mask = causal_mask(positions, ids.shape[1])
+        hidden, _, _ = forward(config, params, ids, positions, mask, cache, backend.compute(config.hidden_act))
+        logs = log_probabilities(sampling, unembed(params, hidden))[:, len(prompt) - 1 : -1]
+        return jnp.sum(jnp.take_along_axis(logs, ids[:, len(prompt) :, None], axis=2)[..., 0], axis=1)
+
+    return np.exp(np.asarray(fast_jit(score)(params, jnp.asarray(ids)), np.float64))
+
+
+@pytest.mark.parametrize("tree", [TreeConfig(1, 2, 5), TreeConfig(1, 1, 3)], ids=["tree", "chain"])
+@pytest.mark.parametrize("sampling", [SamplingConfig(1.0), SamplingConfig(0.8, 5, 0.9)], ids=["whole", "top-k top-p"])
+def test_sampled_output_is_distributed_as_the_target_says(tree: TreeConfig, sampling: SamplingConfig) -> None:
+    """Three tokens of the whole loop against enumerated probabilities: total variation below twice the mean of direct
+    sampling, whose own spread is a tenth of that mean: a sound loop fails once in far more than a million runs."""
+    tiny, rows, seeds, new = pair(vocab_size=7), 2048, 16, 3
+    expected = probabilities(tiny, sampling, PROMPTS[0], new)
+    np.testing.assert_allclose(expected.sum(), 1.0, atol=1e-5)  # sums of float32 logarithms
+    method, programs = speculating(*tiny, tree, sampling), FastPrograms()
+    counts = np.zeros(len(expected))
+    for seed in range(seeds):
+        run = decode(method, programs, [PROMPTS[0]] * rows, new, seed=seed)
+        digits = np.array([sequence[-new:] for sequence in run.sequences])
+        counts += np.bincount(digits @ 7 ** np.arange(new - 1, -1, -1), minlength=len(expected))
+    assert run.accepted.sum() > rows / 10
+    draws = counts.sum()
+    direct = np.random.default_rng(0).multinomial(int(draws), expected / expected.sum(), size=20) / draws
+    floor = np.abs(direct - expected[None]).sum(axis=1).mean() / 2
+    assert np.abs(counts / draws - expected).sum() / 2 < 2 * floor
+
+
+def states_after(method: Method, rounds: Iterable[int]) -> list[SpeculationState]:
+    """The state of a batch after so many rounds."""
+    found: list[SpeculationState] = []
+
+    class Watching(FastPrograms):
+        def run(self, function: Any, settings: Any, params: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+            out = super().run(function, settings, params, *arguments)
+            if function.__name__ == "speculation_rounds":
+                found.append(out[0])
+            return out
+
+    run = Run(Watching(), method, Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
+    run.execute(on_round=lambda number, info: None)
+    return [found[i] for i in rounds]
+
+
+def rows_of(cache: Cache, sequence: int, count: int) -> np.ndarray:
+    """Keys and values of the first `count` slots of a sequence, all layers."""
+    stores = [np.asarray(part) for part in jax.tree.leaves((cache.k, cache.v))]
+    return np.stack([s[..., sequence, :, :count, :].reshape(-1, count, s.shape[-1]) for s in stores])
+
+
+@both_backends
+@pytest.mark.parametrize("tree", ["16/4/4", "chain of 4"])
+def test_caches_are_what_a_fresh_prefill_writes(backend: str, tree: str) -> None:
+    """Target and head, after a few rounds: every committed row, from the committed tokens alone."""
+    config, params, form, draft, head = pair(backend=backend)
+    compute = form.compute(config.hidden_act)
+
+    def prefill(params: Decoder, ids: jax.Array) -> tuple[Cache, Cache]:
+        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+        cache = empty_cache(config, 1, ids.shape[1], jnp.float32, stacked=form.stacked)
+        mask = causal_mask(positions, ids.shape[1])
+        _, cache, info = forward(config, params, ids, positions, mask, cache, compute, boundaries=draft.boundaries)
+        pairs = empty_draft_cache(draft, 1, ids.shape[1], jnp.float32)
+        following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
+        assert cache is not None and info.taps is not None
+        return cache, extend_draft(draft, head, params.embed, info.taps, following, pairs)[1]
+
+    fresh = fast_jit(prefill)
+    for state in states_after(speculating(*pair(backend=backend), TREES[tree]), (0, 3, 9)):
+        tokens, lengths = np.asarray(state.decoding.tokens), np.asarray(state.decoding.length)
+        for b, length in enumerate(lengths.tolist()):
+            target, pairs = fresh(params, jnp.asarray(tokens[b : b + 1, :128]))
+            committed, confirmed = length - 1, int(state.draft_cache.length[b])
+            # Sums in another order, of values around 1.
+            np.testing.assert_allclose(
+                rows_of(state.decoding.cache, b, committed), rows_of(target, 0, committed), atol=2e-5
+            )
+            np.testing.assert_allclose(
+                rows_of(state.draft_cache, b, confirmed), rows_of(pairs, 0, confirmed), atol=2e-5
+            )
+
+
+def test_the_verifying_pass_is_a_parameter() -> None:
+    """A round verifies with whatever forward pass it is given."""
+    method, seen = speculating(*pair(), CHAIN), []
+
+    def watching(*arguments: Any, **named: Any) -> Any:
+        seen.append(arguments[2].shape)
+        return forward(*arguments, **named)
+
+    changed = method._replace(settings=method.settings._replace(verify=watching))  # pyright: ignore[reportAttributeAccessIssue]
+    assert decode(changed, FastPrograms(), PROMPTS, 40).sequences == plain_tokens("qwen3_moe", "switch", 40)
+    assert seen == [(3, 4)]
+
+
+@pytest.mark.parametrize("length", [1.0, 2.5, 3.0])
+def test_simulated_acceptance_has_the_mean_asked_for(length: float) -> None:
+    run = decode(speculating(*pair(), TreeConfig(3, 2, 8), simulate=length), FastPrograms(), PROMPTS, 300)
+    mean = 1 + run.accepted.sum() / run.active.sum()
+    assert abs(mean - length) < 0.15  # about 360 rounds of a coin: the standard deviation is below 0.03
+
+
+def test_settings_are_told_apart() -> None:
+    config, params, backend, draft, head = pair()
+    one, other = (speculating(config, params, backend, draft, head, tree) for tree in (CHAIN, SMALL))
+    assert one.settings != other.settings
+    assert one.settings == speculating(config, params, backend, draft, head, CHAIN).settings
+    assert isinstance(one.settings.target, Settings)  # pyright: ignore[reportAttributeAccessIssue]
