@@ -1,9 +1,9 @@
 """How much of what the embedded head drafts is accepted: `python -m benchmarks.acceptance --out benchmarks/results`.
 
-Prompts are pieces of the held-out modules, 64 tokens each, and any set given with `--prompts NAME=FILE` (JSON lines with
-`turns`), whose first turns are cut to their last 256 tokens. Every tree and chain, greedily and at temperature 1; one
-batch a setting; 128 new tokens a prompt. Lengths count the bonus token (the papers' tau); figures by depth are shares of
-all rounds, so that they sum to the length less one.
+Prompts are pieces of the held-out modules, 64 tokens each, and any set given with `--prompts NAME=FILE` (JSON lines
+with `turns`), whose first turns are cut to their last 256 tokens. Every tree and chain, greedily and at temperature 1;
+one batch a setting; 128 new tokens a prompt. Lengths count the bonus token (the papers' tau); figures by depth are
+shares of all rounds, so that they sum to the length less one.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Speculative against plain decoding on this machine: `python -m benchmarks.speculation --out benchmarks/results`.
 
-The embedded pair on held-out prompts, batch 1, greedy, float32. All settings take turns in one process: in every repeat
-each decodes all prompts, and its speed is divided by plain decoding's of the same repeat; compilation and prefill do not
-count. Then one round of each tree is timed in parts, on the state it has after eight rounds: the draft (extending the
-head's cache and growing the tree), the verification (the target's pass over the tree), and the rest (acceptance,
-keeping the path) as what the whole round takes more.
+The embedded pair on held-out prompts, batch 1, greedy, float32. All settings take turns in one process: in every
+repeat each decodes all prompts, and its speed is divided by plain decoding's of the same repeat; compilation and
+prefill do not count. Then one round of each tree is timed in parts, on the state it has after eight rounds: the draft
+(extending the head's cache and growing the tree), the verification (the target's pass over the tree), and the rest
+(acceptance, keeping the path) as what the whole round takes more.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from benchmarks.acceptance import held_out_prompts
 from moespec_jax.config import TreeConfig
@@ -28,12 +27,9 @@ from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import draft_trees, speculation_round, verify_trees
 
 NEW = 128
-TREES = {
-    f"{size}/{depth}/{top_k}": TreeConfig(depth, top_k, size)
-    for size, depth, top_k in [
-        (2, 0, 1), (3, 1, 1), (4, 2, 1), (5, 3, 1), (6, 4, 1), (8, 6, 1), (4, 1, 2), (6, 2, 2), (8, 3, 2), (16, 4, 4), (60, 7, 10),
-    ]
-}  # fmt: skip
+CHAINS = [(depth + 2, depth, 1) for depth in (0, 1, 2, 3, 4, 6)]
+BRANCHED = [(4, 1, 2), (6, 2, 2), (8, 3, 2), (16, 4, 4), (60, 7, 10)]
+TREES = {f"{size}/{depth}/{top_k}": TreeConfig(depth, top_k, size) for size, depth, top_k in CHAINS + BRANCHED}
 
 
 def main() -> int:

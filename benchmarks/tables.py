@@ -56,8 +56,12 @@ def import_memory() -> str:
 
 def tpu_compile() -> str:
     """As the script wrote it, without its title."""
-    text = (RESULTS / "tpu_compile.md").read_text(encoding="utf-8")
-    return re.sub(r"^## ", "#### ", text.partition("\n")[2].strip(), flags=re.MULTILINE)
+    return _untitled("tpu_compile.md")
+
+
+def tpu_speculate() -> str:
+    """As the script wrote it, without its title."""
+    return _untitled("tpu_speculate.md")
 
 
 def demo_target() -> str:
@@ -80,12 +84,66 @@ def demo_target() -> str:
     return _table(["", ""], rows)
 
 
+def demo_draft() -> str:
+    """What the embedded head is and how well it guesses."""
+    record = _read(ROOT / "moespec_jax" / "demo" / "draft_record.json")
+    rows = [
+        ["trained on", f"{record['tokens'] / 1e6:.1f} M tokens ({record['steps']} steps), CPU, float32"],
+        ["first choices guessed, held-out text, by draft step", _shares(record["held_out_accuracy_by_step"])],
+        ["the same, training rows", _shares(record["training_accuracy_by_step"])],
+    ]
+    return _table(["draft head", ""], rows)
+
+
+def acceptance() -> str:
+    """Acceptance length and by depth, one row a prompt set, temperature and tree."""
+    report = _read("acceptance.json")
+    rows = [
+        [row["prompts"], f"{row['temperature']:g}", row["tree"], f"**{row['accept_length']:.2f}**"]
+        + [" ".join(f"{share:.2f}" for share in row["accepted_by_depth"]), str(row["rounds"])]
+        for row in report["rows"]
+    ]
+    head = ["prompts", "temperature", "size/depth/top-k", "tokens a round", "accepted by depth", "rounds"]
+    sets = {row["prompts"]: row["count"] for row in report["rows"]}
+    what = ", ".join(f"{count} prompts of {name}" for name, count in sets.items())
+    return f"{what}; {report['new_tokens']} new tokens each.\n\n{_table(head, rows)}"
+
+
+def speculation() -> str:
+    """Speed against plain decoding and where a round's time goes, one row a tree."""
+    report = _read("speculation.json")
+    rows = []
+    for row in report["rows"]:
+        parts = (
+            [f"{row['round_ms'][part]['median']:.2f}" for part in ("draft", "verify", "rest")]
+            if "round_ms" in row
+            else []
+        )
+        rows.append(
+            [row["tree"], _ratio(row["speed_up"]), f"{row['accept_length']:.2f}", _range(row["ms_per_token"])]
+            + (parts or ["", "", ""])
+            + ["yes" if row["same_tokens_as_plain"] else "no"]
+        )
+    head = ["decoding", "speed-up", "tokens a round", "ms a token", "draft ms", "verify ms", "rest ms", "same tokens"]
+    where = f"{report['device']}, {report['dtype']}, 2 cores; {report['prompts']} prompts"
+    return f"{where}, {report['new_tokens']} new tokens each, {report['repeats']} repeats.\n\n{_table(head, rows)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "against_transformers": against_transformers,
     "import_memory": import_memory,
     "tpu_compile": tpu_compile,
+    "tpu_speculate": tpu_speculate,
     "demo_target": demo_target,
+    "demo_draft": demo_draft,
+    "acceptance": acceptance,
+    "speculation": speculation,
 }
+
+
+def _untitled(name: str) -> str:
+    text = (RESULTS / name).read_text(encoding="utf-8")
+    return re.sub(r"^## ", "#### ", text.partition("\n")[2].strip(), flags=re.MULTILINE)
 
 
 def _read(name: str | Path) -> Any:
@@ -101,6 +159,14 @@ def _ms(seconds: dict[str, float]) -> str:
     median, low, high = (seconds[key] * 1e3 for key in ("median", "min", "max"))
     digits = 2 if median < 10 else 0
     return f"{median:.{digits}f} ms ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _shares(values: list[float]) -> str:
+    return ", ".join(f"{value:.0%}" for value in values)
+
+
+def _range(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
 
 
 def _ratio(values: dict[str, float]) -> str:

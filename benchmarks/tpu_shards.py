@@ -2,6 +2,10 @@
 
 Every matrix is split along one dimension: attention by heads, experts and MLPs by their ffn dimension, embedding and
 output heads by vocabulary, caches by key/value heads. The rest is on every chip whole.
+
+A chip's share of an expert's `gate` and `up` may be narrower than its 128 lanes. By default such an array is laid out
+along its other dimension, to save the padding, and the program copies it back into rows at every call; so it is laid
+out in rows from the start, padded.
 """
 
 from collections.abc import Sequence
@@ -9,13 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 ALL = ("heads", "group")  # both axes of the mesh
 
 # Name of a leaf -> the dimension that is split, counted from the last.
-_TARGET = {"q": 2, "k": 2, "v": 2, "o": 2, "embed": 2, "lm_head": 2}
-_EXPERTS = {"gate": 1, "up": 1, "down": 2}
+_ATTENTION_AND_VOCABULARY = {"q": 2, "k": 2, "v": 2, "o": 2, "embed": 2, "lm_head": 2}
+_MLP = {"gate": 1, "up": 1, "down": 2}
 
 
 def make_mesh(devices: Sequence[Any], kv_heads: int) -> Mesh:
@@ -28,10 +33,11 @@ def make_mesh(devices: Sequence[Any], kv_heads: int) -> Mesh:
 def parameter_shardings(mesh: Mesh, params: Any) -> Any:
     """For parameters of target and head, wherever in them `experts`, `mlp` and `attention` are."""
 
-    def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def choose(path: tuple[Any, ...], leaf: Any) -> NamedSharding | Format:
         name = _name(path[-1])
         axis = "heads" if name in ("k", "v") else ALL
-        return _split(mesh, leaf, (_TARGET | _EXPERTS).get(name), axis)
+        sharding = _split(mesh, leaf, (_ATTENTION_AND_VOCABULARY | _MLP).get(name), axis)
+        return Format(Layout(tuple(range(leaf.ndim))), sharding) if name in _MLP else sharding
 
     return jax.tree_util.tree_map_with_path(choose, params)
 

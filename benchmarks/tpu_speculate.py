@@ -10,21 +10,24 @@ Memory is that of one device: arguments (parameters, caches and the rest of the 
 and temporaries. Caches are in place if all bytes of them that go in come out in the same memory. Large copies and large
 activations: see `tpu_hlo.py`.
 
-A target that fits no chip is spread over several by the compiler (tensor sharding, see `tpu_shards.py`), under `slots`.
-Collectives are counted as the program names them, those in a loop once.
+A target that fits no single chip of a kind is spread over several by the compiler (tensor sharding, `tpu_shards.py`),
+under `slots`, because a Pallas kernel cannot be split this way. The library itself distributes nothing here, and this
+is no proposal how to: every distinct expert of every layer ends in an exchange between the chips. Collectives are
+counted as they stand in the program, those in a loop once.
 """
 
 import argparse
 import json
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from benchmarks.tpu_ahead import (
     DTYPE,
@@ -156,7 +159,10 @@ def compile_rounds(
     held = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = state.taps.sharding
     run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1, out_shardings=(held, whole))
-    return compile_lowered(run.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)))
+    rounds = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    mesh = whole.mesh if isinstance(whole, NamedSharding) else None
+    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext():
+        return compile_lowered(run.lower(params, state, rounds))
 
 
 def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[Speculator, SpeculationState]:

@@ -1,4 +1,4 @@
-"""The report of `tpu_compile.py` as Markdown."""
+"""The reports of `tpu_compile.py` and `tpu_speculate.py` as Markdown."""
 
 from typing import Any
 
@@ -57,4 +57,28 @@ def _layers(row: dict[str, Any]) -> str:
 
 def speculation_table(report: dict[str, Any]) -> str:
     """The report of `tpu_speculate.py` as Markdown."""
-    return ""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    trees = ", ".join(f"{name} {t['size']}/{t['depth']}/{t['top_k']}" for name, t in report["trees"].items())
+    lines = [
+        "# A speculative round under the TPU compiler\n",
+        "Made by `benchmarks/tpu_speculate.py`, whose top explains every column. The whole round is one program: draft,"
+        f" verify, accept, keep, in one `lax.while_loop`. {versions}; {report['dtype']}, batch 1, caches of"
+        f" {report['slots']} slots; trees as size/depth/top-k: {trees}. Several chips: tensor sharding by the compiler."
+        " Nothing was run.\n",
+        "| model | chips | back-end | tree | GB per chip | temp MB | caches in place | large copies |"
+        " large activations | collectives | compile s |",
+        "|" + " --- |" * 11,
+    ]
+    for row in report["rows"]:
+        drawn = "" if row["sampling"] == "greedy" else f", {row['sampling']}"
+        lines.append(
+            f"| {row['model']} | {row['devices']} x {row['chip']} | {row['backend']} | {row['tree']}{drawn} |"
+            f" {row['memory_gb']:.2f} | {row['temp_mb']:.1f} | {'yes' if row['cache_aliased'] else 'no'} |"
+            f" {_summary(row['large_copies'])} | {_summary(row['large_activations'])} |"
+            f" {_exchanges(row['collectives'])} | {row['compile_s']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _exchanges(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "-"

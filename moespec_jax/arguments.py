@@ -11,6 +11,11 @@ _LATER = {
     "expert budgets": ("expert-budget", "budget-policy", "budget-score", "budget-size", "budget-anchor"),
     "several devices": ("mesh",),
 }
+# Flags that say nothing where nothing is drafted.
+_DRAFTING = (
+    "draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size", "simulate_accept_length", "trace",
+    "compare",
+)  # fmt: skip
 EAGLE_TREE = TreeConfig(depth=7, top_k=10, size=60)
 
 
@@ -38,11 +43,9 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
     if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
         raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
     if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
-        for flag in ("draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size"):
-            if getattr(arguments, flag) is not None:
+        for flag in _DRAFTING:
+            if getattr(arguments, flag) not in (None, False):
                 raise RequestError(f"--{flag.replace('_', '-')} is about a draft head; expected --draft-model with it")
-        if arguments.compare:
-            raise RequestError("--compare is about a draft head; expected --draft-model with it")
     for feature, flags in _LATER.items():
         for flag in flags:
             if getattr(arguments, flag.replace("-", "_")) not in (None, "none"):

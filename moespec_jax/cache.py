@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -69,10 +70,7 @@ def write_rows(
     # Small batches are unrolled; the program of a large one must not grow with it.
     loop = _unrolled if batch <= 8 else jax.lax.fori_loop
     store = loop(0, batch, write, store)
-    if layer is not None:
-        # Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows.
-        store = with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
-    return store
+    return store if layer is None else _as_stored(store)
 
 
 def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch kept"], window: int) -> Cache:
@@ -95,9 +93,20 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
 
         loop = _unrolled if rows.shape[0] <= 8 else jax.lax.fori_loop
         store = loop(0, rows.shape[0], move, store)
-        return store if lead == 0 else with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
+        return store if lead == 0 else _as_stored(store)
 
     return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
+
+
+def _as_stored(store: Array) -> Array:
+    """Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows.
+
+    A constraint cannot be partitioned: where the compiler distributes the program over a mesh (`jax.set_mesh`, axes of
+    type Auto), it would gather the cache on every chip to apply it.
+    """
+    if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
+        return store
+    return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
 
 
 def _unrolled(lower: int, upper: int, body: Callable[[Any, Array], Array], store: Array) -> Array:

@@ -76,14 +76,15 @@ def forward(
     cache: Cache | None,
     compute: ExpertCompute,
     valid: Bool[Array, "batch tokens"] | None = None,
-    longest: Int[Array, ""] | None = None,
+    longest: Int[Array, "*rows"] | None = None,
     boundaries: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
     """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
 
     Rows are written from slot `cache.length[b]` on; `length` itself is left to the caller, who knows how many rows
     count. `mask[b, t, s]` says whether token t may see slot s. Without a cache, slots are the tokens themselves.
-    `longest` is the length of the longest sequence, where this pass does not reach its end (dynamic rope asks for it).
+    `longest` is the length of the longest sequence, where this pass does not reach its end (dynamic rope asks for it),
+    or that of each row's own.
     `boundaries` name states to tap: b is the residual stream entering layer b, before any norm; after the last layer,
     `num_hidden_layers`.
     """

@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
     )
-    if model.draft is not None and arguments.draft_model is not None:
+    if model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
     if arguments.chat:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]

@@ -53,19 +53,21 @@ def rope_angles(
     head_dim: int,
     max_position_embeddings: int,
     positions: Int[Array, "batch tokens"],
-    longest: Int[Array, ""],
+    longest: Int[Array, "*rows"],
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
     """Cosine and sine of every position's angles, float32.
 
     `dynamic` scaling depends on the sequence length: as in transformers, every row of a forward pass is rotated by
-    the base that suits `longest`, the length of the longest sequence in it.
+    the base that suits `longest`, the length of the longest sequence in it; or, where `longest` is `[batch, tokens]`,
+    by that of its own, as a draft tree needs, whose rows stand for passes that plain decoding runs one by one.
     """
     if rope.rope_type == "dynamic":
         inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, longest)
         scale = 1.0
     else:
         inverse, scale = rope_frequencies(rope, head_dim, max_position_embeddings)
-    angles = positions[:, :, None].astype(jnp.float32) * jnp.asarray(inverse)[None, None, :]
+    inverse = jnp.asarray(inverse).reshape((1,) * (3 - inverse.ndim) + inverse.shape)
+    angles = positions[:, :, None].astype(jnp.float32) * inverse
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -88,7 +90,7 @@ def _dynamic_frequencies(rope: RopeConfig, head_dim: int, max_position_embedding
     stretch = rope.factor * length / max_position_embeddings - (rope.factor - 1.0)
     base = rope.rope_theta * stretch ** (head_dim / (head_dim - 2))
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return 1.0 / base**exponents
+    return 1.0 / base[..., None] ** exponents.reshape((1,) * base.ndim + exponents.shape)
 
 
 def _llama3_frequencies(rope: RopeConfig, inverse: np.ndarray, max_position_embeddings: int) -> np.ndarray:

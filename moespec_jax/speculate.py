@@ -198,15 +198,17 @@ def verify_trees(
     """The target's logits at every node, its cache with the nodes' rows behind the committed ones, and its taps."""
     known = decoding.length - 1
     own = jax.vmap(ancestors)(trees.parents)
+    positions = known[:, None] + jax.vmap(depths)(own)
     hidden, cache, info = settings.verify(
         settings.target.config,
         target,
         trees.tokens,
-        known[:, None] + jax.vmap(depths)(own),
+        positions,
         tree_mask(own, known, decoding.cache.slots),
         dataclasses.replace(decoding.cache, length=known),
         settings.target.compute,
         valid=jnp.broadcast_to(~decoding.done[:, None], trees.tokens.shape),
+        longest=positions + 1,  # of the pass that would have read this node in plain decoding
         boundaries=settings.draft.boundaries,
     )
     assert cache is not None

@@ -181,6 +181,7 @@ def test_bad_checkpoint(
 
 LONG = ",".join(["5"] * CONTEXT)
 IDS = ["--prompt-ids", "5,6"]
+CHAIN = ["--tree-depth", "2", "--tree-top-k", "1", "--tree-size"]
 # Arguments beside --model, and what the line must say.
 REQUESTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "prompt fills the context": (["--prompt-ids", LONG], (f"shorter than the context of {CONTEXT}", f"has {CONTEXT}")),
@@ -219,10 +220,17 @@ REQUESTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "prompt file without turns": (["--prompt-file", "{d}/q.jsonl"], ("'turns' in line 2 of", "q.jsonl")),
     "expert budget": ([*IDS, "--expert-budget", "8"], ("--expert-budget", "not part of this version")),
     "budget policy": ([*IDS, "--budget-policy", "substitute"], ("--budget-policy", "not part of this version")),
-    "tree depth": ([*IDS, "--tree-depth", "7"], ("--tree-depth", "not part of this version")),
-    "draft model": ([*IDS, "--draft-model", "a/b"], ("expected --draft-model none", "not part of this version")),
+    "tree without a head": ([*IDS, "--tree-depth", "7"], ("--tree-depth", "expected --draft-model")),
+    "head not in the cache": ([*IDS, "--draft-model", "a/b"], ("'a/b'", "local cache", "HF_HUB_OFFLINE")),
+    "head that is a target": ([*IDS, "--draft-model", "{d}"], ("expected", "head", "{d}")),
+    "chain that is too long": ([*IDS, "--draft-model", "a/b", *CHAIN, "9"], ("tree size of at most 4", "got 9")),
+    "tree of one": ([*IDS, "--draft-model", "a/b", *CHAIN, "1"], ("size at least 2", "size 1")),
+    "top-k of zero": ([*IDS, "--draft-model", "a/b", "--tree-top-k", "0"], ("top-k at least 1", "top-k 0")),
+    "boundaries of letters": ([*IDS, "--draft-model", "a/b", "--draft-boundaries", "1,x"], ("2,24,45", "'1,x'")),
+    "simulation without a head": ([*IDS, "--simulate-accept-length", "2"], ("--simulate", "expected --draft-model")),
+    "comparison without a head": ([*IDS, "--compare"], ("--compare", "expected --draft-model")),
     "mesh": ([*IDS, "--mesh", "data=2"], ("--mesh", "not part of this version")),
-    "trace": ([*IDS, "--trace", "{d}/trace.jsonl"], ("--trace", "not part of this version")),
+    "trace without a head": ([*IDS, "--trace", "{d}/trace.jsonl"], ("--trace", "expected --draft-model")),
 }
 
 
@@ -244,7 +252,7 @@ def test_bad_request(
     argv = [*json_flag, "--model", str(good), *(a.replace("{d}", str(good)) for a in arguments)]
     line = refused(argv, capsys)
     for words in says:
-        assert words in line
+        assert words.replace("{d}", str(good)) in line
 
 
 # Names of models, and what the line must say. The tests run with HF_HUB_OFFLINE=1 and an empty cache.

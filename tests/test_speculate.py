@@ -39,13 +39,13 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 }
 EAGLE, SMALL, CHAIN = TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 1, 4)
 TREES = {"60/7/10": EAGLE, "16/4/4": SMALL, "chain of 4": CHAIN}
-PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 9] * 10]
+PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 6] * 10]
 both_backends = pytest.mark.parametrize("backend", ["switch", "slots"])
 every_family = pytest.mark.parametrize("family", FAMILY_FIELDS)
 
 
 @cache
-def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 64) -> Pair:
+def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 16) -> Pair:
     """A tiny target of a family and a random head for it."""
     fields = CONFIG | dict(
         model_type=family, vocab_size=vocab_size, head_dim=8, max_position_embeddings=2048, tie_word_embeddings=False
@@ -53,7 +53,7 @@ def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 6
     fields |= FAMILY_FIELDS[family]
     config = read_config(fields)
     params = build(config, tiny_tensors(fields), BACKENDS[backend])
-    draft = draft_config(config, draft_vocab_size=max(vocab_size - 5, 5), boundaries=(0, 1, 2))
+    draft = draft_config(config, draft_vocab_size=max(vocab_size - 4, 5), boundaries=(0, 1, 2))
     return config, params, BACKENDS[backend], draft, small_head(draft, params)
 
 
@@ -73,7 +73,7 @@ def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
     new, programs = 340, FastPrograms()
     run = decode(speculating(*pair(family), TREES[tree]), programs, PROMPTS, new)
     assert run.sequences == plain_tokens(family, "switch", new)
-    assert int(run.accepted.sum()) > 30  # a loop that never accepts proves little
+    assert run.accepted.sum() > 20 and run.accepted[:, 1].any()  # a loop that never accepts proves little
     assert programs.traces == {"speculation_prefill_chunk": 1, "begin_speculation": 1, "speculation_rounds": 1}
 
 
@@ -92,6 +92,19 @@ def test_so_it_is_for_the_smallest_trees(tree: TreeConfig) -> None:
     assert run.sequences == [
         s[: len(p) + 60] for s, p in zip(plain_tokens("qwen3_moe", "switch", 340), PROMPTS, strict=True)
     ]
+
+
+def test_rotary_scaling_that_follows_the_length_is_plain_decoding_s() -> None:
+    """Dynamic scaling beyond the trained context: every node turns as it would in a pass of its own."""
+    fields = CONFIG | dict(vocab_size=16, max_position_embeddings=24)
+    fields["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 8.0}
+    config = read_config(fields)
+    params = build(config, tiny_tensors(fields), BACKENDS["switch"])
+    draft = draft_config(config, draft_vocab_size=12, boundaries=(0, 1, 2))
+    chain = speculating(config, params, BACKENDS["switch"], draft, small_head(draft, params), SMALL)
+    plain = plainly(config, params, BACKENDS["switch"])
+    drafted, alone = (decode(method, FastPrograms(), PROMPTS[:1], 100) for method in (chain, plain))
+    assert drafted.sequences == alone.sequences and drafted.accepted.sum() > 10
 
 
 def test_stop_ids_and_limits_cut_where_plain_decoding_stops() -> None:

@@ -90,7 +90,7 @@ def regenerate(
     except OSError as error:
         raise RequestError(f"expected to write to {output}; {error.strerror}") from None
     kept = [record.get("prompt_ids") for _, record in read_records(output)]
-    if kept != prompts[:done]:
+    if kept[: len(prompts)] != prompts[:done]:
         raise RequestError(f"expected {output} to hold responses to the same prompts; it holds others: write elsewhere")
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
         for start in range(done, len(prompts), batch):

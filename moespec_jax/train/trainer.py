@@ -128,7 +128,7 @@ def train_step(
     gradients, scores = split(target, target_ids, state.head, batch)
     updates, optimizer = build_optimizer(recipe.optimizer).update(gradients, state.optimizer, state.head)
     head = optax.apply_updates(state.head, updates)
-    return TrainState(head, optimizer), _metrics(scores, batch, optax.global_norm(gradients))
+    return TrainState(head, optimizer), _metrics(scores, batch, optax.tree.norm(gradients))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

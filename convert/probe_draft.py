@@ -1,0 +1,160 @@
+"""Which of the target's states was a draft head trained to read? Those it names, or those one layer below or above?
+
+    python -m convert.probe_draft --model TARGET --draft-model DIR [--text FILE | --ids FILE]
+
+A head read one layer off still runs, and its text is still right: only acceptance collapses. So some text goes through
+target and head with the boundaries moved by -1, 0 and 1, and what the head guesses for the first drafted token tells.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moespec_jax
+from convert import DTYPES, Parser, run
+from moespec_jax.decoder import Decoder
+from moespec_jax.draft import DraftHead
+from moespec_jax.draft_checkpoint import LoadedDraft
+from moespec_jax.files import CheckpointError
+from moespec_jax.model import Model, load
+from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
+
+_LONGEST = 512
+# Its own source, unless told otherwise: any text the target was trained on will do.
+_TEXT = tuple(Path(moespec_jax.__file__).parent / name for name in ("model.py", "decoder.py", "text.py", "tree.py"))
+
+
+class Finding(NamedTuple):
+    """Of one shift: the boundaries, how many of the target's first choices were guessed, and of how many."""
+
+    shift: int
+    boundaries: tuple[int, ...]
+    hits: float
+    positions: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the target's first choices that the head's first token met."""
+        return self.hits / max(self.positions, 1.0)
+
+
+def main() -> int:
+    """Probe as the command line says."""
+    arguments = _parser().parse_args()
+    model = load(
+        arguments.model,
+        arguments.draft_model,
+        draft_boundaries=_numbers(arguments.draft_boundaries, "--draft-boundaries"),
+        dtype=arguments.dtype,
+    )
+    if model.draft is None:
+        raise CheckpointError(f"expected a draft head; came {arguments.draft_model!r}")
+    rows = _rows(_token_ids(model, arguments.text, arguments.ids), model.config.context_length, arguments.tokens)
+    findings = probe(model, model.draft, rows)
+    chosen = next(finding for finding in findings if finding.shift == 0)
+    # Among equals the loader's choice stands.
+    best = max(findings, key=lambda finding: (finding.accuracy, finding is chosen))
+    print(f"the loader chose {model.draft.notes[0]}")
+    print(f"{'shift':>5}  {'boundaries':<16}  accuracy of the first drafted token")
+    for finding in findings:
+        marks = " best" * (finding is best) + " (the loader's choice)" * (finding is chosen)
+        print(f"{finding.shift:>+5}  {_listed(finding.boundaries):<16}  {finding.accuracy:.4f}{marks}")
+    print(f"over {int(chosen.positions)} tokens; {_advice(best, chosen)}")
+    return 0
+
+
+def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
+    """First-token accuracy on `rows` `[rows, tokens]` with the boundaries moved by -1, 0 and 1, as far as the target
+    has such states. Every row goes through the target once."""
+    moved = {shift: tuple(b + shift for b in draft.config.boundaries) for shift in (-1, 0, 1)}
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    moved = {shift: bs for shift, bs in moved.items() if 0 <= bs[0] and bs[-1] <= layers}
+    tapped = tuple(sorted({b for boundaries in moved.values() for b in boundaries}))
+    compute = model.backend.compute(model.config.hidden_act)
+
+    @jax.jit
+    def scores(params: Decoder, head: DraftHead, tokens: jax.Array) -> list[StepScore]:
+        teacher = ask_teacher(model.config, params, compute, tapped, head.target_ids, tokens)
+        states = jnp.split(teacher.taps, len(tapped), axis=-1)
+        first = functools.partial(unrolled_scores, draft.config, head, params.embed)
+        counts, found = jnp.ones(tokens.shape, bool), []
+        for boundaries in moved.values():
+            taps = jnp.concatenate([states[tapped.index(b)] for b in boundaries], axis=-1)
+            assert taps.shape[-1] == len(boundaries) * width
+            found += first(teacher._replace(taps=taps), tokens, counts, 1, LOSSES["cross-entropy"], False)
+        return found
+
+    hits, positions = np.zeros(len(moved)), np.zeros(len(moved))
+    for row in rows:
+        found = scores(model.params, draft.head, jnp.asarray(row, jnp.int32)[None, :])
+        hits += [float(score.hits) for score in found]
+        positions += [float(score.positions) for score in found]
+    return [Finding(s, bs, *x) for (s, bs), *x in zip(moved.items(), hits.tolist(), positions.tolist(), strict=True)]
+
+
+def _token_ids(model: Model, text: Path | None, ids: Path | None) -> list[int]:
+    """Of the file asked for, else of this library's own source."""
+    if ids is not None:
+        numbers = _numbers(_read(ids).replace("\n", ",").strip(","), str(ids)) or ()
+        if not all(0 <= i < model.config.vocab_size for i in numbers):
+            raise CheckpointError(f"expected token ids from 0 to {model.config.vocab_size - 1} in {ids}")
+        return list(numbers)
+    if model.tokenizer is None:
+        raise CheckpointError(f"expected token ids (--ids FILE): {model.directory} has no tokenizer")
+    return model.encode("".join(map(_read, _TEXT if text is None else (text,))))
+
+
+def _rows(ids: list[int], context: int, tokens: int) -> np.ndarray:
+    """About `tokens` ids as rows of one length."""
+    length = min(len(ids), context, _LONGEST)
+    if length < 3:
+        raise CheckpointError(f"expected a text of at least 3 tokens; it has {len(ids)}")
+    count = min(len(ids) // length, max(tokens // length, 1))
+    return np.array(ids[: count * length], np.int32).reshape(count, length)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"expected UTF-8 text in {file}") from None
+
+
+def _numbers(text: str | None, place: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise CheckpointError(f"expected {place} as numbers like 2,24,45; came {text[:40]!r}") from None
+
+
+def _listed(boundaries: tuple[int, ...]) -> str:
+    return ",".join(map(str, boundaries))
+
+
+def _advice(best: Finding, chosen: Finding) -> str:
+    if best is chosen:
+        return "the loader's choice is the best"
+    return f"this head seems to read others: give --draft-boundaries {_listed(best.boundaries)}"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m convert.probe_draft", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", required=True, help="the target: directory or hub id")
+    parser.add_argument("--draft-model", required=True, help="the head: directory or hub id")
+    parser.add_argument("--draft-boundaries", metavar="2,24,45", help="in place of what the head's files say")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--text", type=Path, help="text to probe with (default: this library's own source)")
+    given.add_argument("--ids", type=Path, help="token ids to probe with, separated by commas or lines")
+    parser.add_argument("--tokens", type=int, default=2048, help="about how many")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
