@@ -78,7 +78,7 @@ def export_draft(
     """
     if format not in FORMATS:
         raise CheckpointError(f"expected a format among {', '.join(FORMATS)}; came {format!r}")
-    _refuse(config, format)
+    check_exportable(config, format)
     tensors = _float_tensors(head, config, None if dtype is None else jnp.dtype(dtype))
     fields = _specforge_fields(config)
     if format == "speculators":
@@ -95,8 +95,12 @@ def export_draft(
     return _warnings(config, format)
 
 
-def _refuse(config: DraftConfig, format: ExportFormat) -> None:
-    """What a format has no word for, or its engine no arithmetic."""
+def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
+    """Refuse what a format has no word for, or its engine no arithmetic.
+
+    Raises:
+        CheckpointError: there is such a thing; all are named.
+    """
     refused = {
         "norm_before_residual": format == "specforge" and config.norm_before_residual,
         "norm_before_fc": format == "specforge" and config.norm_before_fc,

@@ -45,7 +45,7 @@ def lenient(config: OptimizerConfig) -> optax.GradientTransformation:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return optimizer.update(*arguments)
 
-    return optax.GradientTransformation(optimizer.init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 @pytest.fixture(scope="module", autouse=True)

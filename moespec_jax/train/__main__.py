@@ -16,8 +16,7 @@ from typing import Any
 
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, DraftConfig
-from moespec_jax.draft_export import FORMATS, export_draft
-from moespec_jax.draft_export import _refuse as refuse_format
+from moespec_jax.draft_export import FORMATS, check_exportable, export_draft
 from moespec_jax.files import read_json
 from moespec_jax.model import Model, RequestError, load
 from moespec_jax.train.objective import LOSSES
@@ -87,7 +86,7 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
     target = model.config
     draft = draft_config(arguments, target)
     # Now, and not after the training.
-    refuse_format(draft, arguments.format)
+    check_exportable(draft, arguments.format)
     length = arguments.length or min(2048, target.context_length)
     if not arguments.unroll < length <= target.context_length:
         raise RequestError(

@@ -85,7 +85,7 @@ def regenerate(
     if batch < 1:
         raise RequestError(f"expected a batch of at least 1; got {batch}")
     try:
-        done = _drop_half_a_line(output)
+        done = _drop_half_a_batch(output, batch, len(prompts))
         output.touch()
     except OSError as error:
         raise RequestError(f"expected to write to {output}; {error.strerror}") from None
@@ -106,15 +106,16 @@ def regenerate(
             bar.update(len(part))
 
 
-def _drop_half_a_line(output: Path) -> int:
-    """How many whole records there are; what an interruption left of another is cut off."""
+def _drop_half_a_batch(output: Path, batch: int, total: int) -> int:
+    """How many records stay: those of whole batches, since what is drawn depends on where its batch begins."""
     if not output.exists():
         return 0
-    data = output.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        output.write_bytes(whole)
-    return whole.count(b"\n")
+    lines = output.read_bytes().split(b"\n")[:-1]  # what follows the last line's end is half a line
+    kept = len(lines) if len(lines) >= total else len(lines) // batch * batch
+    temporary = output.with_name(output.name + ".incomplete")
+    temporary.write_bytes(b"".join(line + b"\n" for line in lines[:kept]))
+    temporary.replace(output)
+    return kept
 
 
 def _parser() -> argparse.ArgumentParser:
