@@ -4,8 +4,9 @@
     python -m benchmarks.real_shapes --model toy                                       # seconds on a CPU
 
 For every tree: a round inside the compiled loop (the time of many rounds over their number, so that the host is in it
-once), the same round called alone (what the host adds), its draft and its verification alone, and plain decoding's time
-a token. Beside them the floor: bytes that the pass must read over the copy bandwidth measured in the same process.
+once), the same round called alone (what the host and a copy of the caches add), its draft and its verification called
+alone likewise, and plain decoding's time a token. Beside them the floor: bytes that the pass must read over the copy
+bandwidth measured in the same process.
 Nothing here says how many tokens a trained head would gain; the accept length is an argument and marked as simulated.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.shapes import HEADS, MODELS
+from benchmarks.shapes import MODELS, draft_config
 from benchmarks.speculation import timed
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS, default_backend
@@ -62,13 +63,16 @@ def main() -> int:
     report: dict[str, Any] = {
         "model": options.model, "layers": config.num_hidden_layers, "backend": backend.name, "dtype": str(dtype),
         "device": jax.devices()[0].device_kind, "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "simulated_accept_length": options.accept_length, "weights": "random",
+        "weights": "random",
         "plain_ms_per_token": time_plain(settings, target, dtype), "rows": [],
     }  # fmt: skip
     for name, tree in TREES.items():
-        accept = accept_rule(SamplingConfig(), tree.longest_path, options.accept_length)
+        length = min(options.accept_length, float(tree.longest_path))
+        accept = accept_rule(SamplingConfig(), tree.longest_path, length)
         speculation = SpeculationSettings(settings, draft, tree, accept)
-        report["rows"].append({"tree": name, **time_tree(speculation, params, dtype, bandwidth)})
+        report["rows"].append(
+            {"tree": name, "simulated_accept_length": length, **time_tree(speculation, params, dtype, bandwidth)}
+        )
         print(json.dumps(report["rows"][-1]), file=sys.stderr)
     text = json.dumps(report, indent=1) + "\n"
     print(text) if options.out is None else (options.out / "real_shapes.json").write_text(text)
@@ -77,20 +81,17 @@ def main() -> int:
 
 def shapes_of(model: str, layers: int | None) -> tuple[DecoderConfig, DraftConfig]:
     """Target and head of a published pair, cut to `layers`, or of a toy."""
-    fields: dict[str, Any] = dict(MODELS["OLMoE-1B-7B" if model == "toy" else model])
-    heads: dict[str, Any] = dict(HEADS["OLMoE-1B-7B" if model == "toy" else model])
+    published = "OLMoE-1B-7B" if model == "toy" else model
+    fields: dict[str, Any] = dict(MODELS[published])
+    changes: dict[str, Any] = {}
     if model == "toy":
         small = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, vocab_size=512)
         fields |= small | dict(num_hidden_layers=3, num_experts=8, num_experts_per_tok=2)
-        heads |= dict(
-            num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=96, boundaries=(0, 1, 2)
-        )
+        changes = dict(draft_vocab_size=256, intermediate_size=96, boundaries=(0, 1, 2))
     if layers is not None:
-        fields["num_hidden_layers"], heads["boundaries"] = layers, (0, layers // 2, layers)
+        fields["num_hidden_layers"], changes["boundaries"] = layers, (0, layers // 2, layers)
     config = read_config(fields)
-    width, vocab = config.hidden_size, config.vocab_size
-    draft = DraftConfig(vocab, min(32000, vocab), hidden_size=width, target_hidden_size=width, **heads)
-    return config, draft
+    return config, draft_config(published, config, **changes)
 
 
 def time_tree(settings: SpeculationSettings, params: Speculator, dtype: Any, bandwidth: float) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def time_tree(settings: SpeculationSettings, params: Speculator, dtype: Any, ban
     wanted = float(rounds(params, state, jnp.int32(1))[1].experts_wanted)
     floor = verification_bytes(settings.target.config, params.target, wanted) / bandwidth * 1e3
     parts = {"round": many, "round_called_alone": one, "draft": drafting, "verify": verify}
-    parts |= {"rest": many - drafting - verify, "verify_floor": floor}
+    parts["verify_floor"] = floor
     return {
         "ms": {name: round(value, 3) for name, value in parts.items()},
         "experts_wanted_per_layer": round(wanted, 1),

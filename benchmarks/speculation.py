@@ -53,7 +53,7 @@ def main() -> int:
         seconds = [turn[name]["s_per_token"] for turn in turns[1:]]
         ratios = [turn["plain"]["s_per_token"] / turn[name]["s_per_token"] for turn in turns[1:]]
         row = {"tree": name, "ms_per_token": spread([s * 1e3 for s in seconds]), "speed_up": spread(ratios)}
-        row |= {key: turns[-1][name][key] for key in ("accept_length", "same_tokens_as_plain")}
+        row["accept_length"] = turns[-1][name]["accept_length"]
         row["same_tokens_as_plain"] = turns[-1][name]["tokens"] == turns[-1]["plain"]["tokens"]
         report["rows"].append(row | ({} if tree is None else {"round_ms": time_round(model, prompts[0], tree)}))
         print(json.dumps(report["rows"][-1]), file=sys.stderr)
@@ -74,7 +74,6 @@ def decode_all(model: Model, prompts: list[list[int]], tree: TreeConfig | None) 
         "s_per_token": sum(r.decode_s for r in results) / sum(len(ids) - 1 for ids in tokens),
         "accept_length": round(sum(r.prompts[0].accept_length * r.prompts[0].rounds for r in results) / rounds, 3),
         "tokens": tokens,
-        "same_tokens_as_plain": None,
         "where": {"device": results[0].device, "dtype": results[0].dtype, "versions": results[0].versions},
     }
 

@@ -30,41 +30,6 @@ jax.config.update("jax_platforms", "cpu")
 SLOTS, DTYPE = 2048, jnp.bfloat16
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 
-MODELS: dict[str, dict[str, Any]] = {
-    "OLMoE-1B-7B": {
-        "model_type": "olmoe",
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-    },
-    "Qwen3-30B-A3B": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-    },
-}
-
 
 class Program(NamedTuple):
     """One program as the compiler left it; bytes are those of one device."""

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from benchmarks.shapes import MODELS
 from benchmarks.tpu_ahead import (
     DTYPE,
-    MODELS,
     SLOTS,
     TOPOLOGIES,
     OutOfMemory,

@@ -3,12 +3,14 @@
     python -m benchmarks.tpu_speculate --out benchmarks/results
 
 compiles `speculate.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
-path and keeps its cache rows. Shapes are those of published checkpoints, with an EAGLE-3 head of 32000 tokens, in
+path and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
 bfloat16, batch 1, caches of 2048 slots. Nothing runs, so there are no times: sizes and copies are the compiler's own.
+The committed compile seconds are from two cores busy with other work, and say only that it is a matter of a minute.
 
 Memory is that of one device: arguments (parameters, caches and the rest of the state, as the chip's layouts pad them)
 and temporaries. Caches are in place if all bytes of them that go in come out in the same memory. Large copies and large
-activations: see `tpu_hlo.py`.
+activations: see `tpu_hlo.py`. Where VMEM has room for the head's cache (v6e), it moves there for part of a round, and
+its way back to where it was counts as a copy. The activations are the attention scores of a whole tree.
 
 A target that fits no single chip of a kind is spread over several by the compiler (tensor sharding, `tpu_shards.py`),
 under `slots`, because a Pallas kernel cannot be split this way. The library itself distributes nothing here, and this
@@ -29,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
+from benchmarks.shapes import MODELS, draft_config
 from benchmarks.tpu_ahead import (
     DTYPE,
-    MODELS,
     SLOTS,
     TOPOLOGIES,
     Program,
@@ -49,7 +51,7 @@ from benchmarks.tpu_table import speculation_table
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS
 from moespec_jax.cache import empty_cache
-from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig, TreeConfig
+from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import DecodeState, Settings
 from moespec_jax.draft import DraftHead, empty_draft_cache
 from moespec_jax.draft_tensors import build_head, draft_table
@@ -61,11 +63,7 @@ from moespec_jax.speculate import SpeculationSettings, SpeculationState, Specula
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
 SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=1.0, top_p=0.9)}
 
-# What differs between the models' draft heads.
-HEADS: dict[str, dict[str, Any]] = {
-    "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
-    "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
-}
+# What differs between the models' draft heads: as in SpecForge's configuration for Qwen3, assumed for OLMoE.
 
 # The topology whose chips, all of them, a target needs where one chip is too small.
 MESHES = {("Qwen3-30B-A3B", "v5e"): "v5e:2x4", ("Qwen3-30B-A3B", "v6e"): "v6e:2x2"}
@@ -196,21 +194,6 @@ def abstract_head(draft: DraftConfig) -> DraftHead:
     leaves = {t.path: jax.ShapeDtypeStruct(final_shape(t), jnp.dtype(DTYPE)) for t in draft_table(draft).values()}
     ids = jax.ShapeDtypeStruct((draft.draft_vocab_size,), jnp.dtype(jnp.int32))
     return build_head(draft, leaves | {("target_ids",): ids})
-
-
-def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConfig:
-    """The head published for a model, or for a cut of it."""
-    fields: dict[str, Any] = dict(
-        vocab_size=target.vocab_size,
-        draft_vocab_size=32000,
-        hidden_size=target.hidden_size,
-        target_hidden_size=target.hidden_size,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=target.head_dim,
-        rope=RopeConfig(rope_theta=target.rope.rope_theta),
-    )
-    return DraftConfig(**(fields | HEADS[model] | changes))
 
 
 def device_count(case: Case) -> int:

@@ -16,7 +16,6 @@ _DRAFTING = (
     "draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size", "simulate_accept_length", "trace",
     "compare",
 )  # fmt: skip
-EAGLE_TREE = TreeConfig(depth=7, top_k=10, size=60)
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -63,10 +62,10 @@ def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
     if depth is None and top_k is None and size is None:
         return None
     try:
-        depth = EAGLE_TREE.depth if depth is None else depth
-        top_k = EAGLE_TREE.top_k if top_k is None else top_k
+        depth = TreeConfig.depth if depth is None else depth
+        top_k = TreeConfig.top_k if top_k is None else top_k
         if size is None:
-            size = min(EAGLE_TREE.size, TreeConfig(depth, top_k, 2).pool + 1)
+            size = min(TreeConfig.size, TreeConfig(depth, top_k, 2).pool + 1)
         return TreeConfig(depth, top_k, size)
     except ValueError as error:
         raise RequestError(str(error)) from None

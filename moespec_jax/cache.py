@@ -70,7 +70,7 @@ def write_rows(
     # Small batches are unrolled; the program of a large one must not grow with it.
     loop = _unrolled if batch <= 8 else jax.lax.fori_loop
     store = loop(0, batch, write, store)
-    return store if layer is None else _as_stored(store)
+    return store if layer is None else in_rows(store)
 
 
 def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch kept"], window: int) -> Cache:
@@ -93,16 +93,17 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
 
         loop = _unrolled if rows.shape[0] <= 8 else jax.lax.fori_loop
         store = loop(0, rows.shape[0], move, store)
-        return store if lead == 0 else _as_stored(store)
+        return store if lead == 0 else in_rows(store)
 
     return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
 
 
-def _as_stored(store: Array) -> Array:
-    """Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows.
+def in_rows(store: Array) -> Array:
+    """The same, held to be laid out row by row, as its caller's loop gets it; for use inside a loop.
 
-    A constraint cannot be partitioned: where the compiler distributes the program over a mesh (`jax.set_mesh`, axes of
-    type Auto), it would gather the cache on every chip to apply it.
+    Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows. Where the
+    compiler distributes the program over a mesh (`jax.set_mesh`, axes of type Auto) nothing is held: a constraint
+    cannot be partitioned, and every chip would gather the whole cache to apply it.
     """
     if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
         return store

@@ -45,6 +45,10 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        what = f"; {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+        print(f"error: expected to read and write files{what}", file=sys.stderr)
+        return 2
     except OutputError as error:
         # Python must not complain about what it could not write once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -41,7 +41,7 @@ def compare(
         speed_up=statistics.median(ratios) if ratios else 0.0,
         speed_up_min=min(ratios, default=0.0),
         speed_up_max=max(ratios, default=0.0),
-        same_tokens=_agreement(*pairs[-1]) if pairs[-1][1].greedy else None,
+        same_tokens=_agreement(*pairs[-1]) if pairs[-1][1].greedy and pairs[-1][1].exact else None,
     )
 
 

@@ -108,7 +108,7 @@ def read_chunk(
         cache,
         settings.compute,
         valid=positions < prompt_lengths[:, None],
-        longest=jnp.max(prompt_lengths),
+        longest=jnp.broadcast_to(prompt_lengths[:, None], positions.shape),
         boundaries=boundaries,
     )
     assert cache is not None
@@ -189,6 +189,7 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         dataclasses.replace(state.cache, length=state.length - 1),
         settings.compute,
         valid=~state.done[:, None],
+        longest=state.length[:, None],
     )
     assert cache is not None
     wanted = _mean_distinct_experts(settings.config, info)

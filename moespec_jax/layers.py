@@ -57,9 +57,9 @@ def rope_angles(
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
     """Cosine and sine of every position's angles, float32.
 
-    `dynamic` scaling depends on the sequence length: as in transformers, every row of a forward pass is rotated by
-    the base that suits `longest`, the length of the longest sequence in it; or, where `longest` is `[batch, tokens]`,
-    by that of its own, as a draft tree needs, whose rows stand for passes that plain decoding runs one by one.
+    `dynamic` scaling depends on the sequence length: rows are rotated by the base that suits `longest`, the length of
+    the longest sequence (transformers' way), or, where `longest` is `[batch, tokens]`, of each row's own: so a sequence
+    does not depend on its neighbours, nor a node of a draft tree, which stands for a pass of its own, on the tree.
     """
     if rope.rope_type == "dynamic":
         inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, longest)

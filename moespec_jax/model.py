@@ -30,12 +30,13 @@ from moespec_jax.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, Speculator
 from moespec_jax.text import load_tokenizer, read_stop_ids
+from moespec_jax.tree import check_draft_vocabulary
 
 DEMO_TARGET = str(Path(__file__).parent / "demo" / "target")
 DEMO_DRAFT = str(Path(__file__).parent / "demo" / "draft")
-# What decodes fastest where nothing else is asked for. On CPU measured with the embedded pair (README); elsewhere the
-# chain that published heads for MoE targets are served with, until a measurement says better.
-DEFAULT_TREES = {"cpu": TreeConfig(depth=2, top_k=1, size=4)}
+# What is drafted where nothing else is asked for. On CPU it measured fastest with the embedded pair (README); elsewhere
+# it is what published heads for MoE targets are served with, until a measurement says better.
+DEFAULT_TREE = TreeConfig(depth=2, top_k=1, size=4)
 
 
 class RequestError(ValueError):
@@ -131,18 +132,17 @@ class Model:
     ) -> TreeConfig | None:
         """The tree to draft, None for plain decoding."""
         if tree == "default":
-            tree = None if self.draft is None else default_tree()
+            tree = None if self.draft is None else DEFAULT_TREE
         if tree is None:
             if simulate is not None or on_round is not None:
                 raise RequestError("expected speculative decoding to trace or to simulate; this is plain decoding")
             return None
         if self.draft is None:
             raise RequestError(f"expected a draft head to draft a tree with; {self.directory} was loaded without one")
-        if tree.top_k > self.draft.config.draft_vocab_size:
-            raise RequestError(
-                f"expected a tree top-k of at most the draft vocabulary of {self.draft.config.draft_vocab_size}"
-                f" tokens, got {tree.top_k}"
-            )
+        try:
+            check_draft_vocabulary(tree, self.draft.config.draft_vocab_size)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
         if simulate is not None and not 1.0 <= simulate <= tree.longest_path:
             raise RequestError(
                 f"expected an accept length from 1 to {tree.longest_path}, the longest path of the tree; got {simulate}"
@@ -225,11 +225,6 @@ class Model:
         accept_length = 1.0 + sum(by_depth) if rounds else 0.0
         text = self.decode(new, after=prompt)
         return PromptResult(text, new, len(prompt), len(new), rounds, accept_length, by_depth, reason)
-
-
-def default_tree() -> TreeConfig:
-    """What is drafted on this platform if nothing else is asked for."""
-    return DEFAULT_TREES.get(jax.default_backend(), TreeConfig(depth=2, top_k=1, size=4))
 
 
 def load(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.attention import causal_mask, tree_mask
-from moespec_jax.cache import Cache
+from moespec_jax.cache import Cache, in_rows
 from moespec_jax.config import DraftConfig, TreeConfig
 from moespec_jax.draft import DraftHead, draft_forward, draft_logits, fuse_taps, next_features
 from moespec_jax.tree import Beam, Level, Tree, first_level, next_level, prune
@@ -59,6 +59,7 @@ def propose_trees(
         mask = tree_mask(beam.ancestors, confirmed, cache.slots)
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache)
+        cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
         candidates, beam = jax.vmap(lambda b, lp: next_level(tree, level, b, lp, head.target_ids))(
             beam, log_probabilities(outputs)
         )

@@ -11,8 +11,8 @@ class PromptResult:
 
     `finish_reason` is "stop" (a stop id, which is the last of `token_ids`), "length" (`max_new_tokens`) or "context".
     `rounds` counts the target's forward passes after prefill. `accept_length` is the mean number of tokens a round
-    gained, the drafted ones it accepted and one more; 1 in plain decoding. `accepted_by_depth[d]` is the share of
-    rounds that accepted a drafted token at depth d + 1.
+    gained, the drafted ones it accepted and one more, even if a stop id or the limit cut some off; 1 in plain decoding.
+    `accepted_by_depth[d]` is the share of rounds that accepted a drafted token at depth d + 1.
     """
 
     text: str | None

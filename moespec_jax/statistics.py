@@ -31,11 +31,11 @@ def _output(result: RunResult) -> str:
 
 def _drafting(result: RunResult) -> list[tuple[str, str]]:
     """Head, tree and acceptance, over all rounds of all prompts."""
-    if result.tree is None:
-        return []
     rounds = sum(p.rounds for p in result.prompts)
+    if result.tree is None or not rounds:
+        return []
     depths = range(max(len(p.accepted_by_depth) for p in result.prompts))
-    shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / max(rounds, 1) for d in depths]
+    shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / rounds for d in depths]
     tree = result.tree
     shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
     marked = "" if result.simulated_accept_length is None else " (simulated)"

@@ -24,6 +24,8 @@ def tracing(path: str | None) -> Iterator[OnRound | None]:
     if path is None:
         yield None
         return
+    if not Path(path).name or Path(path).is_dir():
+        raise RequestError(f"expected a file to write a trace to; got {path!r}")
     temporary = Path(path).with_name(Path(path).name + ".incomplete")
     try:
         with temporary.open("w", encoding="utf-8") as file:

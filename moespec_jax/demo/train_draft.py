@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    model, directory = load(dtype="float32"), arguments.output
+    model, directory = load(draft_model="none", dtype="float32"), arguments.output
     directory.mkdir(parents=True, exist_ok=True)
     stream = _stream(model, directory)
     random = np.random.default_rng(1)

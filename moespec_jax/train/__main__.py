@@ -84,6 +84,11 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
         CheckpointError: the format asked for cannot express the head.
     """
     target = model.config
+    if not 0 <= arguments.seed < 2**32:
+        raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {arguments.seed}")
+    for name in ("learning_rate", "adam_learning_rate", "decay", "warmup_steps"):
+        if not 0 <= getattr(arguments, name) < float("inf"):
+            raise RequestError(f"expected --{name.replace('_', '-')} of at least 0, got {getattr(arguments, name)}")
     draft = draft_config(arguments, target)
     # Now, and not after the training.
     check_exportable(draft, arguments.format)

@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    model = load(arguments.model, dtype=arguments.dtype, progress=sys.stderr.isatty())
-    prompts = list(read_prompts(model, arguments.data, arguments.prompt_tokens))
+    model = load(arguments.model, "none", dtype=arguments.dtype, progress=sys.stderr.isatty())
+    prompts = list(read_prompts(model, arguments.data, arguments.prompt_tokens, not arguments.no_thinking))
     regenerate(
         model, prompts, arguments.output,
         batch=arguments.batch, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
@@ -34,8 +34,8 @@ def _run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def read_prompts(model: Model, path: Path, prompt_tokens: int) -> Iterator[list[int]]:
-    """What is to be answered in every line of `path`, as token ids.
+def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = True) -> Iterator[list[int]]:
+    """What is to be answered in every line of `path`, as token ids; chats with thinking, if their template has such.
 
     Raises:
         RequestError: a line holds no prompt, or one that the model cannot read or answer.
@@ -52,7 +52,8 @@ def read_prompts(model: Model, path: Path, prompt_tokens: int) -> Iterator[list[
                 turns.pop()
             if not turns:
                 raise RequestError(f"expected a turn before the assistant's in {where}")
-            ids = model.encode(render_chat(model.directory, turns, ask=True), special_tokens=False)
+            asked = render_chat(model.directory, turns, ask=True, thinking=thinking)
+            ids = model.encode(asked, special_tokens=False)
         _check_prompt(model, ids, where)
         yield ids
 
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="JSON lines")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines to write or to continue")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="how much of a text is the prompt")
+    parser.add_argument("--no-thinking", action="store_true", help="ask chats for answers without thinking")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--batch", type=int, default=32)

@@ -134,6 +134,8 @@ def _is_continued(directory: Path, run: dict[str, Any]) -> bool:
         raise RequestError(f"expected a directory to train in at {directory}; {error.strerror}") from None
     file = directory / "run.json"
     if not file.exists():
+        if any((directory / "checkpoints").glob("[0-9]*")):
+            raise RequestError(f"expected run.json beside the checkpoints in {directory}: train elsewhere")
         return False
     before, run = read_json(file), json.loads(json.dumps(run))
     if before != run:

@@ -76,7 +76,7 @@ def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " d
         width = 2 * d if first else d
         attention = Attention(
             q=normal(q, width, fan_in=width), k=normal(kv, width, fan_in=width), v=normal(kv, width, fan_in=width),
-            o=jnp.zeros((q, d)) + normal(q, d, fan_in=q) * 0.1,
+            o=normal(q, d, fan_in=q) * 0.1,
             q_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
             k_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
         )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Shapes of published checkpoints, and of EAGLE-3 heads as they are published for them."""
+
+from typing import Any
+
+from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
+
+MODELS: dict[str, dict[str, Any]] = {
+    "OLMoE-1B-7B": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+    },
+}
+
+HEADS: dict[str, dict[str, Any]] = {
+    "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
+    "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
+}
+
+
+def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConfig:
+    """A head of the target's own width and heads, for a model or for a cut of it."""
+    fields: dict[str, Any] = dict(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=32000,
+        hidden_size=target.hidden_size,
+        target_hidden_size=target.hidden_size,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=target.head_dim,
+        rope=RopeConfig(rope_theta=target.rope.rope_theta),
+    )
+    return DraftConfig(**(fields | HEADS[model] | changes))
