@@ -9,6 +9,7 @@ shares of all rounds, so that they sum to the length less one.
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +41,27 @@ def main() -> int:
         name, _, file = given.partition("=")
         texts = read_prompt_file(Path(file))[: options.count]
         sets[name] = [model.encode(text)[-LONGEST:] for text in texts]
-    rows = []
-    for name, prompts in sets.items():
-        for temperature in (0.0, 1.0):
-            for tree in tqdm(TREES, desc=f"{name}, temperature {temperature:g}", unit="tree"):
-                result = model.generate(
-                    prompts, tree=tree, max_new_tokens=NEW, temperature=temperature, ignore_eos=True
-                )
-                rows.append(
-                    {"prompts": name, "count": len(prompts), "temperature": temperature, **summary(tree, result)}
-                )
-                print(json.dumps(rows[-1]), file=sys.stderr)
-    report = {
+    where = model.generate([[0]], max_new_tokens=1)
+    report: dict[str, Any] = {
         "new_tokens": NEW,
-        "device": result.device,
-        "dtype": result.dtype,
-        "versions": result.versions,
-        "rows": rows,
+        "device": where.device,
+        "dtype": where.dtype,
+        "versions": where.versions,
     }
+    report["rows"] = [row for name, prompts in sets.items() for row in measure(model, name, prompts)]
     if options.out is None:
         print(json.dumps(report))
     else:
         (options.out / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def measure(model: Model, name: str, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+    """Every tree at both temperatures, each set of prompts as one batch."""
+    for temperature in (0.0, 1.0):
+        for tree in tqdm(TREES, desc=f"{name}, temperature {temperature:g}", unit="tree"):
+            result = model.generate(prompts, tree=tree, max_new_tokens=NEW, temperature=temperature, ignore_eos=True)
+            yield {"prompts": name, "count": len(prompts), "temperature": temperature, **summary(tree, result)}
 
 
 def held_out_prompts(model: Model, count: int, length: int = PROMPT) -> list[list[int]]:

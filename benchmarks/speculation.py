@@ -24,7 +24,7 @@ from moespec_jax.config import TreeConfig
 from moespec_jax.model import Model, load
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import draft_trees, speculation_round, verify_trees
+from moespec_jax.speculate import SpeculationSettings, draft_trees, speculation_round, verify_trees
 
 NEW = 128
 CHAINS = [(depth + 2, depth, 1) for depth in (0, 1, 2, 3, 4, 6)]
@@ -82,6 +82,7 @@ def time_round(model: Model, prompt: list[int], tree: TreeConfig) -> dict[str, A
     """Milliseconds of a whole round and of its parts, each a program of its own."""
     method = model.method(SamplingConfig(), tree)
     settings, params = method.settings, method.params
+    assert isinstance(settings, SpeculationSettings)
     state = Run(model.programs, method, Batch([prompt], [len(prompt) + NEW], (), 0)).state_after(8)
     draft = jax.jit(partial(draft_trees, settings))
     trees, _ = draft(params, state)

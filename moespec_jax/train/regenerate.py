@@ -86,13 +86,9 @@ def regenerate(
     if batch < 1:
         raise RequestError(f"expected a batch of at least 1; got {batch}")
     try:
-        done = _drop_half_a_batch(output, batch, len(prompts))
-        output.touch()
+        done = _resume(output, prompts, batch)
     except OSError as error:
         raise RequestError(f"expected to write to {output}; {error.strerror}") from None
-    kept = [record.get("prompt_ids") for _, record in read_records(output)]
-    if kept[: len(prompts)] != prompts[:done]:
-        raise RequestError(f"expected {output} to hold responses to the same prompts; it holds others: write elsewhere")
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
         for start in range(done, len(prompts), batch):
             part = prompts[start : start + batch]
@@ -107,16 +103,21 @@ def regenerate(
             bar.update(len(part))
 
 
-def _drop_half_a_batch(output: Path, batch: int, total: int) -> int:
+def _resume(output: Path, prompts: list[list[int]], batch: int) -> int:
     """How many records stay: those of whole batches, since what is drawn depends on where its batch begins."""
-    if not output.exists():
-        return 0
+    output.touch()
     lines = output.read_bytes().split(b"\n")[:-1]  # what follows the last line's end is half a line
-    kept = len(lines) if len(lines) >= total else len(lines) // batch * batch
+    try:
+        kept = [json.loads(line)["prompt_ids"] for line in lines]
+    except (ValueError, TypeError, KeyError):
+        kept = [None]
+    if kept[: len(prompts)] != prompts[: len(kept)]:
+        raise RequestError(f"expected {output} to hold responses to the same prompts; it holds others: write elsewhere")
+    done = len(lines) if len(lines) >= len(prompts) else len(lines) // batch * batch
     temporary = output.with_name(output.name + ".incomplete")
-    temporary.write_bytes(b"".join(line + b"\n" for line in lines[:kept]))
+    temporary.write_bytes(b"".join(line + b"\n" for line in lines[:done]))
     temporary.replace(output)
-    return kept
+    return done
 
 
 def _parser() -> argparse.ArgumentParser:
