@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Qwen3's as SpecForge configures it; OLMoE's width is assumed, its published head was not at hand.
 HEADS: dict[str, dict[str, Any]] = {
     "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
     "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},

@@ -12,6 +12,7 @@ from tiny import write_tiny
 
 from moespec_jax.backend import BACKENDS
 from moespec_jax.checkpoint import load_config, load_parameters
+from moespec_jax.config import TreeConfig
 from moespec_jax.draft_export import export_draft
 from moespec_jax.generate import main
 from moespec_jax.model import DEMO_DRAFT, load
@@ -122,8 +123,6 @@ def test_python_decodes_both_ways(pair: list[str]) -> None:
 @pytest.mark.skipif(not Path(DEMO_DRAFT).exists(), reason="the embedded head is not there")
 def test_the_embedded_pair_is_exact_and_its_head_is_good() -> None:
     """Chain and branched tree in float32; the head was measured at above 2.5 with either, far above chance."""
-    from moespec_jax.config import TreeConfig
-
     model = load(dtype="float32")
     prompts = ["import os\n\n\ndef ", "class Parser:\n    def __init__(self"]
     plain = model.generate(prompts, max_new_tokens=100, tree=None, ignore_eos=True)
@@ -131,3 +130,15 @@ def test_the_embedded_pair_is_exact_and_its_head_is_good() -> None:
         drafted = model.generate(prompts, max_new_tokens=100, tree=tree, ignore_eos=True)
         assert [p.token_ids for p in drafted.prompts] == [p.token_ids for p in plain.prompts]
         assert sum(p.accept_length for p in drafted.prompts) / 2 > 2.0
+
+
+@pytest.mark.parametrize("backend", ["switch", "slots"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_bfloat16_decodes_too(pair: list[str], backend: str, temperature: float) -> None:
+    """Under strict promotion of dtypes; the first token comes from prefill, which both ways share."""
+    model = load(pair[1], pair[3], dtype="bfloat16", backend=BACKENDS[backend])
+    tree, options = TreeConfig(2, 3, 9), {"max_new_tokens": 12, "temperature": temperature, "ignore_eos": True}
+    drafted = model.generate(["the cat", "def"], tree=tree, **options)
+    plain = model.generate(["the cat", "def"], tree=None, **options)
+    assert drafted.dtype == "bfloat16" and [p.new_tokens for p in drafted.prompts] == [12, 12]
+    assert [p.token_ids[0] for p in drafted.prompts] == [p.token_ids[0] for p in plain.prompts]
