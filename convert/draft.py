@@ -13,7 +13,7 @@ from moespec_jax.checkpoint import load_config, open_source
 from moespec_jax.config import DecoderConfig
 from moespec_jax.draft_checkpoint import load_draft
 from moespec_jax.draft_export import FORMATS, export_draft
-from moespec_jax.files import CheckpointError, read_json
+from moespec_jax.files import parse_numbers, read_json
 from moespec_jax.hub import locate
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -25,7 +25,8 @@ def main() -> int:
     model = locate(arguments.model)
     target = load_config(model)
     draft = locate(arguments.draft_model, torch_archives=True)
-    loaded = load_draft(draft, target, None, name=arguments.draft_model, boundaries=_boundaries(arguments.boundaries))
+    boundaries = None if arguments.boundaries is None else parse_numbers(arguments.boundaries, "--boundaries")
+    loaded = load_draft(draft, target, None, name=arguments.draft_model, boundaries=boundaries)
     needed = arguments.format == "speculators" and loaded.head.embed is None
     embedding = _read_embedding(model, target) if needed else None
     with whole_directory(arguments.output) as directory:
@@ -56,15 +57,6 @@ def _parser() -> Parser:
     parser.add_argument("--boundaries", help="tapped states as 2,24,45 in place of what the head's files say")
     parser.add_argument("--target-name", help="what the output calls the target (default: as --model says)")
     return parser
-
-
-def _boundaries(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise CheckpointError(f"expected --boundaries as numbers like 2,24,45; came {text!r}") from None
 
 
 def _architectures(model: Path) -> list[str]:

@@ -16,10 +16,11 @@ import numpy as np
 
 import moespec_jax
 from convert import DTYPES, Parser, run
+from moespec_jax.arguments import boundaries_of
 from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
 from moespec_jax.draft_checkpoint import LoadedDraft
-from moespec_jax.files import CheckpointError
+from moespec_jax.files import CheckpointError, parse_numbers
 from moespec_jax.model import Model, load
 from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
 
@@ -48,7 +49,7 @@ def main() -> int:
     model = load(
         arguments.model,
         arguments.draft_model,
-        draft_boundaries=_numbers(arguments.draft_boundaries, "--draft-boundaries"),
+        draft_boundaries=boundaries_of(arguments),
         dtype=arguments.dtype,
     )
     if model.draft is None:
@@ -99,7 +100,7 @@ def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
 def _token_ids(model: Model, text: Path | None, ids: Path | None) -> list[int]:
     """Of the file asked for, else of this library's own source."""
     if ids is not None:
-        numbers = _numbers(_read(ids).replace("\n", ",").strip(","), str(ids)) or ()
+        numbers = parse_numbers(_read(ids).replace("\n", ",").strip(","), str(ids))
         if not all(0 <= i < model.config.vocab_size for i in numbers):
             raise CheckpointError(f"expected token ids from 0 to {model.config.vocab_size - 1} in {ids}")
         return list(numbers)
@@ -122,15 +123,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise CheckpointError(f"expected UTF-8 text in {file}") from None
-
-
-def _numbers(text: str | None, place: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise CheckpointError(f"expected {place} as numbers like 2,24,45; came {text[:40]!r}") from None
 
 
 def _listed(boundaries: tuple[int, ...]) -> str:

@@ -4,6 +4,7 @@ import argparse
 
 from moespec_jax.command import Parser
 from moespec_jax.config import TreeConfig
+from moespec_jax.files import parse_numbers
 from moespec_jax.model import DEMO_TARGET, RequestError
 
 # Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.
@@ -75,14 +76,10 @@ def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:
     """The boundaries of `--draft-boundaries`, None without it.
 
     Raises:
-        RequestError: they are not integers.
+        CheckpointError: they are not integers.
     """
-    if arguments.draft_boundaries is None:
-        return None
-    try:
-        return tuple(int(part) for part in arguments.draft_boundaries.split(","))
-    except ValueError:
-        raise RequestError(f"expected --draft-boundaries like 2,24,45; got {arguments.draft_boundaries!r}") from None
+    given = arguments.draft_boundaries
+    return None if given is None else parse_numbers(given, "--draft-boundaries")
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:

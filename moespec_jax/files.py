@@ -43,6 +43,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def parse_numbers(text: str, place: str) -> tuple[int, ...]:
+    """Integers from `2,24,45`; `place` is the flag or file they stand in.
+
+    Raises:
+        CheckpointError: something between the commas is not an integer.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise CheckpointError(f"expected {place} as numbers like 2,24,45; got {text[:40]!r}") from None
+
+
 def listing(names: Sequence[str]) -> str:
     """The first five names and how many more there are, for an error message."""
     return ", ".join(name[:200] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -253,7 +253,7 @@ def test_command_line(model: Model, data: Path, tmp_path: Path, capsys: pytest.C
         (["--boundaries", "0,2,2"], "strictly increasing boundaries from 0 to 2; got 0, 2, 2"),
         (["--boundaries", "0,1,3"], "boundaries from 0 to 2"),
         (["--boundaries", "1,2"], "expected three"),
-        (["--boundaries", "a"], "--boundaries like 2,24,45"),
+        (["--boundaries", "a"], "--boundaries as numbers like 2,24,45"),
         ([*HEAD, "--format", "specforge"], "specforge format can express; it cannot: boundary 0"),
         ([*HEAD, "--fc-norm", "--norm-before-fc"], "expected one of --fc-norm and --norm-before-fc"),
         ([*HEAD, "--draft-vocab-size", "321"], "at most 320 tokens; got 321"),

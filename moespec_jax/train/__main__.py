@@ -17,7 +17,7 @@ from typing import Any
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.draft_export import FORMATS, check_exportable, export_draft
-from moespec_jax.files import read_json
+from moespec_jax.files import parse_numbers, read_json
 from moespec_jax.model import Model, RequestError, load
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
@@ -162,12 +162,10 @@ def boundaries(text: str | None, layers: int) -> tuple[int, ...]:
     """Three tapped states: those named, else 2, L/2 and L - 3 (EAGLE-3's; arXiv:2503.01840).
 
     Raises:
+        CheckpointError: they are not numbers.
         RequestError: they are not three increasing numbers from 0 to `layers`.
     """
-    try:
-        values = (2, layers // 2, layers - 3) if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise RequestError(f"expected --boundaries like 2,24,45; got {text!r}") from None
+    values = (2, layers // 2, layers - 3) if text is None else parse_numbers(text, "--boundaries")
     if len(values) != 3 or not 0 <= values[0] < values[1] < values[2] <= layers:
         origin = f"2, L/2, L - 3 with L = {layers}: name others with --boundaries" if text is None else "--boundaries"
         raise RequestError(
