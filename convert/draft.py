@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from convert import DTYPES, Parser, run, whole_directory
-from moespec_jax.checkpoint import load_config, open_source
+from moespec_jax.checkpoint import load_config, open_source, read_architectures
 from moespec_jax.config import DecoderConfig
 from moespec_jax.draft_checkpoint import load_draft
 from moespec_jax.draft_export import FORMATS, export_draft
-from moespec_jax.files import parse_numbers, read_json
+from moespec_jax.files import parse_numbers
 from moespec_jax.hub import locate
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -38,7 +38,7 @@ def main() -> int:
             target=target,
             dtype=arguments.dtype,
             target_name=arguments.target_name or arguments.model,
-            target_architectures=_architectures(model),
+            target_architectures=read_architectures(model),
             target_embedding=embedding,
         )
     for note in (*loaded.notes, *warnings):
@@ -57,11 +57,6 @@ def _parser() -> Parser:
     parser.add_argument("--boundaries", help="tapped states as 2,24,45 in place of what the head's files say")
     parser.add_argument("--target-name", help="what the output calls the target (default: as --model says)")
     return parser
-
-
-def _architectures(model: Path) -> list[str]:
-    named = read_json(model / "config.json").get("architectures")
-    return named if isinstance(named, list) else []
 
 
 def _read_embedding(model: Path, target: DecoderConfig) -> np.ndarray:

@@ -67,9 +67,7 @@ def write_rows(
             place, block = (layer, *place), block[None]
         return jax.lax.dynamic_update_slice(store, block, place)
 
-    # Small batches are unrolled; the program of a large one must not grow with it.
-    loop = _unrolled if batch <= 8 else jax.lax.fori_loop
-    store = loop(0, batch, write, store)
+    store = _for_each_sequence(batch, write, store)
     return store if layer is None else in_rows(store)
 
 
@@ -91,8 +89,7 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
             new = jnp.einsum("pw,...wh->...ph", pick[b], old, precision=jax.lax.Precision.HIGHEST)
             return jax.lax.dynamic_update_slice(store, new, place)
 
-        loop = _unrolled if rows.shape[0] <= 8 else jax.lax.fori_loop
-        store = loop(0, rows.shape[0], move, store)
+        store = _for_each_sequence(rows.shape[0], move, store)
         return store if lead == 0 else in_rows(store)
 
     return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
@@ -110,7 +107,10 @@ def in_rows(store: Array) -> Array:
     return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
 
 
-def _unrolled(lower: int, upper: int, body: Callable[[Any, Array], Array], store: Array) -> Array:
-    for i in range(lower, upper):
-        store = body(i, store)
+def _for_each_sequence(batch: int, body: Callable[[Any, Array], Array], store: Array) -> Array:
+    """Small batches are unrolled; the program of a large one must not grow with it."""
+    if batch > 8:
+        return jax.lax.fori_loop(0, batch, body, store)
+    for b in range(batch):
+        store = body(b, store)
     return store

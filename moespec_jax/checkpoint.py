@@ -53,6 +53,12 @@ def load_config(directory: Path) -> DecoderConfig:
         raise CheckpointError(f"{error} ({directory / 'config.json'})") from None
 
 
+def read_architectures(directory: Path) -> list[str]:
+    """What a checkpoint's `config.json` names as its `architectures`; empty where it names none."""
+    named = read_json(directory / "config.json").get("architectures")
+    return named if isinstance(named, list) else []
+
+
 def load_parameters(
     directory: Path,
     config: DecoderConfig,

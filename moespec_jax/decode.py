@@ -192,17 +192,22 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         longest=state.length[:, None],
     )
     assert cache is not None
-    wanted = _mean_distinct_experts(settings.config, info)
+    wanted = mean_distinct_experts(experts_hit(settings.config, info, len(newest)))
     return _append(settings, dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), wanted
 
 
-def _mean_distinct_experts(config: DecoderConfig, info: ForwardInfo) -> Float[Array, ""]:
-    """Distinct experts routed to in this pass, averaged over sparse layers; 0 without any."""
+def experts_hit(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
+    """Whether any row of a sequence went to an expert, in every sparse layer."""
     if not info.routers:
-        return jnp.float32(0.0)
-    chosen = jnp.stack([router.experts.reshape(-1) for router in info.routers])
-    hit = jnp.any(chosen[:, :, None] == jnp.arange(config.num_experts, dtype=jnp.int32)[None, None, :], axis=1)
-    return jnp.sum(hit, dtype=jnp.float32) / len(info.routers)
+        return jnp.zeros((0, batch, config.num_experts), bool)
+    chosen = jnp.stack([router.experts.reshape(batch, -1) for router in info.routers])
+    every = jnp.arange(config.num_experts, dtype=jnp.int32)
+    return jnp.any(chosen[..., None] == every[None, None, None, :], axis=2)
+
+
+def mean_distinct_experts(hit: Bool[Array, "layers batch experts"]) -> Float[Array, ""]:
+    """Distinct experts routed to in a pass, averaged over sparse layers; 0 without any."""
+    return jnp.sum(jnp.any(hit, axis=1), dtype=jnp.float32) / max(hit.shape[0], 1)
 
 
 def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:

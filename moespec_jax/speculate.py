@@ -18,7 +18,17 @@ from moespec_jax.accept import Accept, Accepted
 from moespec_jax.attention import tree_mask
 from moespec_jax.cache import Cache, keep_rows
 from moespec_jax.config import DraftConfig, TreeConfig
-from moespec_jax.decode import DecodeState, PrefillState, Settings, begin, empty_prefill, read_chunk, row_at
+from moespec_jax.decode import (
+    DecodeState,
+    PrefillState,
+    Settings,
+    begin,
+    empty_prefill,
+    experts_hit,
+    mean_distinct_experts,
+    read_chunk,
+    row_at,
+)
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.draft import DraftHead, empty_draft_cache
 from moespec_jax.propose import extend_draft, propose_trees
@@ -172,7 +182,8 @@ def speculation_round(
         cache = keep_rows(cache, decoding.length - 1, accepted.path, settings.tree.size)
     assert info.taps is not None
     taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)
-    happened = RoundInfo(~decoding.done, trees, accepted, _experts_hit(settings, info, trees.tokens.shape[0]))
+    experts = experts_hit(settings.target.config, info, len(trees.tokens))
+    happened = RoundInfo(~decoding.done, trees, accepted, experts)
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
     return SpeculationState(decoding, draft_cache, taps), happened
 
@@ -247,15 +258,6 @@ def _accept(accept: Accept, decoding: DecodeState, trees: Tree, logits: Array) -
     return jax.vmap(accept)(trees, logits, keys, decoding.length)
 
 
-def _experts_hit(settings: SpeculationSettings, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
-    """Whether any row of a sequence went to an expert, in every sparse layer."""
-    count = settings.target.config.num_experts
-    if not info.routers:
-        return jnp.zeros((0, batch, count), bool)
-    chosen = jnp.stack([router.experts.reshape(batch, -1) for router in info.routers])
-    return jnp.any(chosen[..., None] == jnp.arange(count, dtype=jnp.int32)[None, None, None, :], axis=2)
-
-
 def _no_rounds(settings: SpeculationSettings, state: SpeculationState) -> SpeculationInfo:
     batch, width = state.taps.shape[:2]
     shape = (batch, settings.tree.size)
@@ -270,12 +272,10 @@ def _no_rounds(settings: SpeculationSettings, state: SpeculationState) -> Specul
 def _add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
     depth = jnp.arange(1, info.accepted.shape[1] + 1, dtype=jnp.int32)[None, :]
     reached = (depth < last.accepted.count[:, None]) & last.active[:, None]
-    layers = max(last.experts.shape[0], 1)
-    wanted = jnp.sum(jnp.any(last.experts, axis=1), dtype=jnp.float32) / layers
     return SpeculationInfo(
         info.rounds + 1,
         info.active + last.active.astype(jnp.int32),
-        info.experts_wanted + wanted,
+        info.experts_wanted + mean_distinct_experts(last.experts),
         info.accepted + reached.astype(jnp.int32),
         last,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from moespec_jax.experts.blocks import RunExpert, run_blocks
 from moespec_jax.experts.layouts import PerExpert
-from moespec_jax.experts.slots import combine_weights, distinct_experts
+from moespec_jax.experts.slots import run_distinct
 from moespec_jax.layers import GatedMlp, gated_mlp
 from moespec_jax.moe import ExpertCompute, Routing
 
@@ -31,7 +31,7 @@ def cpu_experts(activation: str) -> ExpertCompute:
         if x.shape[0] == 1:
             return _one_token(x, routing, run)
         if x.shape[0] <= SLOT_TOKENS:
-            return _distinct(x, routing, len(experts[layer]), run)
+            return run_distinct(x, routing, len(experts[layer]), run)
         sizes = PREFILL_BLOCKS if x.shape[0] >= PREFILL_TOKENS else DECODE_BLOCKS
         return run_blocks(x, routing, len(experts[layer]), run, sizes)
 
@@ -60,16 +60,3 @@ def _one_token(x: Array, routing: Routing, run: RunExpert) -> Array:
         return total + run(rows, routing.experts[0, i])[:1] * routing.weights[0, i]
 
     return jax.lax.fori_loop(0, routing.experts.shape[1], body, jnp.zeros(x.shape, jnp.float32))
-
-
-def _distinct(x: Array, routing: Routing, num_experts: int, run: RunExpert) -> Array:
-    """All rows through every expert that any of them goes to; rows that do not go there take nothing from it."""
-    ids, active = distinct_experts(routing, num_experts)
-    combine = combine_weights(routing, ids)
-
-    def body(slot: Array, total: Array) -> Array:
-        weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)
-        # Select, do not multiply by 0: an expert's inf must not turn into NaN for rows that never chose it.
-        return total + jnp.where(weight > 0, run(x, ids[slot]) * weight, 0.0)
-
-    return jax.lax.fori_loop(0, active, body, jnp.zeros(x.shape, jnp.float32))

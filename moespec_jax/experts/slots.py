@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.experts.blocks import run_blocks
+from moespec_jax.experts.blocks import RunExpert, run_blocks
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute, Routing
@@ -23,23 +23,33 @@ def slot_experts(activation: str) -> ExpertCompute:
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
         first = jnp.asarray(layer, jnp.int32) * experts.num_experts
+
+        def run(rows: Array, expert: Array) -> Array:
+            return _run(experts, first + expert, rows, activation)
+
         if x.shape[0] > SLOT_TOKENS:
-            return run_blocks(
-                x, routing, experts.num_experts, lambda rows, e: _run(experts, first + e, rows, activation), BLOCKS
-            )
-        ids, active = distinct_experts(routing, experts.num_experts)
-        combine = combine_weights(routing, ids)
-
-        def body(slot: Array, total: Array) -> Array:
-            weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)
-            # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
-            return total + jnp.where(weight > 0, _run(experts, first + ids[slot], x, activation) * weight, 0.0)
-
-        # One token fills its slots; a trip count known beforehand spares GPUs a wait for the host in every iteration.
-        count = ids.shape[0] if x.shape[0] == 1 else active
-        return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
+            return run_blocks(x, routing, experts.num_experts, run, BLOCKS)
+        return run_distinct(x, routing, experts.num_experts, run)
 
     return compute
+
+
+def run_distinct(
+    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunExpert
+) -> Float[Array, "tokens model"]:
+    """All tokens through every expert that any of them goes to, once; float32. Tokens that do not go there take nothing
+    from it."""
+    ids, active = distinct_experts(routing, num_experts)
+    combine = combine_weights(routing, ids)
+
+    def body(slot: Array, total: Array) -> Array:
+        weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)
+        # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
+        return total + jnp.where(weight > 0, run(x, ids[slot]) * weight, 0.0)
+
+    # One token fills its slots; a trip count known beforehand spares GPUs a wait for the host in every iteration.
+    count = ids.shape[0] if x.shape[0] == 1 else active
+    return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
 
 
 def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " slots"], Int[Array, ""]]:

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moespec_jax.checkpoint import read_architectures
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.draft_export import FORMATS, check_exportable, export_draft
-from moespec_jax.files import parse_numbers, read_json
+from moespec_jax.files import parse_numbers
 from moespec_jax.model import Model, RequestError, load
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
@@ -67,7 +68,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.format,
         target=model.config,
         target_name=_shown_name(arguments.model),
-        target_architectures=_architectures(model.directory),
+        target_architectures=read_architectures(model.directory),
         target_embedding=model.params.embed,
     )
     for warning in warnings:
@@ -198,11 +199,6 @@ def _shown_name(model: str) -> str:
     """A hub id as it is; of a directory its name, for its place means nothing on another machine."""
     path = Path(model)
     return path.resolve().name if path.exists() else model
-
-
-def _architectures(directory: Path) -> list[str]:
-    named = read_json(directory / "config.json").get("architectures")
-    return named if isinstance(named, list) else []
 
 
 def _count(text: str) -> int:
