@@ -105,7 +105,7 @@ def time_tree(settings: SpeculationSettings, params: Speculator, dtype: Any, ban
     one = timed(rounds, params, state, jnp.int32(1))["median"]
     draft = jax.jit(partial(draft_trees, settings))
     trees, _ = draft(params, state)
-    verify = timed(jax.jit(partial(verify_trees, settings)), params.target, state.decoding, trees)["median"]
+    verify = timed(jax.jit(partial(verify_trees, settings)), params.target, state, trees)["median"]
     drafting = timed(draft, params, state)["median"]
     wanted = float(rounds(params, state, jnp.int32(1))[1].experts_wanted)
     floor = verification_bytes(settings.target.config, params.target, wanted) / bandwidth * 1e3

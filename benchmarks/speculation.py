@@ -90,7 +90,7 @@ def time_round(model: Model, prompt: list[int], tree: TreeConfig) -> dict[str, A
     parts = {
         "round": timed(jax.jit(partial(speculation_round, settings)), params, state),
         "draft": timed(draft, params, state),
-        "verify": timed(verify, params.target, state.decoding, trees),
+        "verify": timed(verify, params.target, state, trees),
     }
     parts["rest"] = {"median": parts["round"]["median"] - parts["draft"]["median"] - parts["verify"]["median"]}
     return {name: {key: round(value, 3) for key, value in part.items()} for name, part in parts.items()}

@@ -58,7 +58,7 @@ from moespec_jax.draft_tensors import build_head, draft_table
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder, final_shape
 from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, speculation_rounds
+from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds
 
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
 SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=1.0, top_p=0.9)}
@@ -184,7 +184,7 @@ def abstract_state(config: DecoderConfig, draft: DraftConfig, tree: TreeConfig) 
         tokens, stops = jnp.zeros((1, SLOTS), jnp.int32), jnp.zeros((2,), jnp.int32)
         decoding = DecodeState(tokens, one, one, one > 0, stops, jax.random.key(0), cache)
         taps = jnp.zeros((1, tree.longest_path, draft.aux_size), DTYPE)
-        return SpeculationState(decoding, empty_draft_cache(draft, 1, SLOTS, DTYPE), taps)
+        return SpeculationState(decoding, empty_draft_cache(draft, 1, SLOTS, DTYPE), taps, expected_reach(tree))
 
     return jax.eval_shape(make)
 

@@ -135,6 +135,20 @@ def accept_simulated(
     return Accepted(path, count, bonus.astype(jnp.int32))
 
 
+def cut_path(tree: Tree, accepted: Accepted, live: Bool[Array, " nodes"]) -> Accepted:
+    """End the path before its first node that is not live, whose token becomes the bonus.
+
+    That token was chosen by the logits of its parent, which is live; only what would follow from the node itself is
+    given up. The root is live.
+    """
+    step = jnp.arange(accepted.path.shape[0], dtype=jnp.int32)
+    dead = ~live[accepted.path] & (step < accepted.count)
+    first = jnp.where(jnp.any(dead), jnp.argmax(dead).astype(jnp.int32), accepted.count)
+    path = jnp.where(step < first, accepted.path, accepted.path[jnp.maximum(first - 1, 0)])
+    bonus = jnp.where(first < accepted.count, tree.tokens[accepted.path[jnp.minimum(first, step[-1])]], accepted.bonus)
+    return Accepted(path, first, bonus)
+
+
 def position_keys(key: Array, position: Int[Array, ""]) -> tuple[Array, Array]:
     """The keys of a position's coin and of its bonus: two streams, so that neither says anything of the other."""
     coin, bonus = jax.random.split(jax.random.fold_in(key, position))

@@ -2,21 +2,26 @@
 
 import argparse
 
+from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES
+from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.command import Parser
 from moespec_jax.config import TreeConfig
 from moespec_jax.files import parse_numbers
 from moespec_jax.model import DEMO_TARGET, RequestError
 
 # Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.
-_LATER = {
-    "expert budgets": ("expert-budget", "budget-policy", "budget-score", "budget-size", "budget-anchor"),
-    "several devices": ("mesh",),
-}
+_LATER = {"several devices": ("mesh",)}
 # Flags that say nothing where nothing is drafted.
 _DRAFTING = (
     "draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size", "simulate_accept_length", "trace",
-    "compare",
+    "compare", "expert_budget",
 )  # fmt: skip
+# Flags of a budget's rule, and the setting each is about.
+_RULE = {
+    "budget_policy": "coverage", "budget_score": "score", "budget_credit": "credit", "budget_anchor": "anchor",
+    "budget_size": "size", "budget_mass": "mass", "budget_guarantee": "guarantee",
+    "budget_faithfulness": "faithfulness",
+}  # fmt: skip
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,6 +31,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _add_prompt_flags(parser.add_argument_group("prompts (several form a batch)"))
     _add_sampling_flags(parser.add_argument_group("sampling"))
     _add_tree_flags(parser.add_argument_group("speculative decoding"))
+    _add_budget_flags(parser.add_argument_group("expert budget of the verification (lossy)"))
     _add_output_flags(parser.add_argument_group("output"))
     later = parser.add_argument_group("not part of this version yet")
     for flags in _LATER.values():
@@ -70,6 +76,36 @@ def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
         return TreeConfig(depth, top_k, size)
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def budget_of(arguments: argparse.Namespace) -> BudgetConfig | None:
+    """The budget that the flags ask for, None without one.
+
+    Raises:
+        RequestError: there is no such budget.
+    """
+    given = {name: getattr(arguments, flag) for flag, name in _RULE.items() if getattr(arguments, flag) is not None}
+    if arguments.expert_budget in (None, "none"):
+        if given:
+            flag = next(flag for flag, name in _RULE.items() if name in given)
+            raise RequestError(f"--{flag.replace('_', '-')} is about a budget; expected --expert-budget with it")
+        return None
+    try:
+        return BudgetConfig(_parse_budget(arguments.expert_budget), **given)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _parse_budget(text: str) -> int | float | tuple[int | float, ...]:
+    """A count or a fraction of the experts, one for all sparse layers or one for each: `16`, `0.25`, `12,16,16,24`."""
+    try:
+        numbers = tuple(float(part) if "." in part or "e" in part.lower() else int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            f"expected --expert-budget as a number of experts (16), a fraction of them (0.25), or one of these for each"
+            f" sparse layer between commas; got {text!r}"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:
@@ -136,6 +172,47 @@ def _add_tree_flags(group: argparse._ArgumentGroup) -> None:
         help="accept X tokens a round on average, whatever the model says: for timing only",
     )
     group.add_argument("--compare", action="store_true", help="decode plainly as well, and tell the speed-up")
+
+
+def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
+    rule = BudgetConfig
+    group.add_argument(
+        "--expert-budget",
+        metavar="B",
+        help="most experts a layer reads in a verification: a number, a fraction of all, or one for each sparse layer"
+        " between commas (default: none, which is exact)",
+    )
+    group.add_argument(
+        "--budget-policy",
+        choices=list(COVERAGES),
+        help=f"what becomes of tokens whose experts are not read (default: {rule.coverage})",
+    )
+    group.add_argument(
+        "--budget-score", choices=list(SCORES), help=f"how much each drafted token counts (default: {rule.score})"
+    )
+    group.add_argument(
+        "--budget-credit", choices=list(CREDITS), help=f"what a token says of each expert (default: {rule.credit})"
+    )
+    group.add_argument(
+        "--budget-anchor", choices=list(ANCHORS), help=f"whose experts are always read (default: {rule.anchor})"
+    )
+    group.add_argument("--budget-size", choices=list(SIZES), help=f"how many of the B are read (default: {rule.size})")
+    group.add_argument(
+        "--budget-mass", type=float, metavar="P", help=f"share of the scores that size mass keeps ({rule.mass})"
+    )
+    group.add_argument(
+        "--budget-guarantee",
+        type=float,
+        metavar="P",
+        help=f"chance of being accepted from which policy guarantee keeps a token's experts ({rule.guarantee})",
+    )
+    group.add_argument(
+        "--budget-faithfulness",
+        type=float,
+        metavar="F",
+        help="give up drafted tokens of which a layer keeps less than this share of their own experts' weight; 1 is"
+        f" exact ({rule.faithfulness:g})",
+    )
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:

@@ -30,10 +30,18 @@ def _pallas_experts(activation: str) -> ExpertCompute:
     return pallas_experts(activation)
 
 
+def _mosaic_experts(activation: str) -> ExpertCompute:
+    from moespec_jax.experts.mosaic_gpu import mosaic_experts
+
+    return mosaic_experts(activation)
+
+
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, cpu_experts),
     "slots": Backend("slots", "flat", True, slot_experts),
     "pallas": Backend("pallas", "flat", True, _pallas_experts),
+    # Opt-in: it lowers for Hopper GPUs, and was never run on one.
+    "mosaic": Backend("mosaic", "flat", True, _mosaic_experts),
 }
 
 

@@ -13,12 +13,14 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from moespec_jax.accept import Accepted
 from moespec_jax.attention import causal_mask
 from moespec_jax.cache import Cache, empty_cache
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.sample import SamplingConfig, draw
+from moespec_jax.tree import Tree
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
@@ -192,15 +194,25 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         longest=state.length[:, None],
     )
     assert cache is not None
-    wanted = mean_distinct_experts(experts_hit(settings.config, info, len(newest)))
+    wanted = mean_distinct_experts(experts_wanted(settings.config, info, len(newest)))
     return _append(settings, dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), wanted
 
 
-def experts_hit(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
-    """Whether any row of a sequence went to an expert, in every sparse layer."""
-    if not info.routers:
+def experts_wanted(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
+    """Whether any row of a sequence chose an expert, in every sparse layer."""
+    return _any_row(config, [router.experts for router in info.routers], batch)
+
+
+def experts_read(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
+    """Whether any row of a sequence went to an expert, in every sparse layer: what it chose, or what a budget left."""
+    routed = [r.experts if r.restricted is None else r.restricted.routing.experts for r in info.routers]
+    return _any_row(config, routed, batch)
+
+
+def _any_row(config: DecoderConfig, ids: list[Array], batch: int) -> Bool[Array, "layers batch experts"]:
+    if not ids:
         return jnp.zeros((0, batch, config.num_experts), bool)
-    chosen = jnp.stack([router.experts.reshape(batch, -1) for router in info.routers])
+    chosen = jnp.stack([layer.reshape(batch, -1) for layer in ids])
     every = jnp.arange(config.num_experts, dtype=jnp.int32)
     return jnp.any(chosen[..., None] == every[None, None, None, :], axis=2)
 
@@ -208,6 +220,32 @@ def experts_hit(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Ar
 def mean_distinct_experts(hit: Bool[Array, "layers batch experts"]) -> Float[Array, ""]:
     """Distinct experts routed to in a pass, averaged over sparse layers; 0 without any."""
     return jnp.sum(jnp.any(hit, axis=1), dtype=jnp.float32) / max(hit.shape[0], 1)
+
+
+def append_path(decoding: DecodeState, trees: Tree, accepted: Accepted) -> DecodeState:
+    """Append accepted tokens and bonus to every unfinished sequence, cut where plain decoding would have stopped: after
+    the first stop id, or at the limit."""
+    width = accepted.path.shape[1]
+    step = jnp.arange(width, dtype=jnp.int32)[None, :]
+    path_tokens = jnp.take_along_axis(trees.tokens, accepted.path, axis=1)
+    new = jnp.where(step < accepted.count[:, None] - 1, jnp.roll(path_tokens, -1, axis=1), accepted.bonus[:, None])
+    stops = jnp.any(new[:, :, None] == decoding.stop_ids[None, None, :], axis=-1)
+    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, width)
+    room = jnp.maximum(decoding.limit - decoding.length, 0)
+    count = jnp.minimum(jnp.minimum(accepted.count, until_stop), room)
+    count = jnp.where(decoding.done, 0, count)
+    stopped = jnp.any(stops & (step < count[:, None]), axis=1)
+    length = decoding.length + count
+    # Which of the new tokens each slot of the buffer takes, if any.
+    slot = jnp.arange(decoding.tokens.shape[1], dtype=jnp.int32)[None, :] - decoding.length[:, None]
+    here = (slot >= 0) & (slot < count[:, None])
+    taken = jnp.take_along_axis(new, jnp.clip(slot, 0, width - 1), axis=1)
+    return dataclasses.replace(
+        decoding,
+        tokens=jnp.where(here, taken, decoding.tokens),
+        length=length,
+        done=decoding.done | stopped | (length >= decoding.limit),
+    )
 
 
 def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:

@@ -17,7 +17,7 @@ from moespec_jax.attention import Attention, attend, output_projection, project_
 from moespec_jax.cache import Cache, write_rows
 from moespec_jax.config import DecoderConfig
 from moespec_jax.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
-from moespec_jax.moe import ExpertCompute, RouterInfo, SparseMlp, sparse_mlp
+from moespec_jax.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
 
 
 @struct.dataclass
@@ -60,11 +60,11 @@ class _Pass(NamedTuple):
     positions: Int[Array, "batch tokens"]
     slot_positions: Int[Array, "batch slots"]
     mask: Bool[Array, "batch tokens slots"]
-    valid: Bool[Array, " tokens"]
     start: Int[Array, " batch"]
     cos: Float[Array, "batch tokens half"]
     sin: Float[Array, "batch tokens half"]
     boundaries: tuple[int, ...]
+    restrict: Restrict | None
 
 
 def forward(
@@ -78,6 +78,7 @@ def forward(
     valid: Bool[Array, "batch tokens"] | None = None,
     longest: Int[Array, "*rows"] | None = None,
     boundaries: tuple[int, ...] = (),
+    restrict: Restrict | None = None,
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
     """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
 
@@ -87,13 +88,14 @@ def forward(
     or that of each row's own.
     `boundaries` name states to tap: b is the residual stream entering layer b, before any norm; after the last layer,
     `num_hidden_layers`.
+    `restrict` limits the experts of every sparse layer; tokens that it gives up are not valid from there on.
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
-    shared = _share(config, positions, mask, cache, valid, longest, boundaries)
+    shared = _share(config, positions, mask, cache, longest, boundaries, restrict)
     run = _scanned_layers if params.stacked else _unrolled_layers
-    x, cache, info = run(config, params, x, shared, cache, compute)
+    x, cache, info = run(config, params, x, valid.reshape(-1), shared, cache, compute)
     return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
 
 
@@ -119,9 +121,9 @@ def _share(
     positions: Array,
     mask: Array,
     cache: Cache | None,
-    valid: Array,
     longest: Array,
     boundaries: tuple[int, ...],
+    restrict: Restrict | None,
 ) -> _Pass:
     batch, count = positions.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
@@ -132,7 +134,7 @@ def _share(
         (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
     )
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
-    return _Pass(positions, slot_positions, mask, valid.reshape(-1), start, cos, sin, boundaries)
+    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict)
 
 
 def _attention_block(
@@ -165,27 +167,35 @@ def _mlp_block(
     layer: Layer,
     index: int | Array,
     x: Array,
+    valid: Array,
     shared: _Pass,
     compute: ExpertCompute,
-) -> tuple[Array, RouterInfo | None]:
+) -> tuple[Array, Array, RouterInfo | None]:
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
     info = None
     if isinstance(layer.mlp, SparseMlp):
-        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, shared.valid, compute)
+        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, valid, compute, shared.restrict)
+        valid = valid if info.restricted is None else info.restricted.live
     else:
         y = gated_mlp(rows, layer.mlp, config.hidden_act)
-    return x + y.reshape(x.shape), info
+    return x + y.reshape(x.shape), valid, info
 
 
 def _unrolled_layers(
-    config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
+    config: DecoderConfig,
+    params: Decoder,
+    x: Array,
+    valid: Array,
+    shared: _Pass,
+    cache: Cache | None,
+    compute: ExpertCompute,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
     keys, values, routers, entering = [], [], [], []
     for i, layer in enumerate(params.layers):
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
         x, kv = _attention_block(config, layer, x, shared, config.sliding_windows[i], kv)
-        x, info = _mlp_block(config, params, layer, len(routers), x, shared, compute)
+        x, valid, info = _mlp_block(config, params, layer, len(routers), x, valid, shared, compute)
         if info is not None:
             routers.append(info)
         if kv is not None:
@@ -199,7 +209,13 @@ def _unrolled_layers(
 
 
 def _scanned_layers(
-    config: DecoderConfig, params: Decoder, x: Array, shared: _Pass, cache: Cache | None, compute: ExpertCompute
+    config: DecoderConfig,
+    params: Decoder,
+    x: Array,
+    valid: Array,
+    shared: _Pass,
+    cache: Cache | None,
+    compute: ExpertCompute,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
     """The cache travels as carry and is updated in place; experts stay outside the scan, indexed by layer. Taps do too:
     to have the scan give out every layer's state would take memory for all of them."""
@@ -209,15 +225,15 @@ def _scanned_layers(
     routers: list[RouterInfo] = []
 
     def step(carry, xs):
-        x, k, v, taps = carry
+        x, valid, k, v, taps = carry
         layer, index, sparse_index, window = xs
         taps = _tap(shared.boundaries, index, x, taps)
         x, kv = _attention_block(config, layer, x, shared, window, (k, v), index)
         assert kv is not None
-        x, info = _mlp_block(config, params, layer, sparse_index, x, shared, compute)
-        return (x, *kv, taps), info
+        x, valid, info = _mlp_block(config, params, layer, sparse_index, x, valid, shared, compute)
+        return (x, valid, *kv, taps), info
 
-    carry = (x, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in shared.boundaries))
+    carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in shared.boundaries))
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
         first = sum(config.sparse_layers[: run.start])
         count = jnp.arange(len(run), dtype=jnp.int32)
@@ -226,7 +242,7 @@ def _scanned_layers(
         )
         if info is not None:
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
-    x, k, v, taps = carry
+    x, _, k, v, taps = carry
     taps = _tap(shared.boundaries, jnp.int32(config.num_hidden_layers), x, taps)
     return x, Cache(k, v, cache.length), ForwardInfo(tuple(routers), jnp.concatenate(taps, axis=-1) if taps else None)
 

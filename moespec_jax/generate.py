@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from moespec_jax.arguments import boundaries_of, build_parser, refuse_flags, tree_of
+from moespec_jax.arguments import boundaries_of, budget_of, build_parser, refuse_flags, tree_of
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
 from moespec_jax.model import load
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_flags(arguments)
-    tree, boundaries = tree_of(arguments), boundaries_of(arguments)
+    tree, boundaries, budget = tree_of(arguments), boundaries_of(arguments), budget_of(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load(
         arguments.model,
@@ -60,8 +60,8 @@ def _run(arguments: argparse.Namespace) -> None:
         simulate_accept_length=arguments.simulate_accept_length,
     )
     with tracing(arguments.trace) as on_round:
-        result = generate(tree=tree or "default", on_tokens=streams, on_round=on_round)
-    comparison = compare(generate, tree or "default") if arguments.compare else None
+        result = generate(tree=tree or "default", budget=budget, on_tokens=streams, on_round=on_round)
+    comparison = compare(generate, tree or "default", budget) if arguments.compare else None
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")

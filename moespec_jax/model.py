@@ -6,6 +6,7 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import Backend, default_backend
+from moespec_jax.budget_config import BudgetConfig, caution, is_exact, resolve
 from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load_parameters
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decode import Settings
@@ -95,16 +97,21 @@ class Model:
         ignore_eos: bool = False,
         max_length: int | None = None,
         tree: TreeConfig | Literal["default"] | None = "default",
+        budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
     ) -> RunResult:
         """Continue one or several prompts, given as text or as token ids, as one batch.
 
-        With a draft head, `tree` says what is drafted in a round; None decodes plainly. `simulate_accept_length` makes
-        rounds accept that many tokens on average, whatever the model says: for timing. `on_tokens` is called with every
-        sequence's new ids, about ten times a second or once a round if that is slower; `on_round` with what each round
-        did.
+        With a draft head, `tree` says what is drafted in a round; None decodes plainly. A `budget` limits how many
+        experts a layer reads to verify it, which changes what comes out (a bare number: under the default rule).
+        `simulate_accept_length` makes rounds accept that many tokens on average, whatever the model says: for timing.
+        `on_tokens` is called with every sequence's new ids, about ten times a second or once a round if that is slower;
+        `on_round` with what each round did.
+
+        Warns:
+            UserWarning: the budget is so tight that the output suffers.
 
         Raises:
             RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range; or
@@ -123,9 +130,10 @@ class Model:
         limit = self._limits(ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
         shape = self._tree(tree, simulate_accept_length, on_round)
-        run = Run(self.programs, self.method(sampling, shape, simulate_accept_length), batch)
+        rule = self._budget(budget, shape)
+        run = Run(self.programs, self.method(sampling, shape, rule, simulate_accept_length), batch)
         run.execute(on_tokens, on_round)
-        return self._result(run, batch, sampling, max_new_tokens, shape, simulate_accept_length)
+        return self._result(run, batch, sampling, max_new_tokens, shape, rule, simulate_accept_length)
 
     def _tree(
         self, tree: TreeConfig | Literal["default"] | None, simulate: float | None, on_round: OnRound | None
@@ -149,13 +157,33 @@ class Model:
             )
         return tree
 
-    def method(self, sampling: SamplingConfig, tree: TreeConfig | None = None, simulate: float | None = None) -> Method:
-        """The programs that decode: plainly, or drafting `tree`."""
+    def _budget(self, budget: BudgetConfig | int | float | None, tree: TreeConfig | None) -> BudgetConfig | None:
+        """The rule with a number for each layer."""
+        if budget is None:
+            return None
+        if tree is None:
+            raise RequestError("expected speculative decoding to budget the verification of; this is plain decoding")
+        try:
+            rule = resolve(budget if isinstance(budget, BudgetConfig) else BudgetConfig(budget), self.config)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if warning := caution(rule, self.config):
+            warnings.warn(warning, stacklevel=3)
+        return rule
+
+    def method(
+        self,
+        sampling: SamplingConfig,
+        tree: TreeConfig | None = None,
+        budget: BudgetConfig | None = None,
+        simulate: float | None = None,
+    ) -> Method:
+        """The programs that decode: plainly, or drafting `tree` and verifying it under a resolved `budget`."""
         settings = Settings(self.config, sampling, self._compute)
         if tree is None or self.draft is None:
             return plain_method(settings, self.params, self.dtype)
         accept = accept_rule(sampling, tree.longest_path, simulate)
-        speculation = SpeculationSettings(settings, self.draft.config, tree, accept)
+        speculation = SpeculationSettings(settings, self.draft.config, tree, accept, budget)
         return speculative_method(speculation, Speculator(self.params, self.draft.head), self.dtype)
 
     def _limits(self, ids: list[list[int]], max_new_tokens: int, max_length: int | None) -> list[int]:
@@ -189,22 +217,23 @@ class Model:
         sampling: SamplingConfig,
         max_new_tokens: int,
         tree: TreeConfig | None,
+        budget: BudgetConfig | None,
         simulate: float | None,
     ) -> RunResult:
         pairs = zip(batch.prompts, run.sequences, strict=True)
         new = [sequence[len(prompt) :] for prompt, sequence in pairs]
         prompts = [self._prompt_result(run, batch, number, ids, max_new_tokens) for number, ids in enumerate(new)]
         later = sum(p.new_tokens - 1 for p in prompts)
-        experts = run.experts_wanted / run.rounds if run.rounds else 0.0
+        mean = {name: total / max(run.rounds, 1) for name, total in run.sums.items()}
         return RunResult(
             prompts=prompts,
-            experts_wanted=experts,
-            experts_loaded=experts,
-            mass_kept=1.0,
-            tokens_replaced=0.0,
-            exact=simulate is None,
+            experts_wanted=mean["experts_wanted"],
+            experts_loaded=mean["experts_wanted"] if tree is None else mean["experts_read"],
+            mass_kept=1.0 if budget is None else mean["mass_kept"],
+            tokens_replaced=mean["replaced"],
+            exact=simulate is None and (budget is None or is_exact(budget, self.config, len(batch.prompts))),
             greedy=sampling.greedy,
-            budget=None,
+            budget=None if budget is None else dataclasses.asdict(budget),
             tree=None if tree is None else dataclasses.asdict(tree),
             draft_model=None if tree is None or self.draft is None else self.draft.name,
             simulated_accept_length=simulate,

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from moespec_jax.budget import Restricted
 from moespec_jax.config import DecoderConfig
 from moespec_jax.layers import GatedMlp, gated_mlp
+from moespec_jax.routing import Routing, route
 
 
 @struct.dataclass
@@ -21,44 +23,19 @@ class SparseMlp:
     shared_gate: Float[Array, "1 model"] | None = None
 
 
-class Routing(NamedTuple):
-    """Which experts each token goes to and with what weight. An expert id of `num_experts` means none."""
-
-    experts: Int[Array, "tokens active"]
-    weights: Float[Array, "tokens active"]
-
-
 class RouterInfo(NamedTuple):
-    """What a person wants to know about one routing decision: softmax over all experts, and the ids chosen."""
+    """What a person wants to know about one routing decision: softmax over all experts, the ids chosen, and what a
+    budget made of them, if there was one."""
 
     probabilities: Float[Array, "tokens experts"]
     experts: Int[Array, "tokens active"]
+    restricted: Restricted | None = None
 
 
 # Runs x [tokens, model] through the routed experts of one sparse layer (experts, layer, x, routing) -> [tokens, model]
 ExpertCompute = Callable[[object, "int | Array", Array, Routing], Array]
-
-
-def route(
-    config: DecoderConfig,
-    router: Float[Array, "experts model"],
-    x: Float[Array, "tokens model"],
-    valid: Bool[Array, " tokens"],
-) -> tuple[Routing, Float[Array, "tokens experts"]]:
-    """Softmax over all experts, the k most probable, renormalised if the model does (`norm_topk_prob`).
-
-    Tokens that are not `valid` (padding, finished sequences) go to no expert, so that they cost no weight reads.
-    """
-    logits = jnp.einsum("td,nd->tn", x, router, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    nobody = jnp.int32(config.num_experts)
-    routing = Routing(
-        jnp.where(valid[:, None], experts.astype(jnp.int32), nobody), jnp.where(valid[:, None], weights, 0.0)
-    )
-    return routing, probabilities
+# Limits the experts of one sparse layer (layer, probabilities, natural routing, valid) -> Restricted
+Restrict = Callable[["int | Array", Array, Routing, Array], Restricted]
 
 
 def sparse_mlp(
@@ -69,11 +46,14 @@ def sparse_mlp(
     x: Float[Array, "tokens model"],
     valid: Bool[Array, " tokens"],
     compute: ExpertCompute,
+    restrict: Restrict | None = None,
 ) -> tuple[Float[Array, "tokens model"], RouterInfo]:
     """One sparse layer's feed-forward block; `layer` counts sparse layers only, as `experts` does."""
-    routing, probabilities = route(config, mlp.router, x, valid)
+    natural, probabilities = route(config, mlp.router, x, valid)
+    restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
+    routing = natural if restricted is None else restricted.routing
     y = compute(experts, layer, x, routing).astype(x.dtype)
     if mlp.shared is not None and mlp.shared_gate is not None:
         gate = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate))
         y = y + gate * gated_mlp(x, mlp.shared, config.hidden_act)
-    return y, RouterInfo(probabilities, routing.experts)
+    return y, RouterInfo(probabilities, natural.experts, restricted)

@@ -29,7 +29,12 @@ class PromptResult:
 class RunResult:
     """What one batch gave, and how long each part took in seconds. `tokens_per_s` counts tokens after the first of each
     sequence over `decode_s`; compilation is in neither. `tree` is None where nothing was drafted; with a
-    `simulated_accept_length` the tokens are not the model's and only times mean anything."""
+    `simulated_accept_length` the tokens are not the model's and only times mean anything.
+
+    `experts_wanted` and `experts_loaded` are distinct experts a layer and forward pass: what its tokens chose, and what
+    was read. Under a `budget`, `mass_kept` is the shortlists' share of the scores they were ranked by, and
+    `tokens_replaced` the share of tokens, over layers, that lost at least one expert of their own. `exact` says whether
+    the output is the model's own (greedy: token for token; sampled: in distribution)."""
 
     prompts: list[PromptResult]
     experts_wanted: float

@@ -11,7 +11,7 @@ import numpy as np
 from moespec_jax.decode import bucket_lengths
 from moespec_jax.method import Method
 from moespec_jax.programs import Programs
-from moespec_jax.speculate import RoundInfo, SpeculationInfo
+from moespec_jax.rounds import RoundInfo, SpeculationInfo
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
@@ -35,8 +35,8 @@ class Run:
     """One batch on its way through the compiled programs of one model.
 
     `sequences` are the prompts with what was generated so far; `prefill_s`, `decode_s` exclude compilation, which is
-    `compile_s`; `rounds` counts forward passes after prefill and `experts_wanted` sums over them. `active[b]` counts
-    the rounds sequence b took part in, `accepted[b, d]` those that accepted a node of depth d + 1.
+    `compile_s`; `rounds` counts forward passes after prefill, and `sums` adds up over them what `SpeculationInfo` does.
+    `active[b]` counts the rounds sequence b took part in, `accepted[b, d]` those that accepted a node of depth d + 1.
     """
 
     def __init__(self, programs: Programs, method: Method, batch: Batch):
@@ -45,7 +45,7 @@ class Run:
         self._stops = jnp.asarray([*batch.stop_ids, *[-1] * (_STOP_SLOTS - len(batch.stop_ids))], jnp.int32)
         self._compiled_before = programs.compile_s
         self.prefill_s = self.decode_s = 0.0
-        self.rounds, self.experts_wanted = 0, 0.0
+        self.rounds, self.sums = 0, dict.fromkeys(("experts_wanted", "experts_read", "mass_kept", "replaced"), 0.0)
         self.active = np.zeros(len(batch.prompts), np.int64)
         self.accepted = np.zeros((len(batch.prompts), 0), np.int64)
         self.sequences = batch.prompts
@@ -83,8 +83,9 @@ class Run:
 
     def _count(self, info: Any) -> None:
         self.rounds += int(info.rounds)
-        self.experts_wanted += float(info.experts_wanted)
         self.active += np.asarray(info.active)
+        for name in self.sums:
+            self.sums[name] += float(getattr(info, name, 0.0))
         if isinstance(info, SpeculationInfo):
             accepted = np.asarray(info.accepted, np.int64)
             self.accepted = accepted + (self.accepted if self.accepted.size else 0)

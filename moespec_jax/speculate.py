@@ -6,6 +6,7 @@ waits for the host. Streaming runs the same program a few rounds at a time, the 
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,24 +15,26 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.accept import Accept, Accepted
+from moespec_jax.accept import Accept, Accepted, cut_path
 from moespec_jax.attention import tree_mask
+from moespec_jax.budget import Nodes, Restricted, restrict
+from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.cache import Cache, keep_rows
 from moespec_jax.config import DraftConfig, TreeConfig
 from moespec_jax.decode import (
     DecodeState,
     PrefillState,
     Settings,
+    append_path,
     begin,
     empty_prefill,
-    experts_hit,
-    mean_distinct_experts,
     read_chunk,
     row_at,
 )
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.draft import DraftHead, empty_draft_cache
 from moespec_jax.propose import extend_draft, propose_trees
+from moespec_jax.rounds import RoundInfo, SpeculationInfo, add_round, no_rounds, round_info
 from moespec_jax.tree import Tree, ancestors, depths
 
 # Which forward pass verifies: `decoder.forward`, or one of the same signature.
@@ -39,13 +42,19 @@ Verify = Callable[..., tuple[Array, Cache | None, ForwardInfo]]
 
 
 class SpeculationSettings(NamedTuple):
-    """What a speculating program is compiled for. Functions are compared by identity: keep one for all calls."""
+    """What a speculating program is compiled for. Functions are compared by identity: keep one for all calls.
+
+    `budget`, resolved for the target (`budget.resolve`), limits the experts that verification reads; nothing else is
+    limited.
+    """
 
     target: Settings
     draft: DraftConfig
     tree: TreeConfig
     accept: Accept
+    budget: BudgetConfig | None = None
     verify: Verify = forward
+    restrict: Callable[..., Restricted] = restrict
 
 
 @struct.dataclass
@@ -62,12 +71,14 @@ class SpeculationState:
 
     `decoding` is as in plain decoding: the newest token, which is the next tree's root, is not in the cache yet. The
     head's cache lags further behind: `taps` are the target's states of the tokens whose pairs it still lacks, from
-    position `draft_cache.length[b]` up to the root's predecessor.
+    position `draft_cache.length[b]` up to the root's predecessor. `reached[d]` counts the rounds of all sequences that
+    committed a node of depth d, the root's included.
     """
 
     decoding: DecodeState
     draft_cache: Cache
     taps: Float[Array, "batch path aux"]
+    reached: Float[Array, " path"]
 
 
 class SpeculationPrefill(NamedTuple):
@@ -77,27 +88,6 @@ class SpeculationPrefill(NamedTuple):
     last_hidden: Float[Array, "batch model"]
     draft_cache: Cache
     last_taps: Float[Array, "batch aux"]
-
-
-class RoundInfo(NamedTuple):
-    """What one round did, for every sequence: whether it took part, its tree, what was accepted, and which experts its
-    rows went to in each sparse layer."""
-
-    active: Bool[Array, " batch"]
-    tree: Tree
-    accepted: Accepted
-    experts: Bool[Array, "layers batch experts"]
-
-
-class SpeculationInfo(NamedTuple):
-    """Of one call: rounds run; for each sequence the rounds it took part in and how many of them accepted a node of
-    depth 1, 2, ...; the sum over rounds of the mean number of distinct experts a layer wanted; the last round."""
-
-    rounds: Int[Array, ""]
-    active: Int[Array, " batch"]
-    experts_wanted: Float[Array, ""]
-    accepted: Int[Array, "batch depths"]
-    last: RoundInfo
 
 
 def cache_margin(tree: TreeConfig) -> int:
@@ -152,7 +142,8 @@ def begin_speculation(
     decoding = begin(settings.target, params.target, cache, last_hidden, tokens, prompt_lengths, limit, stop_ids, key)
     draft_cache = dataclasses.replace(draft_cache, length=prompt_lengths - 1)
     rest = jnp.zeros((len(tokens), settings.tree.longest_path - 1, settings.draft.aux_size), last_taps.dtype)
-    return SpeculationState(decoding, draft_cache, jnp.concatenate([last_taps[:, None, :], rest], axis=1))
+    taps = jnp.concatenate([last_taps[:, None, :], rest], axis=1)
+    return SpeculationState(decoding, draft_cache, taps, expected_reach(settings.tree))
 
 
 def speculation_rounds(
@@ -165,9 +156,10 @@ def speculation_rounds(
 
     def step(carry: tuple[SpeculationState, SpeculationInfo]) -> tuple[SpeculationState, SpeculationInfo]:
         state, last = speculation_round(settings, params, carry[0])
-        return state, _add_round(carry[1], last)
+        return state, add_round(carry[1], last)
 
-    return jax.lax.while_loop(unfinished, step, (state, _no_rounds(settings, state)))
+    nothing = no_rounds(settings.target.config, settings.tree, settings.budget, len(state.taps))
+    return jax.lax.while_loop(unfinished, step, (state, nothing))
 
 
 def speculation_round(
@@ -176,16 +168,16 @@ def speculation_round(
     """Draft, verify, accept, keep: one forward pass of the target, `depth + 1` of the head."""
     trees, draft_cache = draft_trees(settings, params, state)
     decoding = state.decoding
-    logits, cache, info = verify_trees(settings, params.target, decoding, trees)
-    accepted = _accept(settings.accept, decoding, trees, logits)
+    logits, cache, info = verify_trees(settings, params.target, state, trees)
+    accepted = _accept(settings.accept, decoding, trees, logits, _live(settings.budget, info, trees))
     if settings.tree.top_k > 1:  # a chain's accepted rows are where they belong
         cache = keep_rows(cache, decoding.length - 1, accepted.path, settings.tree.size)
     assert info.taps is not None
     taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)
-    experts = experts_hit(settings.target.config, info, len(trees.tokens))
-    happened = RoundInfo(~decoding.done, trees, accepted, experts)
+    happened = round_info(settings.target.config, ~decoding.done, trees, accepted, info)
+    reached = state.reached + _reached(happened, settings.tree.longest_path)
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-    return SpeculationState(decoding, draft_cache, taps), happened
+    return SpeculationState(decoding, draft_cache, taps, reached), happened
 
 
 def draft_trees(settings: SpeculationSettings, params: Speculator, state: SpeculationState) -> tuple[Tree, Cache]:
@@ -204,14 +196,20 @@ def draft_trees(settings: SpeculationSettings, params: Speculator, state: Specul
 
 
 def verify_trees(
-    settings: SpeculationSettings, target: Decoder, decoding: DecodeState, trees: Tree
+    settings: SpeculationSettings, target: Decoder, state: SpeculationState, trees: Tree
 ) -> tuple[Float[Array, "batch nodes vocab"], Cache, ForwardInfo]:
     """The target's logits at every node, its cache with the nodes' rows behind the committed ones, and its taps."""
+    decoding, config = state.decoding, settings.target.config
     known = decoding.length - 1
     own = jax.vmap(ancestors)(trees.parents)
-    positions = known[:, None] + jax.vmap(depths)(own)
+    depth = jax.vmap(depths)(own)
+    positions = known[:, None] + depth
+    limit = None
+    if settings.budget is not None:
+        nodes = Nodes(jnp.exp(trees.scores), depth, own, state.reached / state.reached[0])
+        limit = partial(settings.restrict, settings.budget, nodes, config.norm_topk_prob)
     hidden, cache, info = settings.verify(
-        settings.target.config,
+        config,
         target,
         trees.tokens,
         positions,
@@ -221,61 +219,35 @@ def verify_trees(
         valid=jnp.broadcast_to(~decoding.done[:, None], trees.tokens.shape),
         longest=positions + 1,  # of the pass that would have read this node in plain decoding
         boundaries=settings.draft.boundaries,
+        restrict=limit,
     )
     assert cache is not None
     return unembed(target, hidden), cache, info
 
 
-def append_path(decoding: DecodeState, trees: Tree, accepted: Accepted) -> DecodeState:
-    """Append accepted tokens and bonus to every unfinished sequence, cut where plain decoding would have stopped: after
-    the first stop id, or at the limit."""
-    width = accepted.path.shape[1]
-    step = jnp.arange(width, dtype=jnp.int32)[None, :]
-    path_tokens = jnp.take_along_axis(trees.tokens, accepted.path, axis=1)
-    new = jnp.where(step < accepted.count[:, None] - 1, jnp.roll(path_tokens, -1, axis=1), accepted.bonus[:, None])
-    stops = jnp.any(new[:, :, None] == decoding.stop_ids[None, None, :], axis=-1)
-    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, width)
-    room = jnp.maximum(decoding.limit - decoding.length, 0)
-    count = jnp.minimum(jnp.minimum(accepted.count, until_stop), room)
-    count = jnp.where(decoding.done, 0, count)
-    stopped = jnp.any(stops & (step < count[:, None]), axis=1)
-    length = decoding.length + count
-    # Which of the new tokens each slot of the buffer takes, if any.
-    slot = jnp.arange(decoding.tokens.shape[1], dtype=jnp.int32)[None, :] - decoding.length[:, None]
-    here = (slot >= 0) & (slot < count[:, None])
-    taken = jnp.take_along_axis(new, jnp.clip(slot, 0, width - 1), axis=1)
-    return dataclasses.replace(
-        decoding,
-        tokens=jnp.where(here, taken, decoding.tokens),
-        length=length,
-        done=decoding.done | stopped | (length >= decoding.limit),
-    )
+def expected_reach(tree: TreeConfig) -> Float[Array, " path"]:
+    """What `SpeculationState.reached` starts from, as of a few rounds: each depth halves, until rounds tell better."""
+    return 4.0 * 0.5 ** jnp.arange(tree.longest_path, dtype=jnp.float32)
 
 
-def _accept(accept: Accept, decoding: DecodeState, trees: Tree, logits: Array) -> Accepted:
+def _accept(accept: Accept, decoding: DecodeState, trees: Tree, logits: Array, live: Array | None) -> Accepted:
     row = jnp.arange(logits.shape[0], dtype=jnp.int32)
     keys = jax.vmap(lambda r: jax.random.fold_in(decoding.key, r))(row)
-    return jax.vmap(accept)(trees, logits, keys, decoding.length)
+    accepted = jax.vmap(accept)(trees, logits, keys, decoding.length)
+    return accepted if live is None else jax.vmap(cut_path)(trees, accepted, live)
 
 
-def _no_rounds(settings: SpeculationSettings, state: SpeculationState) -> SpeculationInfo:
-    batch, width = state.taps.shape[:2]
-    shape = (batch, settings.tree.size)
-    tree = Tree(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-    zero = jnp.zeros((batch,), jnp.int32)
-    config = settings.target.config
-    hit = jnp.zeros((config.num_sparse_layers, batch, config.num_experts), bool)
-    last = RoundInfo(zero > 0, tree, Accepted(jnp.zeros((batch, width), jnp.int32), zero, zero), hit)
-    return SpeculationInfo(jnp.int32(0), zero, jnp.float32(0.0), jnp.zeros((batch, width - 1), jnp.int32), last)
+def _live(budget: BudgetConfig | None, info: ForwardInfo, trees: Tree) -> Bool[Array, "batch nodes"] | None:
+    """Nodes that a budget has not given up; None where it gives up none."""
+    if budget is None or not budget.gives_up or not info.routers:
+        return None
+    restricted = info.routers[-1].restricted
+    assert restricted is not None
+    return restricted.live.reshape(trees.tokens.shape)
 
 
-def _add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
-    depth = jnp.arange(1, info.accepted.shape[1] + 1, dtype=jnp.int32)[None, :]
-    reached = (depth < last.accepted.count[:, None]) & last.active[:, None]
-    return SpeculationInfo(
-        info.rounds + 1,
-        info.active + last.active.astype(jnp.int32),
-        info.experts_wanted + mean_distinct_experts(last.experts),
-        info.accepted + reached.astype(jnp.int32),
-        last,
-    )
+def _reached(happened: RoundInfo, longest_path: int) -> Float[Array, " path"]:
+    """How many sequences committed a node of each depth."""
+    depth = jnp.arange(longest_path, dtype=jnp.int32)[None, :]
+    reached = (depth < happened.accepted.count[:, None]) & happened.active[:, None]
+    return jnp.sum(reached, axis=0, dtype=jnp.float32)

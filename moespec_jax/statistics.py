@@ -1,6 +1,6 @@
 """The short table of figures after a run, for people."""
 
-from moespec_jax.compare import Comparison
+from moespec_jax.compare import Comparison, SpeedUp
 from moespec_jax.model import Model
 from moespec_jax.results import RunResult
 
@@ -15,7 +15,10 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("compilation", f"{result.compile_s:.2f} s"),
         ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
         ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
-        ("experts", f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass"),
+        (
+            "experts",
+            f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass{_lost(result)}",
+        ),
     ]
     if comparison is not None:
         rows.append(("compared", _compared(comparison)))
@@ -24,9 +27,21 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
 
 def _output(result: RunResult) -> str:
     new, ends = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
-    exact = "exact" if result.exact else "SIMULATED, not the model's"
+    exact = "exact" if result.exact else "LOSSY, the model's under an expert budget"
+    if result.simulated_accept_length is not None:
+        exact = "SIMULATED, not the model's"
     how = "plain decoding" if result.tree is None else "speculative decoding"
     return f"{exact}, {how}; {new} new tokens, ended by {', '.join(sorted(ends))}"
+
+
+def _lost(result: RunResult) -> str:
+    """What a budget cost."""
+    if result.budget is None:
+        return ""
+    return (
+        f", {result.experts_wanted:.1f} wanted; {result.mass_kept:.0%} of the scores kept,"
+        f" {result.tokens_replaced:.0%} of tokens lost an expert"
+    )
 
 
 def _drafting(result: RunResult) -> list[tuple[str, str]]:
@@ -49,8 +64,12 @@ def _drafting(result: RunResult) -> list[tuple[str, str]]:
 
 
 def _compared(comparison: Comparison) -> str:
-    spread = f"{comparison.speed_up_min:.2f} to {comparison.speed_up_max:.2f} in {comparison.repeats} runs"
-    same = "" if comparison.same_tokens is None else f"; {comparison.same_tokens:.1%} the same tokens"
-    return (
-        f"{comparison.speed_up:.2f}x of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s ({spread}){same}"
-    )
+    same = "" if comparison.same_tokens is None else f"; {comparison.same_tokens:.1%} the same tokens as plain"
+    text = f"{_times(comparison.over_plain)} of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s"
+    if comparison.over_exact is not None:
+        text += f", {_times(comparison.over_exact)} of exact speculation's {comparison.exact_tokens_per_s:.1f}"
+    return f"{text}; median and range of {comparison.repeats} runs{same}"
+
+
+def _times(ratio: SpeedUp) -> str:
+    return f"{ratio.median:.2f}x ({ratio.min:.2f} to {ratio.max:.2f})"

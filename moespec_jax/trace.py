@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from moespec_jax.model import RequestError
+from moespec_jax.rounds import RoundInfo
 from moespec_jax.run import OnRound
-from moespec_jax.speculate import RoundInfo
 
 
 @contextlib.contextmanager
@@ -42,11 +42,12 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
     """One record for every sequence that took part in a round.
 
     `tokens`, `parents` and `scores` are the tree's nodes, the root first; `accepted` holds the node indices after the
-    root; `experts[layer]` the experts that any of the sequence's rows went to.
+    root; `experts[layer]` the experts that any of the sequence's rows went to; `shortlist[layer]` those that a budget
+    let the batch go to, best first; `mass_kept[layer]` the shortlist's share of the scores.
     """
     for sequence in np.flatnonzero(info.active).tolist():
         tree, count = info.tree, int(info.accepted.count[sequence])
-        layers = info.experts.shape[0]
+        layers, num_experts, budget = info.read.shape[0], info.read.shape[2], info.budget
         yield {
             "sequence": sequence,
             "round": number,
@@ -56,9 +57,9 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
             "scores": [round(float(score), 6) for score in tree.scores[sequence]],
             "accepted": info.accepted.path[sequence, 1:count].tolist(),
             "bonus": int(info.accepted.bonus[sequence]),
-            "shortlist": None,
-            "experts": [np.flatnonzero(info.experts[layer, sequence]).tolist() for layer in range(layers)],
-            "mass_kept": [1.0] * layers,
+            "shortlist": budget and [[e for e in layer if e < num_experts] for layer in budget.shortlist.tolist()],
+            "experts": [np.flatnonzero(info.read[layer, sequence]).tolist() for layer in range(layers)],
+            "mass_kept": [1.0] * layers if budget is None else [round(kept, 6) for kept in budget.mass_kept.tolist()],
         }
 
 

@@ -17,7 +17,8 @@ from moespec_jax.experts.dense import dense_experts
 from moespec_jax.experts.layouts import PerExpert, flat_from_per_expert
 from moespec_jax.experts.slots import SLOT_TOKENS, slot_experts
 from moespec_jax.layers import GatedMlp
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing
 
 EXPERTS, ACTIVE, MODEL, FFN, LAYERS = 6, 3, 10, 7, 2
 LAYER = 1  # not the first, so that an offset counted wrongly is seen

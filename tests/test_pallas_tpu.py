@@ -7,8 +7,8 @@ import pytest
 
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.experts.pallas_tpu import WEIGHT_BUFFER_BYTES, ffn_tile, fused_experts, pallas_experts
-from moespec_jax.experts.slots import combine_weights, distinct_experts
-from moespec_jax.moe import Routing
+from moespec_jax.experts.slots import distinct_experts
+from moespec_jax.routing import Routing, combine_weights
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 16, 48
 

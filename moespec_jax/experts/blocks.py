@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.moe import Routing
+from moespec_jax.routing import Routing
 
 # Runs `rows` `[block, model]` through one expert (traced id) and returns `[block, model]` float32.
 RunExpert = Callable[[Array, Array], Array]

@@ -9,7 +9,8 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from moespec_jax.layers import ACTIVATIONS
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing
 
 
 @struct.dataclass

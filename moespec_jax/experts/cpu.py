@@ -16,7 +16,8 @@ from moespec_jax.experts.blocks import RunExpert, run_blocks
 from moespec_jax.experts.layouts import PerExpert
 from moespec_jax.experts.slots import run_distinct
 from moespec_jax.layers import GatedMlp, gated_mlp
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing
 
 SLOT_TOKENS, PREFILL_TOKENS = 16, 128
 DECODE_BLOCKS, PREFILL_BLOCKS = (16,), (128, 96, 64, 48, 32, 16)

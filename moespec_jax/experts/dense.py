@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import combine_weights
 from moespec_jax.layers import ACTIVATIONS
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing, combine_weights
 
 
 def dense_experts(activation: str) -> ExpertCompute:

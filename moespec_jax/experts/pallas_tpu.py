@@ -13,9 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import SLOT_TOKENS, combine_weights, distinct_experts, slot_experts
+from moespec_jax.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
 from moespec_jax.layers import ACTIVATIONS
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing, combine_weights
 
 # Two buffers of one tile of each of three matrices: what fits beside the rest in the 16 MiB of v5e and v5p.
 WEIGHT_BUFFER_BYTES = 12 * 2**20

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from moespec_jax.experts.blocks import RunExpert, run_blocks
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.layers import ACTIVATIONS
-from moespec_jax.moe import ExpertCompute, Routing
+from moespec_jax.moe import ExpertCompute
+from moespec_jax.routing import Routing, combine_weights
 
 SLOT_TOKENS = 64
 BLOCKS = (64,)
@@ -55,7 +56,7 @@ def run_distinct(
 def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " slots"], Int[Array, ""]]:
     """Ids of the experts any token goes to, ascending, and their number; slots beyond hold any valid id.
 
-    There are min(tokens * k, experts) slots, which is as many as can ever be wanted.
+    There are min(tokens * k, experts) slots, which is as many as can ever be wanted, or fewer where a budget says so.
     """
     if routing.experts.shape[0] == 1:
         # One token's experts are distinct already; nobody's id is the highest and sorts last.
@@ -63,15 +64,9 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
         return jnp.minimum(chosen, num_experts - 1), jnp.sum(chosen < num_experts, dtype=jnp.int32)
     every = jnp.arange(num_experts, dtype=jnp.int32)
     wanted = jnp.any(routing.experts.reshape(-1)[:, None] == every[None, :], axis=0)
-    slots = min(routing.experts.size, num_experts)
+    slots = min(routing.experts.size, num_experts, routing.max_distinct or num_experts)
     ids = jnp.argsort(~wanted, stable=True)[:slots].astype(jnp.int32)
     return ids, jnp.sum(wanted, dtype=jnp.int32)
-
-
-def combine_weights(routing: Routing, ids: Int[Array, " slots"]) -> Float[Array, "tokens slots"]:
-    """Weight of every slot's expert for every token, 0 where the token does not go there."""
-    chosen = routing.experts[:, :, None] == ids[None, None, :]
-    return jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0.0), axis=1)
 
 
 def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:

@@ -1,0 +1,107 @@
+"""What rounds of speculative decoding did: one in full, and sums over the rounds of a call. Collected on the device."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.accept import Accepted
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.decode import experts_read, experts_wanted, mean_distinct_experts
+from moespec_jax.decoder import ForwardInfo
+from moespec_jax.tree import Tree
+
+
+class BudgetInfo(NamedTuple):
+    """What a budget did in one pass. `shortlist` holds every sparse layer's expert ids, best first, `num_experts` in
+    slots not in use; `mass_kept` its share of the scores; `replaced` the share of tokens, over layers, that lost an
+    expert of their own."""
+
+    shortlist: Int[Array, "layers slots"]
+    mass_kept: Float[Array, " layers"]
+    replaced: Float[Array, ""]
+
+
+class RoundInfo(NamedTuple):
+    """What one round did, for every sequence: whether it took part, its tree, what was accepted, and in each sparse
+    layer which experts its rows chose (`wanted`) and which they went to (`read`)."""
+
+    active: Bool[Array, " batch"]
+    tree: Tree
+    accepted: Accepted
+    wanted: Bool[Array, "layers batch experts"]
+    read: Bool[Array, "layers batch experts"]
+    budget: BudgetInfo | None
+
+
+class SpeculationInfo(NamedTuple):
+    """Of one call: rounds run; for each sequence the rounds it took part in and how many of them committed a node of
+    depth 1, 2, ...; sums over rounds of the mean number of distinct experts that a layer wanted and that it read, of
+    the share of the scores that shortlists kept, and of the share of tokens that lost an expert; the last round."""
+
+    rounds: Int[Array, ""]
+    active: Int[Array, " batch"]
+    accepted: Int[Array, "batch depths"]
+    experts_wanted: Float[Array, ""]
+    experts_read: Float[Array, ""]
+    mass_kept: Float[Array, ""]
+    replaced: Float[Array, ""]
+    last: RoundInfo
+
+
+def round_info(
+    config: DecoderConfig, active: Bool[Array, " batch"], tree: Tree, accepted: Accepted, info: ForwardInfo
+) -> RoundInfo:
+    """Of a round whose verifying pass told `info`."""
+    batch = active.shape[0]
+    wanted = experts_wanted(config, info, batch)
+    restricted = [router.restricted for router in info.routers if router.restricted is not None]
+    if not restricted:
+        return RoundInfo(active, tree, accepted, wanted, wanted, None)
+    tokens = jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1]
+    lost = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
+    budget = BudgetInfo(
+        jnp.stack([layer.shortlist for layer in restricted]),
+        jnp.stack([layer.mass_kept for layer in restricted]),
+        lost / jnp.maximum(tokens, 1.0),
+    )
+    return RoundInfo(active, tree, accepted, wanted, experts_read(config, info, batch), budget)
+
+
+def no_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | None, batch: int) -> SpeculationInfo:
+    """Nothing done yet."""
+    shape, path = (batch, tree.size), tree.longest_path
+    nodes = Tree(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+    count, nothing = jnp.zeros((batch,), jnp.int32), jnp.float32(0.0)
+    layers = config.num_sparse_layers
+    hit = jnp.zeros((layers, batch, config.num_experts), bool)
+    kept = None
+    if budget is not None and layers:
+        assert isinstance(budget.experts, tuple)
+        shortlist = jnp.zeros((layers, max(budget.experts)), jnp.int32)
+        kept = BudgetInfo(shortlist, jnp.zeros((layers,), jnp.float32), nothing)
+    accepted = Accepted(jnp.zeros((batch, path), jnp.int32), count, count)
+    last = RoundInfo(count > 0, nodes, accepted, hit, hit, kept)
+    by_depth = jnp.zeros((batch, path - 1), jnp.int32)
+    return SpeculationInfo(jnp.int32(0), count, by_depth, nothing, nothing, nothing, nothing, last)
+
+
+def add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
+    """One round more."""
+    depth = jnp.arange(1, info.accepted.shape[1] + 1, dtype=jnp.int32)[None, :]
+    reached = (depth < last.accepted.count[:, None]) & last.active[:, None]
+    wanted = mean_distinct_experts(last.wanted)
+    read, kept, replaced = wanted, jnp.float32(1.0), jnp.float32(0.0)
+    if last.budget is not None:
+        read, kept, replaced = mean_distinct_experts(last.read), jnp.mean(last.budget.mass_kept), last.budget.replaced
+    return SpeculationInfo(
+        info.rounds + 1,
+        info.active + last.active.astype(jnp.int32),
+        info.accepted + reached.astype(jnp.int32),
+        info.experts_wanted + wanted,
+        info.experts_read + read,
+        info.mass_kept + kept,
+        info.replaced + replaced,
+        last,
+    )

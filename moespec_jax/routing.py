@@ -1,0 +1,55 @@
+"""Which experts each token goes to, and with what weight: what the router says, and the currency of expert compute."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.config import DecoderConfig
+
+
+@struct.dataclass
+class Routing:
+    """Which experts each token goes to and with what weight. An expert id of `num_experts` means none.
+
+    `max_distinct` is how many different experts there can be among them, where that is known to be fewer than tokens
+    and experts allow: expert compute then needs no more slots.
+    """
+
+    experts: Int[Array, "tokens active"]
+    weights: Float[Array, "tokens active"]
+    max_distinct: int | None = struct.field(pytree_node=False, default=None)
+
+
+def route(
+    config: DecoderConfig,
+    router: Float[Array, "experts model"],
+    x: Float[Array, "tokens model"],
+    valid: Bool[Array, " tokens"],
+) -> tuple[Routing, Float[Array, "tokens experts"]]:
+    """Softmax over all experts, the k most probable, renormalised if the model does (`norm_topk_prob`).
+
+    Tokens that are not `valid` (padding, finished sequences) go to no expert, so that they cost no weight reads.
+    """
+    logits = jnp.einsum("td,nd->tn", x, router, preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)
+    if config.norm_topk_prob:
+        weights = normalise(weights)
+    nobody = jnp.int32(config.num_experts)
+    routing = Routing(
+        jnp.where(valid[:, None], experts.astype(jnp.int32), nobody), jnp.where(valid[:, None], weights, 0.0)
+    )
+    return routing, probabilities
+
+
+def normalise(weights: Float[Array, "tokens active"]) -> Float[Array, "tokens active"]:
+    """Each token's weights to a sum of 1; a token that has none keeps none."""
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
+def combine_weights(routing: Routing, ids: Int[Array, " slots"]) -> Float[Array, "tokens slots"]:
+    """Weight of every slot's expert for every token, 0 where the token does not go there."""
+    chosen = routing.experts[:, :, None] == ids[None, None, :]
+    return jnp.sum(jnp.where(chosen, routing.weights[:, :, None], 0.0), axis=1)
