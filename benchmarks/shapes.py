@@ -37,12 +37,28 @@ MODELS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
     },
+    "Mixtral-8x7B": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
 }
 
-# Qwen3's as SpecForge configures it; OLMoE's width is assumed, its published head was not at hand.
+# Qwen3's as SpecForge configures it; the others' widths are assumed, their published heads were not at hand.
 HEADS: dict[str, dict[str, Any]] = {
     "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
     "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
+    "Mixtral-8x7B": {"intermediate_size": 14336, "boundaries": (2, 16, 29)},
 }
 
 

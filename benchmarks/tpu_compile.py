@@ -64,7 +64,7 @@ def main() -> None:
     """Compile what was asked for and write `tpu_compile.json` and the table made of it, or print the JSON."""
     parser = argparse.ArgumentParser(description="Compile our programs for TPUs ahead of time.")
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["OLMoE-1B-7B", "Qwen3-30B-A3B"])
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--backends", nargs="+", choices=("slots", "pallas"), default=["slots", "pallas"])
     parser.add_argument("--layers", type=int, help="compile this many layers only")
@@ -99,7 +99,7 @@ def examine(config: DecoderConfig, chip: str, program: str, backend: Backend, la
         fits = False
         shallow = with_layers(config, layers_that_fit(config, backend, error.available))
         compiled = compile_program(shallow, program, backend, sharding)
-    copies, activations = large_values(compiled.hlo, _copyable_sizes(shallow, backend))
+    copies, activations = large_values(compiled.hlo, weight_sizes(shallow, backend))
     cache = cache_bytes(shallow)
     row = {
         "chip": chip,
@@ -132,7 +132,7 @@ def bytes_per_token(
     expert = (real.bytes_accessed - without_experts) / counted_slots
     layer = without_experts - outside
     total = outside + config.num_hidden_layers * (layer + config.num_experts_per_tok * expert)
-    ideal = ideal_bytes(config, backend)
+    ideal = ideal_bytes(config, backend, config.num_experts_per_tok)
     parts = {"outside": outside, "layer": layer, "expert": expert}
     return {
         "bytes_mb": round(total / 1e6, 1),
@@ -142,15 +142,14 @@ def bytes_per_token(
     }
 
 
-def ideal_bytes(config: DecoderConfig, backend: Backend) -> int:
-    """Bytes that a token cannot do without: its weights once, and the cache."""
+def ideal_bytes(config: DecoderConfig, backend: Backend, experts: int, tokens: int = 1) -> int:
+    """Bytes that a pass cannot do without: `experts` of every layer and all other weights once, a row of the embedding
+    for each token, and the cache."""
     params = abstract_decoder(config, backend, DTYPE)
     head = params.embed if params.lm_head is None else params.lm_head
     chosen = sum(leaf.size // config.num_experts for leaf in jax.tree.leaves(params.experts))
-    weights = (
-        local_bytes((params.layers, params.norm, head)) + chosen * config.num_experts_per_tok * DTYPE.dtype.itemsize
-    )
-    return weights + config.hidden_size * DTYPE.dtype.itemsize + cache_bytes(config)
+    weights = local_bytes((params.layers, params.norm, head)) + chosen * experts * DTYPE.dtype.itemsize
+    return weights + tokens * config.hidden_size * DTYPE.dtype.itemsize + cache_bytes(config)
 
 
 def compile_program(config: DecoderConfig, program: str, backend: Backend, sharding: Sharding) -> Program:
@@ -206,7 +205,8 @@ def cache_bytes(config: DecoderConfig) -> int:
     return local_bytes((cache.k, cache.v))
 
 
-def _copyable_sizes(config: DecoderConfig, backend: Backend) -> set[tuple[str, int]]:
+def weight_sizes(config: DecoderConfig, backend: Backend) -> set[tuple[str, int]]:
+    """What a copy of a weight or of the cache is told by."""
     cache = jax.eval_shape(lambda: empty_cache(config, 1, SLOTS, DTYPE, stacked=True))
     return copyable_sizes(config, (abstract_decoder(config, backend, DTYPE), cache.k, cache.v))
 

@@ -3,6 +3,8 @@
 Large values are results of `LARGE` bytes or more in HBM, in loops or outside, except updates in place. Those of the
 size of a weight, an expert or a layer's cache are taken for copies of one; the rest are activations, which prefill has
 and one-token decoding must not have.
+
+The compiler's cost analysis counts the bytes of all memories alike; `near_bytes` says how many of them are in VMEM.
 """
 
 import math
@@ -13,9 +15,11 @@ LARGE = 4_000_000
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_NAME = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 # These name a value that is already there, or (start) one that its `done` names again.
 _VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|bitcast|constant|opt-barrier|.*-start")
+_SLICES = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
 
 
 def large_values(hlo: str, weights: set[tuple[str, int]]) -> tuple[list[str], list[str]]:
@@ -31,6 +35,78 @@ def large_values(hlo: str, weights: set[tuple[str, int]]) -> tuple[list[str], li
     for op, dtype, dims in sorted(found, key=lambda value: -_width(value[1]) * _count(value[2])):
         (copies if (dtype, _count(dims)) in weights else activations).append(f"{op} {dtype}[{dims}]")
     return copies, activations
+
+
+def near_bytes(hlo: str) -> int:
+    """Bytes that instructions write to VMEM and read from it, every instruction taken once, as in the cost analysis.
+
+    Rather too few: without padding, without kernels (which are counted by their own estimate), without the transfers
+    that end in VMEM, and without values that are read in part.
+    """
+    bodies = _computations(hlo)
+    fused = {name for lines in bodies.values() for line in lines for name in _fusion_body(line)}
+    return sum(_near(body, bodies) for name, body in bodies.items() if name not in fused)
+
+
+def _near(body: list[str], bodies: dict[str, list[str]]) -> int:
+    types = {_name(line): found[1] for line in body if (found := _INSTRUCTION.match(line))}
+    total = 0
+    for line in body:
+        found = _INSTRUCTION.match(line)
+        if found is None or _VIEWS.fullmatch(found[2]) or found[2] == "custom-call" or found[2].endswith("-done"):
+            continue
+        updated = _updated_in_place(found[2], line, bodies)
+        total += sum(size for count, size in _in_vmem(found[1]) if count not in updated)
+        in_part = _read_in_part(found[2], line, bodies)
+        whole = [types.get(name, "") for i, name in enumerate(_operands(line)) if i not in in_part]
+        total += sum(size for one in whole if not one.startswith("(") for _, size in _in_vmem(one))
+    return total
+
+
+def _in_vmem(types: str) -> list[tuple[int, int]]:
+    """Elements and bytes of the arrays in VMEM."""
+    return [(_count(d), _count(d) * _width(dtype)) for dtype, d, layout in _ARRAY.findall(types) if "S(1)" in layout]
+
+
+def _read_in_part(op: str, line: str, bodies: dict[str, list[str]]) -> set[int]:
+    """Which operands an instruction takes a slice of: itself, or what it fuses."""
+    if op in _SLICES:
+        return {0}
+    found = set()
+    for body in (bodies[name] for name in _fusion_body(line)):
+        for one in body:
+            if (number := re.search(r" parameter\((\d+)\)", one)) and _sliced(_name(one), body, bodies):
+                found.add(int(number[1]))
+    return found
+
+
+def _sliced(name: str, body: list[str], bodies: dict[str, list[str]]) -> bool:
+    """Whether anything in a fused computation takes a slice of a value."""
+    for line in body:
+        found = _INSTRUCTION.match(line)
+        if found is None or name not in (operands := _operands(line)):
+            continue
+        if found[2] == "bitcast" and _sliced(_name(line), body, bodies):
+            return True
+        if any(operands[i] == name for i in _read_in_part(found[2], line, bodies)):
+            return True
+    return False
+
+
+def _name(line: str) -> str:
+    found = _NAME.match(line)
+    return found[1] if found else ""
+
+
+def _operands(line: str) -> list[str]:
+    """Names between the parentheses after the operation."""
+    found = _INSTRUCTION.match(line)
+    rest, depth = line[found.end() :] if found else "", 1
+    for i, character in enumerate(rest):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return re.findall(r"%([\w.\-]+)", rest[:i])
+    return []
 
 
 def _materialised(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str, str, str]]:

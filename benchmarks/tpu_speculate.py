@@ -4,7 +4,8 @@
 
 compiles `speculate.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
 path and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
-bfloat16, batch 1, caches of 2048 slots. Nothing runs, so there are no times: sizes and copies are the compiler's own.
+bfloat16, batch 1, caches of 2048 slots. Some verify under a budget of a quarter of the experts (score `path`, credit
+`squares`). Nothing runs, so there are no times: sizes and copies are the compiler's own.
 The committed compile seconds are from two cores busy with other work, and say only that it is a matter of a minute.
 
 Memory is that of one device: arguments (parameters, caches and the rest of the state, as the chip's layouts pad them)
@@ -50,6 +51,7 @@ from benchmarks.tpu_shards import make_mesh, parameter_shardings, state_sharding
 from benchmarks.tpu_table import speculation_table
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS
+from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.cache import empty_cache
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import DecodeState, Settings
@@ -61,6 +63,7 @@ from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds
 
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
+BUDGETS: dict[str, float | None] = {"none": None, "N/4": 0.25}
 SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=1.0, top_p=0.9)}
 
 # What differs between the models' draft heads: as in SpecForge's configuration for Qwen3, assumed for OLMoE.
@@ -79,6 +82,7 @@ class Case(NamedTuple):
     backend: str
     tree: str
     sampling: str = "greedy"
+    budget: str = "none"
 
 
 def main() -> None:
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=("pallas", "slots"), default=["pallas", "slots"])
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))
+    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--layers", type=int, help="compile this many layers only")
     parser.add_argument("--out", type=Path, help="directory to write to")
     options = parser.parse_args()
@@ -108,15 +113,21 @@ def main() -> None:
 
 
 def all_cases() -> list[Case]:
-    """Every model, chip, back-end and tree, greedily; and one that samples."""
+    """Two models on every chip with every back-end and tree, greedily; one that samples; some with a budget."""
     cases = [
         Case(model, chip, backend, tree)
-        for model in MODELS
+        for model in ("OLMoE-1B-7B", "Qwen3-30B-A3B")
         for chip in TOPOLOGIES
         for backend in (("slots",) if (model, chip) in MESHES else ("pallas", "slots"))
         for tree in TREES
     ]
-    return [*cases, Case("OLMoE-1B-7B", "v5e", "pallas", "tree", "sampled")]
+    budgeted = [
+        *(Case("OLMoE-1B-7B", chip, "pallas", "tree", budget="N/4") for chip in TOPOLOGIES),
+        Case("Qwen3-30B-A3B", "v5e", "slots", "tree", budget="N/4"),
+        Case("Qwen3-30B-A3B", "v5p", "pallas", "tree", budget="N/4"),
+        Case("Mixtral-8x7B", "v5p", "pallas", "tree", budget="N/4"),
+    ]
+    return [*cases, Case("OLMoE-1B-7B", "v5e", "pallas", "tree", "sampled"), *budgeted]
 
 
 def examine(case: Case, layers: int | None) -> dict[str, Any]:
@@ -153,7 +164,8 @@ def compile_rounds(
     """Compile for the devices of the arguments; the state is donated, and comes back where it was."""
     tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
     target = Settings(config, sampling, BACKENDS[case.backend].compute(config.hidden_act))
-    settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path))
+    budget = budget_rule(config, BUDGETS[case.budget])
+    settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path), budget)
     held = jax.tree.map(lambda leaf: leaf.sharding, state)
     whole = state.taps.sharding
     run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1, out_shardings=(held, whole))
@@ -161,6 +173,11 @@ def compile_rounds(
     mesh = whole.mesh if isinstance(whole, NamedSharding) else None
     with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext():
         return compile_lowered(run.lower(params, state, rounds))
+
+
+def budget_rule(config: DecoderConfig, experts: float | None) -> BudgetConfig | None:
+    """A fraction of the experts as a budget of a target's, by squared router weights and the draft's probabilities."""
+    return None if experts is None else resolve(BudgetConfig(experts, score="path", credit="squares"), config)
 
 
 def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[Speculator, SpeculationState]:

@@ -1,4 +1,4 @@
-"""The reports of `tpu_compile.py` and `tpu_speculate.py` as Markdown."""
+"""The reports of `tpu_compile.py`, `tpu_speculate.py` and `tpu_verify.py` as Markdown."""
 
 from typing import Any
 
@@ -65,17 +65,40 @@ def speculation_table(report: dict[str, Any]) -> str:
         f" verify, accept, keep, in one `lax.while_loop`. {versions}; {report['dtype']}, batch 1, caches of"
         f" {report['slots']} slots; trees as size/depth/top-k: {trees}. Several chips: tensor sharding by the compiler."
         " Nothing was run.\n",
-        "| model | chips | back-end | tree | GB per chip | temp MB | caches in place | large copies |"
+        "| model | chips | back-end | tree | budget | GB per chip | temp MB | caches in place | large copies |"
         " large activations | collectives | compile s |",
-        "|" + " --- |" * 11,
+        "|" + " --- |" * 12,
     ]
     for row in report["rows"]:
         drawn = "" if row["sampling"] == "greedy" else f", {row['sampling']}"
         lines.append(
             f"| {row['model']} | {row['devices']} x {row['chip']} | {row['backend']} | {row['tree']}{drawn} |"
-            f" {row['memory_gb']:.2f} | {row['temp_mb']:.1f} | {'yes' if row['cache_aliased'] else 'no'} |"
+            f" {row['budget']} | {row['memory_gb']:.2f} | {row['temp_mb']:.1f} | {'yes' if row['cache_aliased'] else 'no'} |"
             f" {_summary(row['large_copies'])} | {_summary(row['large_activations'])} |"
             f" {_exchanges(row['collectives'])} | {row['compile_s']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def verification_table(report: dict[str, Any]) -> str:
+    """The report of `tpu_verify.py` as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    tree = "{size}/{depth}/{top_k}".format(**report["tree"])
+    lines = [
+        "# A verification under an expert budget under the TPU compiler\n",
+        "Made by `benchmarks/tpu_verify.py`, whose top explains every column. One forward pass of the target over a tree"
+        f" of {tree} (size/depth/top-k). {versions}; {report['dtype']}, batch 1, cache of {report['slots']} slots, one"
+        " chip, back-end `pallas`. Nothing was run.\n",
+        "| model | chip | layers | budget | experts | ideal MB | HBM MB | HBM / ideal | with VMEM MB | with VMEM / ideal |"
+        " temp MB | cache in place | large copies | large activations | compile s |",
+        "|" + " --- |" * 15,
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['chip']} | {_layers(row)} | {row['budget']} | {row['experts']} |"
+            f" {row['ideal_mb']:.0f} | {row['hbm_mb']:.0f} | {row['hbm_ratio']:.2f} | {row['bytes_mb']:.0f} |"
+            f" {row['ratio']:.2f} | {row['temp_mb']:.1f} | {'yes' if row['cache_aliased'] else 'no'} |"
+            f" {_summary(row['large_copies'])} | {_summary(row['large_activations'])} | {row['compile_s']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

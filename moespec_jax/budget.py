@@ -72,17 +72,17 @@ def restrict_to(
 ) -> Restricted:
     """As `restrict`, with at most `bound` experts; the largest of `rule.experts` is how many slots there are."""
     assert isinstance(rule.experts, tuple)
-    nobody, slots = probabilities.shape[1], max(rule.experts)
+    nobody, k, slots = probabilities.shape[1], natural.experts.shape[1], max(rule.experts)
     weights = combine_weights(natural, jnp.arange(nobody, dtype=jnp.int32))
     hit = weights > 0
     say = jnp.where(valid, SCORES[rule.score](nodes).reshape(-1), 0.0)
     scores = jnp.sum(say[:, None] * CREDITS[rule.credit](probabilities, hit, weights), axis=0)
     order = rank(scores, _precedence(rule, nodes, hit))
-    count = jnp.clip(SIZES[rule.size](rule, scores[order]), natural.experts.shape[1], bound)
+    count = jnp.clip(SIZES[rule.size](rule, scores[order]), k, bound)
     shortlist = jnp.where(jnp.arange(slots, dtype=jnp.int32) < count, order[:slots], nobody)
     inside = jnp.any(shortlist[:, None] == jnp.arange(nobody, dtype=jnp.int32)[None, :], axis=0)
     live = valid & _faithful(rule, nodes, weights, hit, inside)
-    routing = COVERAGES[rule.coverage](probabilities, natural, inside)
+    routing = COVERAGES[rule.coverage](probabilities, k, inside)
     routing = _within(routing, live, nobody, norm_topk_prob)
     return Restricted(
         dataclasses.replace(routing, max_distinct=slots),
@@ -122,22 +122,18 @@ def effective_rank(rule: BudgetConfig, ranked: Float[Array, " experts"]) -> Int[
     return jnp.ceil(jnp.exp(entropy)).astype(jnp.int32)
 
 
-def substitute(
-    probabilities: Float[Array, "tokens experts"], natural: Routing, inside: Bool[Array, " experts"]
-) -> Routing:
+def substitute(probabilities: Float[Array, "tokens experts"], k: int, inside: Bool[Array, " experts"]) -> Routing:
     """Every token takes its k best experts inside the shortlist, at their original probabilities."""
-    weights, experts = jax.lax.top_k(jnp.where(inside[None, :], probabilities, -1.0), natural.experts.shape[1])
+    weights, experts = jax.lax.top_k(jnp.where(inside[None, :], probabilities, -1.0), k)
     return Routing(experts.astype(jnp.int32), weights)
 
 
-def truncate(
-    probabilities: Float[Array, "tokens experts"], natural: Routing, inside: Bool[Array, " experts"]
-) -> Routing:
+def truncate(probabilities: Float[Array, "tokens experts"], k: int, inside: Bool[Array, " experts"]) -> Routing:
     """Every token keeps its own experts, and does without those outside the shortlist."""
-    nobody = inside.shape[0]
-    own = natural.experts[:, :, None] == jnp.arange(nobody, dtype=jnp.int32)[None, None, :]
-    kept = jnp.any(own & inside[None, None, :], axis=2)
-    return Routing(jnp.where(kept, natural.experts, nobody), natural.weights)
+    weights, experts = jax.lax.top_k(probabilities, k)
+    every = jnp.arange(inside.shape[0], dtype=experts.dtype)
+    kept = jnp.any((experts[:, :, None] == every[None, None, :]) & inside[None, None, :], axis=2)
+    return Routing(jnp.where(kept, experts, inside.shape[0]).astype(jnp.int32), weights)
 
 
 # How much each row's say counts in the scores, [batch, nodes].
@@ -167,8 +163,8 @@ SIZES: dict[str, Callable[[BudgetConfig, Array], Array]] = {
     "rank": effective_rank,
 }
 
-# Where tokens go when they may go to the shortlist only: (probabilities, natural routing, inside or not) -> Routing.
-COVERAGES: dict[str, Callable[[Array, Routing, Array], Routing]] = {
+# Where tokens go that may go to the shortlist only: (probabilities, k, inside or not) -> Routing, not renormalised.
+COVERAGES: dict[str, Callable[[Array, int, Array], Routing]] = {
     "substitute": substitute,
     "truncate": truncate,
     # Likely rows keep their own experts, which precede all others in the shortlist (OEA, arXiv:2511.02237).

@@ -10,7 +10,8 @@ class BudgetConfig:
     """How many experts a layer may read in a verifying pass, and by which rule.
 
     `experts` is a number of experts or a fraction of them (a float), for all sparse layers or one for each. The other
-    names are entries of the tables in `budget.py`:
+    names are entries of the tables in `budget.py`; MoE-Spec's own rule is score `probability` with credit `all`, and the
+    default is what measured better at every budget (docs/budgets.md):
 
     - `score`: how much each drafted token counts; `credit`: what it says of each expert;
     - `anchor`: whose experts precede all others; `size`: how many of the `experts` are used, with the share `mass` of
@@ -26,8 +27,8 @@ class BudgetConfig:
 
     experts: int | float | tuple[int | float, ...]
     coverage: str = "substitute"
-    score: str = "probability"
-    credit: str = "all"
+    score: str = "path"
+    credit: str = "squares"
     anchor: str = "none"
     size: str = "fixed"
     mass: float = 0.9

@@ -1,0 +1,184 @@
+"""Whether the CUDA compiler copies experts before it uses them, on a machine without a GPU: `pip install "jax[cuda12]"`
+
+    python -m benchmarks.gpu_compile --out benchmarks/results
+
+compiles the experts of one MoE layer ahead of time, for GPUs as `GPUS` describes them, at the shapes of published
+checkpoints in bfloat16, and writes `gpu_compile.json`. The layer's index is traced and the weights hold `LAYERS`
+layers, as in our programs. Nothing runs, so there are no times.
+
+`slots` is how many experts the program can visit: all that the tokens may want, or a budget of a quarter of them all.
+`temp_mb` is the compiler's temporary memory. `copies` lists the values of an expert's size that the program writes to
+memory, one for each instruction that writes one: a matrix, gate and up side by side, the matrices of all slots, of a
+layer, of all layers. An expert in another type, or multiplied by a token and not yet summed, counts as well: it is
+traffic no less. Products do not: what matrix multiplications and kernels write. Empty means that weights are read where
+they lie.
+
+(`tpu_hlo.large_values` does not do here. It looks at values from 4 MB up, and Qwen3's matrices have 3.1; and it tells
+copies by type and size alone, which a kernel's output for all slots can share with an expert.)
+
+No device also means no autotuning: tile sizes, and Triton against cuBLAS, are the compiler's defaults. Both are chosen
+after what to fuse into a matrix multiplication is, so they do not undo a copy.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.shapes import MODELS
+from moespec_jax.backend import BACKENDS
+from moespec_jax.config import DecoderConfig
+from moespec_jax.experts.layouts import Flat
+from moespec_jax.families import read_config
+from moespec_jax.routing import Routing
+
+# Whoever imports this may have imported JAX before.
+jax.config.update("jax_platforms", "cpu")
+
+TOKENS, LAYERS, DTYPE = (1, 4, 60), 2, jnp.bfloat16
+PLUGINS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
+
+# An A100 of 80 GB, an L40S, an H100 SXM: what the compiler's cost model asks of a GPU.
+GPUS = {
+    "sm_80": """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
+        memory_bandwidth: 2039000000000 l2_cache_size: 41943040 device_memory_size: 84942979072
+        threads_per_core_limit: 2048 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912""",
+    "sm_89": """cuda_compute_capability { major: 8 minor: 9 } core_count: 142 fpus_per_core: 128 clock_rate_ghz: 2.52
+        memory_bandwidth: 864000000000 l2_cache_size: 100663296 device_memory_size: 47810871296
+        threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376""",
+    "sm_90": """cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } core_count: 132
+        fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+        device_memory_size: 84942979072 threads_per_core_limit: 2048 shared_memory_per_core: 233472
+        shared_memory_per_block_optin: 232448""",
+}
+_TARGET = """platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
+gpu_device_info {{ name: "{name}" threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+    thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+    registers_per_core_limit: 65536 registers_per_block_limit: 65536 {of_its_own} }}"""
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+# What names values that are there already or, as `*-start`, ones that `*-done` names again.
+_VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|call|bitcast|constant|opt-barrier|.*-start")
+
+
+def main() -> None:
+    """Compile what was asked for and write `gpu_compile.json`, or print it."""
+    parser = argparse.ArgumentParser(description="Compile one MoE layer's experts for GPUs ahead of time.")
+    parser.add_argument("--gpus", nargs="+", choices=GPUS, default=["sm_80", "sm_90"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["OLMoE-1B-7B", "Qwen3-30B-A3B", "Mixtral-8x7B"])
+    parser.add_argument("--out", type=Path, help="directory to write to")
+    options = parser.parse_args()
+    versions = _versions()
+    if not any(plugin in versions for plugin in PLUGINS):
+        raise SystemExit('The CUDA compiler is not installed: pip install "jax[cuda12]".')
+    rows = []
+    for model in options.models:
+        for gpu in options.gpus:
+            rows += [{"model": model, "gpu": gpu, **row} for row in examine(read_config(MODELS[model]), gpu)]
+            print(*map(json.dumps, rows[-2:]), sep="\n", file=sys.stderr)
+    report = {"versions": versions, "dtype": "bfloat16", "rows": rows}
+    if options.out is None:
+        print(json.dumps(report))
+    else:
+        (options.out / "gpu_compile.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
+    """One model's rows for one GPU."""
+    rows = []
+    # `mosaic` needs wgmma, which Hopper alone has; for other GPUs some compilers end the whole process over it.
+    for backend in ("slots", "mosaic") if gpu == "sm_90" else ("slots",):
+        for tokens in TOKENS:
+            every = min(tokens * config.num_experts_per_tok, config.num_experts)
+            # One token visits its own experts, whatever the budget.
+            budget = every if tokens == 1 else min(every, config.num_experts // 4)
+            rows += [_row(config, gpu, backend, tokens, slots) for slots in sorted({budget, every})]
+    return rows
+
+
+def _row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) -> dict[str, Any]:
+    compute = BACKENDS[backend].compute(config.hidden_act)
+    compiled = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots)).compile()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None
+    matrix = config.hidden_size * config.moe_intermediate_size
+    counts = {1, 2, slots, config.num_experts, LAYERS * config.num_experts}
+    return {
+        "backend": backend,
+        "tokens": tokens,
+        "slots": slots,
+        "temp_mb": round(memory.temp_size_in_bytes / 1e6, 2),
+        "copies": copies(hlo, {count * matrix for count in counts}),
+    }
+
+
+def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tuple[Any, ...]:
+    """Experts, layer, tokens and routing, as shapes on the GPU."""
+    target = _TARGET.format(name=gpu, of_its_own=GPUS[gpu])
+    device = topologies.get_topology_desc(gpu, platform="cuda", topology="1x1x1", target_config=target).devices[0]
+    sharding = SingleDeviceSharding(device)
+
+    def array(*shape: int, dtype: Any = DTYPE) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    rows, model, ffn = LAYERS * config.num_experts, config.hidden_size, config.moe_intermediate_size
+    gate, up, down = array(rows, model, ffn), array(rows, model, ffn), array(rows, ffn, model)
+    ids, weights = (array(tokens, config.num_experts_per_tok, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    experts = Flat(gate, up, down, num_experts=config.num_experts)
+    return experts, array(dtype=jnp.int32), array(tokens, model), Routing(ids, weights, max_distinct=slots)
+
+
+def copies(hlo: str, sizes: set[int]) -> list[str]:
+    """Values of one of the `sizes`, in elements, that an optimized HLO program writes, as `operation dtype[dims]`."""
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            lines = bodies.setdefault(header[1], [])
+        elif line.startswith(" "):
+            lines.append(line)
+    inside = {name for body in bodies.values() for line in body for name in _called(line)}
+    outside = [line for name, body in bodies.items() if name not in inside for line in body]
+    return sorted(value for line in outside for value in _written(line, bodies, sizes))
+
+
+def _written(line: str, bodies: dict[str, list[str]], sizes: set[int]) -> list[str]:
+    found = _INSTRUCTION.match(line)
+    if found is None or _VIEWS.fullmatch(found[2]) or _multiplies(line, bodies):
+        return []
+    arrays = re.findall(r"(\w+)\[([\d,]+)\]", found[1])
+    return [f"{found[2]} {dtype}[{dims}]" for dtype, dims in arrays if math.prod(map(int, dims.split(","))) in sizes]
+
+
+def _multiplies(line: str, bodies: dict[str, list[str]]) -> bool:
+    """Whether the instruction is a matrix multiplication or a kernel, or fuses one, however deep."""
+    return re.search(r" (dot|custom-call)\(", line) is not None or any(
+        _multiplies(inner, bodies) for name in _called(line) for inner in bodies[name]
+    )
+
+
+def _called(line: str) -> list[str]:
+    return re.findall(r" calls=%?([\w.\-]+)", line)
+
+
+def _versions() -> dict[str, str]:
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {name: found[name] for name in ("jax", "jaxlib", *PLUGINS) if name in found}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What a verification under an expert budget reads on a TPU, on a machine without one: `pip install "jax[tpu]"`, then
+
+    python -m benchmarks.tpu_verify --out benchmarks/results
+
+compiles `speculate.verify_trees` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
+published shapes, in bfloat16, batch 1, a cache of 2048 slots, back-end `pallas`. The budgets are a quarter and a half of
+the experts, chosen by squared router weights times the draft's probability of the path to a node (score `path`, credit
+`squares`), and none: then the kernel has slots for as many experts as 60 nodes can want, which here is all. As in a
+greedy round, logits end in the best token of every node. Nothing runs, so there are no times.
+
+Bytes. As in `tpu_compile.py`, three programs are compiled, for the compiler counts a loop's body once: the real one, one
+whose experts compute nothing, and one without layers, both without a budget. With what they differ by, a pass is
+
+    outside + layers * (without experts - outside) + layers * (real - without experts) + layers * the kernel's rows
+
+The real program's count includes the kernel's own estimate: the weights of all its slots, each once. `the kernel's rows`
+are its other blocks: the nodes' states in and out, and each slot's column of combine weights, padded as it is stored.
+
+The ideal is every byte that must be read: the chosen experts (without a budget, all) and all other weights once, 60 rows
+of the embedding, and the cache. Nothing written is in it.
+
+The compiler counts VMEM like HBM: attention scores and the nodes' states, which never leave it, and weights that are
+moved there first, at every step of the way. `near` is what `tpu_hlo.near_bytes` finds of that in the optimized program,
+rather less than there is, put together like the count; `HBM` is the count without it.
+
+Where not all layers fit one chip, fewer are compiled, and count for all. Large copies and activations: see `tpu_hlo.py`.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from benchmarks.shapes import MODELS, draft_config
+from benchmarks.tpu_ahead import (
+    DTYPE,
+    SLOTS,
+    TOPOLOGIES,
+    OutOfMemory,
+    Program,
+    compile_lowered,
+    devices,
+    placed,
+    versions,
+    with_layers,
+)
+from benchmarks.tpu_compile import cache_bytes, ideal_bytes, layers_that_fit, memory_needed, weight_sizes
+from benchmarks.tpu_hlo import large_values, near_bytes
+from benchmarks.tpu_speculate import TREES, abstract_state, budget_rule
+from benchmarks.tpu_table import verification_table
+from moespec_jax.accept import accept_rule
+from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.config import DecoderConfig
+from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder
+from moespec_jax.families import read_config
+from moespec_jax.parameters import abstract_decoder
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, SpeculationState, verify_trees
+from moespec_jax.tree import Tree
+
+TREE, BACKEND = TREES["tree"], BACKENDS["pallas"]
+IDLE = BACKEND._replace(compute=lambda _: lambda experts, layer, x, routing: jnp.zeros(x.shape, jnp.float32))
+BUDGETS: dict[str, float | None] = {"N/4": 0.25, "N/2": 0.5, "none": None}
+
+
+def main() -> None:
+    """Compile what was asked for and write `tpu_verify.json` and the table made of it, or print the JSON."""
+    parser = argparse.ArgumentParser(description="Compile verification under expert budgets for TPUs ahead of time.")
+    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--out", type=Path, help="directory to write to")
+    options = parser.parse_args()
+    rows = []
+    for model in options.models:
+        for chip in options.chips:
+            rows += examine(model, chip, options.budgets)
+            print(json.dumps(rows[-len(options.budgets) :]), file=sys.stderr, flush=True)
+    tree = dict(size=TREE.size, depth=TREE.depth, top_k=TREE.top_k)
+    report = {"versions": versions(), "slots": SLOTS, "dtype": "bfloat16", "tree": tree, "rows": rows}
+    if options.out is None:
+        print(json.dumps(report))
+    else:
+        (options.out / "tpu_verify.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "tpu_verify.md").write_text(verification_table(report))
+
+
+def examine(model: str, chip: str, budgets: list[str]) -> list[dict[str, Any]]:
+    """One row a budget: the program over all layers, or as many as fit the chip."""
+    config = read_config(MODELS[model])
+    sharding = SingleDeviceSharding(devices(chip)[0])
+    compiled = partial(compile_verification, model, sharding=sharding)
+    shallow = config
+    try:
+        programs = [compiled(shallow, BACKEND, BUDGETS[name]) for name in budgets]
+    except OutOfMemory as error:
+        shallow = with_layers(config, layers_that_fit(config, BACKEND, error.available))
+        programs = [compiled(shallow, BACKEND, BUDGETS[name]) for name in budgets]
+    without_experts = counts(compiled(shallow, IDLE, None))
+    outside = counts(compiled(with_layers(config, 0), BACKEND, None))
+    rows = []
+    for name, program in zip(budgets, programs, strict=True):
+        experts = distinct_bound(config, BUDGETS[name])
+        copies, activations = large_values(program.hlo, weight_sizes(shallow, BACKEND))
+        row = {
+            "model": model,
+            "chip": chip,
+            "backend": BACKEND.name,
+            "budget": name,
+            "experts": experts,
+            "fits": shallow is config,
+            "needs_gb": round(memory_needed(config, BACKEND) / 1e9, 2),
+            "layers": config.num_hidden_layers,
+            "layers_compiled": shallow.num_hidden_layers,
+            **bytes_of_a_pass(config, experts, outside, without_experts, counts(program)),
+            "temp_mb": round(program.temp_bytes / 1e6, 2),
+            "cache_aliased": program.alias_bytes >= cache_bytes(shallow),
+            "large_copies": copies,
+            "large_activations": activations,
+            "compile_s": round(program.compile_s, 1),
+        }
+        rows.append(row)
+    return rows
+
+
+def bytes_of_a_pass(
+    config: DecoderConfig, experts: int, outside: np.ndarray, without_experts: np.ndarray, real: np.ndarray
+) -> dict[str, Any]:
+    """The compiler's count for a whole pass (see the top of this file), and what of it is near, beside the ideal."""
+    parts = {
+        "outside": outside,
+        "layer": without_experts - outside,
+        "experts": real - without_experts,
+        "kernel_rows": np.array([kernel_rows(config, experts), 0]),
+    }
+    in_layers = parts["layer"] + parts["experts"] + parts["kernel_rows"]
+    total, near = outside + config.num_hidden_layers * in_layers
+    ideal = ideal_bytes(config, BACKEND, experts, TREE.size)
+    return {
+        "bytes_mb": round(total / 1e6, 1),
+        "near_mb": round(near / 1e6, 1),
+        "hbm_mb": round((total - near) / 1e6, 1),
+        "ideal_mb": round(ideal / 1e6, 1),
+        "ratio": round(total / ideal, 3),
+        "hbm_ratio": round((total - near) / ideal, 3),
+        "parts_mb": {name: [round(size / 1e6, 2) for size in part.tolist()] for name, part in parts.items()},
+    }
+
+
+def counts(program: Program) -> np.ndarray:
+    """Bytes accessed by the compiler's count, and those of them in VMEM."""
+    return np.array([program.bytes_accessed, near_bytes(program.hlo)])
+
+
+def kernel_rows(config: DecoderConfig, slots: int) -> int:
+    """Bytes of the kernel's blocks beside the weights: states in, sums out, and a padded column a slot."""
+    states = TREE.size * config.hidden_size * (DTYPE.dtype.itemsize + 4)
+    return states + slots * -(-TREE.size // 8) * 8 * 128 * 4
+
+
+def distinct_bound(config: DecoderConfig, budget: float | None) -> int:
+    """How many experts a layer may read."""
+    wanted = min(TREE.size * config.num_experts_per_tok, config.num_experts)
+    return wanted if budget is None else round(budget * config.num_experts)
+
+
+def compile_verification(
+    model: str, config: DecoderConfig, backend: Backend, budget: float | None, sharding: Sharding
+) -> Program:
+    """Compile for the device of `sharding`, the state donated.
+
+    Raises:
+        OutOfMemory: parameters and state exceed the chip's memory.
+    """
+    draft = draft_config(model, config)
+    target = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    accept = accept_rule(SamplingConfig(), TREE.longest_path)
+    settings = SpeculationSettings(target, draft, TREE, accept, budget_rule(config, budget))
+    params = abstract_decoder(config, backend, DTYPE, sharding)
+    arguments = placed((abstract_state(config, draft, TREE), abstract_trees()), sharding)
+    return compile_lowered(jax.jit(partial(verify, settings), donate_argnums=1).lower(params, *arguments))
+
+
+def verify(
+    settings: SpeculationSettings, target: Decoder, state: SpeculationState, trees: Tree
+) -> tuple[SpeculationState, jax.Array, jax.Array | None]:
+    """What a greedy round takes from a verifying pass: the cache, every node's best token, and the tapped states."""
+    logits, cache, info = verify_trees(settings, target, state, trees)
+    state = dataclasses.replace(state, decoding=dataclasses.replace(state.decoding, cache=cache))
+    return state, jnp.argmax(logits, axis=-1), info.taps
+
+
+def abstract_trees() -> Tree:
+    """One tree without memory behind it."""
+    shape = (1, TREE.size)
+    ids = jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.int32))
+    return Tree(ids, ids, jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32)))
+
+
+if __name__ == "__main__":
+    main()

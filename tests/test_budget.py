@@ -1,0 +1,208 @@
+"""Every rule of the budget against plain Python in float64, ties included; and what must hold whatever the rule."""
+
+import itertools
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import budget_oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from driver import fast_jit
+
+from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES, Nodes, Restricted, restrict
+from moespec_jax.budget_config import BudgetConfig, caution, is_exact, resolve
+from moespec_jax.config import DecoderConfig
+from moespec_jax.families import read_config
+from moespec_jax.routing import route
+from moespec_jax.tree import ancestors, depths
+
+# Numbers of experts and of those active, and whether weights are renormalised: as the families have them, and not.
+ROUTERS = {
+    "olmoe": (64, 8, False),
+    "qwen3_moe": (128, 8, True),
+    "qwen2_moe": (60, 4, False),
+    "qwen2_moe renormalised": (60, 4, True),
+    "mixtral": (8, 2, True),
+    "few": (6, 3, False),
+}
+# A third of all combinations, in which any four settings still meet in every way.
+TABLES = dict(score=SCORES, credit=CREDITS, anchor=ANCHORS, coverage=COVERAGES, size=SIZES)
+RULES = [
+    dict(zip(TABLES, names, strict=True))
+    for names in itertools.product(*TABLES.values())
+    if sum(list(table).index(name) for table, name in zip(TABLES.values(), names, strict=True)) % 3 == 0
+]
+BATCH, NODES, DRAWS = 2, 9, 6
+
+
+def config_of(router: str) -> DecoderConfig:
+    """As much of a decoder as routing needs; four sparse layers."""
+    total, k, norm = ROUTERS[router]
+    fields: dict[str, Any] = dict(
+        model_type="qwen3_moe", vocab_size=8, hidden_size=total, intermediate_size=8, moe_intermediate_size=8,
+        num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1, head_dim=8, num_experts=total,
+        num_experts_per_tok=k, norm_topk_prob=norm, max_position_embeddings=64, rms_norm_eps=1e-6, hidden_act="silu",
+    )  # fmt: skip
+    return read_config(fields)
+
+
+def random_nodes(seed: int) -> tuple[Nodes, budget_oracle.Rows]:
+    """Two trees and their rows as the oracle takes them; the second tree's sequence may be finished."""
+    rng = np.random.default_rng(seed)
+    parents = np.array([[-1, *(rng.integers(0, i) for i in range(1, NODES))] for _ in range(BATCH)], np.int32)
+    own = np.stack([np.asarray(ancestors(jnp.asarray(row))) for row in parents])
+    depth = np.stack([np.asarray(depths(jnp.asarray(mask))) for mask in own])
+    # Halves and quarters: chances meet often, and every product is exact.
+    gain = np.where(rng.random((BATCH, NODES)) < 0.5, 0.5, 0.75)
+    gain[:, 0] = 1.0
+    chance = np.prod(np.where(own, gain[:, None, :], 1.0), axis=2)
+    committed = np.sort(rng.random(NODES))[::-1] / 2
+    committed[0] = 1.0
+    finished = seed % 3 == 2
+    nodes = Nodes(
+        *(jnp.asarray(a, d) for a, d in ((chance, jnp.float32), (depth, jnp.int32), (own, bool))),
+        jnp.asarray(committed, jnp.float32),
+    )
+    rows = budget_oracle.Rows(
+        valid=[not (finished and t >= NODES) for t in range(BATCH * NODES)],
+        chance=chance.ravel().tolist(),
+        depth=depth.ravel().tolist(),
+        ancestors=[(b * NODES + np.flatnonzero(own[b, i])).tolist() for b in range(BATCH) for i in range(NODES)],
+        peers=[int((depth[b] == depth[b, i]).sum()) for b in range(BATCH) for i in range(NODES)],
+        committed=np.asarray(committed, np.float32).astype(float).tolist(),
+    )
+    return nodes, rows
+
+
+def random_logits(seed: int, total: int) -> np.ndarray:
+    """Every other draw with ties: of experts that are alike to all rows, and of rows alike to all experts."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(BATCH * NODES, total)).astype(np.float32) * 2
+    if seed % 2:
+        logits[:, rng.permutation(total)[: total // 2]] = logits[:, rng.integers(0, total, 1)]
+        logits[3] = 0.0
+    return logits
+
+
+@cache
+def compiled(rule: BudgetConfig, router: str) -> Callable[..., Restricted]:
+    config = config_of(router)
+
+    def run(nodes: Nodes, logits: jax.Array, valid: jax.Array) -> Restricted:
+        identity = jnp.eye(config.num_experts, dtype=jnp.float32)
+        natural, probabilities = route(config, identity, logits, valid)
+        return restrict(rule, nodes, config.norm_topk_prob, 1, probabilities, natural, valid)
+
+    return fast_jit(run)
+
+
+def check(rule: BudgetConfig, router: str, bound: int, seed: int) -> bool:
+    """Compare one draw; False if it hangs on less than float32 can tell apart."""
+    total, k, norm = ROUTERS[router]
+    nodes, rows = random_nodes(seed)
+    logits = random_logits(seed, total)
+    expected = budget_oracle.restrict(rule, bound, logits, k, norm, rows)
+    if expected.closest < 1e-5:
+        return False
+    got = compiled(rule, router)(nodes, jnp.asarray(logits), jnp.asarray(rows.valid))
+    assert [e for e in got.shortlist.tolist() if e < total] == expected.shortlist
+    assert got.live.tolist() == expected.live and got.replaced.tolist() == expected.replaced
+    np.testing.assert_allclose(float(got.mass_kept), expected.mass_kept, atol=1e-5)  # sums of up to 1000 numbers
+    for t, weights in enumerate(expected.weights):
+        ids, found = got.routing.experts[t].tolist(), got.routing.weights[t].tolist()
+        assert {e for e in ids if e < total} == set(weights) and len(set(ids) - {total}) == sum(e < total for e in ids)
+        np.testing.assert_allclose([found[ids.index(e)] for e in weights], list(weights.values()), atol=1e-6)
+        assert all(w == 0 for e, w in zip(ids, found, strict=True) if e == total)
+    return True
+
+
+@pytest.mark.parametrize("number", range(0, len(RULES), 6))
+def test_rules_are_what_the_oracle_says(number: int) -> None:
+    """Six rules a case, each on a router of its own, so that all rules and routers meet over the cases."""
+    decided = drawn = 0
+    for index in range(number, min(number + 6, len(RULES))):
+        router = list(ROUTERS)[(index + index // 6) % len(ROUTERS)]
+        total, k, _ = ROUTERS[router]
+        bound = max(k, total // 4 if index % 2 else total // 2)
+        faithfulness = (0.0, 0.6, 1.0)[index // 2 % 3]
+        rule = BudgetConfig((k, bound, k, k), **RULES[index], mass=0.7, faithfulness=faithfulness)
+        for seed in range(DRAWS):
+            drawn += 1
+            decided += check(rule, router, bound, seed)
+    assert decided > 0.8 * drawn
+
+
+def same(a: Any, b: Any) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_a_budget_of_all_experts_changes_no_bit_of_the_routing(router: str, coverage: str) -> None:
+    config = config_of(router)
+    rule = resolve(BudgetConfig(1.0, coverage=coverage, score="path", faithfulness=1.0), config)
+    for seed in range(DRAWS):
+        nodes, rows = random_nodes(seed)
+        logits, valid = jnp.asarray(random_logits(seed, config.num_experts)), jnp.asarray(rows.valid)
+        identity = jnp.eye(config.num_experts, dtype=jnp.float32)
+        natural, _ = fast_jit(partial(route, config))(identity, logits, valid)
+        got = compiled(rule, router)(nodes, logits, valid)
+        same((got.routing.experts, got.routing.weights), (natural.experts, natural.weights))
+        assert not got.replaced.any() and got.live.tolist() == rows.valid
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_rows_that_lose_everything_stay_finite(router: str, coverage: str) -> None:
+    """Every row is certain of other experts than the root's, so that float32 leaves it nothing inside the shortlist."""
+    total, k, norm = ROUTERS[router]
+    nodes, _ = random_nodes(0)
+    logits = np.zeros((BATCH * NODES, total), np.float32)
+    logits[0, :k] = 300.0
+    logits[1:, k : 2 * k] = 300.0
+    rule = BudgetConfig((k,) * 4, coverage=coverage, anchor="root", guarantee=1.0)
+    single = nodes._replace(chance=jnp.where(nodes.depth == 0, nodes.chance, 0.25).at[1, 0].set(0.5))
+    got = compiled(rule, router)(single, jnp.asarray(logits), jnp.ones((BATCH * NODES,), bool))
+    weights = np.asarray(got.routing.weights)
+    assert np.isfinite(weights).all() and not weights[1:].any() and got.replaced[1:].all()
+    np.testing.assert_allclose(weights[0].sum(), 1.0, rtol=1e-6)
+
+
+def test_budgets_are_numbers_of_experts_a_layer() -> None:
+    config = config_of("olmoe")
+    assert resolve(BudgetConfig(0.25), config).experts == (16,) * 4
+    assert resolve(BudgetConfig(1.0), config).experts == (64,) * 4
+    assert resolve(BudgetConfig((8, 0.5, 64, 9)), config).experts == (8, 32, 64, 9)
+
+
+@pytest.mark.parametrize("experts", [7, 65, 0, -1, 0.1, 1.5, -0.5, float("nan"), (16, 16), (16, 16, 16, 2)])
+def test_budgets_out_of_range_are_refused(experts: Any) -> None:
+    with pytest.raises(ValueError, match="expected .* expert budget"):
+        resolve(BudgetConfig(experts), config_of("olmoe"))
+
+
+@pytest.mark.parametrize("name", ["mass", "guarantee", "faithfulness"])
+def test_shares_out_of_range_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"budget's {name} from 0 to 1, got 1.5"):
+        BudgetConfig(16, **{name: 1.5})
+
+
+def test_tight_budgets_are_warned_about() -> None:
+    config = config_of("olmoe")
+    told = {b: caution(resolve(BudgetConfig(b), config), config) is not None for b in (8, 15, 16, 64)}
+    assert told == {8: True, 15: True, 16: False, 64: False}
+
+
+def test_what_is_exact() -> None:
+    config = config_of("olmoe")
+
+    def exact(batch: int, **rule: Any) -> bool:
+        return is_exact(resolve(BudgetConfig(**rule), config), config, batch)
+
+    assert exact(9, experts=64) and not exact(1, experts=63) and not exact(1, experts=64, size="mass")
+    faithful: dict[str, Any] = dict(faithfulness=1.0, coverage="guarantee")
+    assert exact(2, experts=16, **faithful) and not exact(3, experts=16, **faithful)
+    assert exact(1, experts=8, faithfulness=1.0, anchor="root") and not exact(1, experts=8, faithfulness=1.0)
