@@ -38,9 +38,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.shapes import MODELS
-from moespec_jax.backend import BACKENDS
 from moespec_jax.config import DecoderConfig
 from moespec_jax.experts.layouts import Flat
+from moespec_jax.experts.mosaic_gpu import mosaic_experts
+from moespec_jax.experts.slots import slot_experts
+from moespec_jax.experts.triton_gpu import triton_experts
 from moespec_jax.families import read_config
 from moespec_jax.routing import Routing
 
@@ -48,6 +50,9 @@ from moespec_jax.routing import Routing
 jax.config.update("jax_platforms", "cpu")
 
 TOKENS, LAYERS, DTYPE = (1, 4, 60), 2, jnp.bfloat16
+COMPUTES = {"slots": slot_experts, "mosaic": mosaic_experts, "triton": triton_experts}
+# What Pallas goes by, which from jax 0.12 on lowers for a GPU that it knows or not at all.
+KINDS = {"sm_80": "NVIDIA A100", "sm_89": "NVIDIA L40", "sm_90": "NVIDIA H100"}
 PLUGINS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
 
 # An A100 of 80 GB, an L40S, an H100 SXM: what the compiler's cost model asks of a GPU.
@@ -101,18 +106,22 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
     """One model's rows for one GPU."""
     rows = []
     # `mosaic` needs wgmma, which Hopper alone has; for other GPUs some compilers end the whole process over it.
-    for backend in ("slots", "mosaic") if gpu == "sm_90" else ("slots",):
+    for backend in COMPUTES if gpu == "sm_90" else ("slots", "triton"):
         for tokens in TOKENS:
             every = min(tokens * config.num_experts_per_tok, config.num_experts)
             # One token visits its own experts, whatever the budget.
             budget = every if tokens == 1 else min(every, config.num_experts // 4)
-            rows += [_row(config, gpu, backend, tokens, slots) for slots in sorted({budget, every})]
+            rows += [row(config, gpu, backend, tokens, slots) for slots in sorted({budget, every})]
     return rows
 
 
-def _row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) -> dict[str, Any]:
-    compute = BACKENDS[backend].compute(config.hidden_act)
-    compiled = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots)).compile()
+def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) -> dict[str, Any]:
+    """What the compiler makes of one model's experts on one GPU."""
+    compute = COMPUTES[backend](config.hidden_act)
+    device = jax.sharding.AbstractDevice(device_kind=KINDS[gpu], num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots))
+    compiled = lowered.compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
     matrix = config.hidden_size * config.moe_intermediate_size

@@ -1,31 +1,37 @@
-"""Time of a speculative round at published shapes, on whatever device is here: random weights, simulated acceptance.
+"""Speculative rounds at published shapes with and without a budget, on whatever device is here: random weights,
+simulated acceptance.
 
-    python -m benchmarks.real_shapes --model OLMoE-1B-7B --out benchmarks/results     # one GPU or TPU
-    python -m benchmarks.real_shapes --model toy                                       # seconds on a CPU
+    python -m benchmarks.real_shapes --model OLMoE-1B-7B --out benchmarks/results               # one GPU or TPU
+    python -m benchmarks.real_shapes --layers 4 --trees 32/4/4 --no-rounds                      # a CPU with 24 GB
+    python -m benchmarks.real_shapes --model toy                                                # seconds on a CPU
 
-For every tree: a round inside the compiled loop (the time of many rounds over their number, so that the host is in it
-once), the same round called alone (what the host and a copy of the caches add), its draft and its verification called
-alone likewise, and plain decoding's time a token. Beside them the floor: bytes that the pass must read over the copy
-bandwidth measured in the same process.
-Nothing here says how many tokens a trained head would gain; the accept length is an argument and marked as simulated.
+For every tree (size/depth/top-k) and budget: the verification called alone; a round inside the compiled loop (the time
+of many rounds over their number, so that the host is in it once); and plain decoding's time a token. Everything takes turns
+in one process, and ratios are of the same turn: medians and ranges. Beside the verification stands its floor, bytes
+that it must read over the copy bandwidth measured here; with `--transformers`, torch's forward pass of such a tree.
+Nothing here says how many tokens a trained head would gain, nor what a budget does to quality: the accept length is an
+argument, the same for every budget, and marked as simulated.
 """
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.shapes import MODELS, draft_config
-from benchmarks.speculation import timed
+from benchmarks.speculation import spread, timed
 from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS, default_backend
+from moespec_jax.backend import BACKENDS, Backend, default_backend
+from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings
+from moespec_jax.decode import Settings, experts_read, experts_wanted, mean_distinct_experts
 from moespec_jax.families import read_config
 from moespec_jax.method import plain_method, speculative_method
 from moespec_jax.parameters import random_decoder
@@ -35,47 +41,45 @@ from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, Speculator, draft_trees, speculation_rounds, verify_trees
 from moespec_jax.train.trainer import random_head
 
-TREES = {"60/7/10": TreeConfig(7, 10, 60), "4/2/1": TreeConfig(2, 1, 4)}
 PROMPT, ROUNDS = 128, 32
 
 
+class Case(NamedTuple):
+    """What takes turns: functions that run once and wait."""
+
+    tree: str
+    budget: int | None
+    verify: Callable[[], Any]
+    rounds: Callable[[], Any] | None
+    wanted: float
+    read: float
+
+
 def main() -> int:
-    """Time every tree and write `real_shapes.json`, or print it."""
+    """Time everything and write `real_shapes.json`, or print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "toy"], default="OLMoE-1B-7B")
     parser.add_argument("--layers", type=int, help="so many layers only, where the model does not fit")
     parser.add_argument("--backend", choices=list(BACKENDS), help="default: the platform's")
+    parser.add_argument("--trees", nargs="+", default=["60/7/10", "4/2/1"], metavar="SIZE/DEPTH/TOP-K")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.5, 0.25, 0.125], help="fractions of the experts")
     parser.add_argument("--accept-length", type=float, default=3.0, help="simulated")
     parser.add_argument("--dtype", default="bfloat16" if jax.default_backend() != "cpu" else "float32")
-    parser.add_argument("--out", type=Path, help="directory to write real_shapes.json to (default: print)")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--no-rounds", action="store_true", help="time the verification alone")
+    parser.add_argument("--transformers", action="store_true", help="time transformers' pass over the tree too")
+    parser.add_argument("--out", type=Path, help="directory whose real_shapes.json gets this model's report")
     options = parser.parse_args()
     config, draft = shapes_of(options.model, options.layers)
     backend = BACKENDS[options.backend] if options.backend else default_backend()
-    dtype = jnp.dtype(options.dtype)
-    target = random_decoder(config, backend, jax.random.key(0), dtype)
-    ids = jnp.arange(draft.draft_vocab_size, dtype=jnp.int32)
-    head = jax.tree.map(
-        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
-        random_head(draft, target, ids, jax.random.key(1)),
-    )
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
-    params, bandwidth = Speculator(target, head), copy_bandwidth()
-    report: dict[str, Any] = {
-        "model": options.model, "layers": config.num_hidden_layers, "backend": backend.name, "dtype": str(dtype),
-        "device": jax.devices()[0].device_kind, "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "weights": "random",
-        "plain_ms_per_token": time_plain(settings, target, dtype), "rows": [],
-    }  # fmt: skip
-    for name, tree in TREES.items():
-        length = min(options.accept_length, float(tree.longest_path))
-        accept = accept_rule(SamplingConfig(), tree.longest_path, length)
-        speculation = SpeculationSettings(settings, draft, tree, accept)
-        report["rows"].append(
-            {"tree": name, "simulated_accept_length": length, **time_tree(speculation, params, dtype, bandwidth)}
-        )
-        print(json.dumps(report["rows"][-1]), file=sys.stderr)
+    report = measure(config, draft, backend, jnp.dtype(options.dtype), options)
     text = json.dumps(report, indent=1) + "\n"
-    print(text) if options.out is None else (options.out / "real_shapes.json").write_text(text)
+    if options.out is None:
+        print(text)
+    else:
+        file = options.out / "real_shapes.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(known | {f"{options.model}, {report['device']}": report}, indent=1) + "\n")
     return 0
 
 
@@ -86,7 +90,7 @@ def shapes_of(model: str, layers: int | None) -> tuple[DecoderConfig, DraftConfi
     changes: dict[str, Any] = {}
     if model == "toy":
         small = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, vocab_size=512)
-        fields |= small | dict(num_hidden_layers=3, num_experts=8, num_experts_per_tok=2)
+        fields |= small | dict(num_hidden_layers=3, num_experts=16, num_experts_per_tok=2)
         changes = dict(draft_vocab_size=256, intermediate_size=96, boundaries=(0, 1, 2))
     if layers is not None:
         fields["num_hidden_layers"], changes["boundaries"] = layers, (0, layers // 2, layers)
@@ -94,46 +98,126 @@ def shapes_of(model: str, layers: int | None) -> tuple[DecoderConfig, DraftConfi
     return config, draft_config(published, config, **changes)
 
 
-def time_tree(settings: SpeculationSettings, params: Speculator, dtype: Any, bandwidth: float) -> dict[str, Any]:
-    """Milliseconds of a round and its parts, and the verification's floor."""
+def measure(
+    config: DecoderConfig, draft: DraftConfig, backend: Backend, dtype: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The report of one model."""
+    target = random_decoder(config, backend, jax.random.key(0), dtype)
+    ids = jnp.arange(draft.draft_vocab_size, dtype=jnp.int32)
+    head = jax.tree.map(
+        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
+        random_head(draft, target, ids, jax.random.key(1)),
+    )
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    params, bandwidth = Speculator(target, head), copy_bandwidth()
+    cases = []
+    for name in options.trees:
+        size, depth, top_k = (int(part) for part in name.split("/"))
+        tree = TreeConfig(depth, top_k, size)
+        accept = accept_rule(SamplingConfig(), tree.longest_path, min(options.accept_length, float(tree.longest_path)))
+        for fraction in (None, *options.budgets):
+            rule = None if fraction is None else resolve(BudgetConfig(fraction), config)
+            speculation = SpeculationSettings(settings, draft, tree, accept, rule)
+            cases.append(prepare(name, speculation, params, dtype, with_rounds=not options.no_rounds))
+    theirs = {}
+    if options.transformers:
+        from benchmarks.transformers_verification import tree_passes
+
+        theirs = tree_passes(options.model, config.num_hidden_layers, options.trees, options.dtype, PROMPT)
+    plain = None if options.no_rounds else plain_steps(settings, target, dtype)
+    turns = [take_turn(cases, plain, theirs) for _ in range(options.repeats + 1)][1:]
+    return {
+        "model": options.model, "layers": config.num_hidden_layers, "backend": backend.name, "dtype": str(dtype),
+        "device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})", "weights": "random",
+        "copy_gb_per_s": round(bandwidth / 1e9, 1), "repeats": options.repeats,
+        "simulated_accept_length": options.accept_length,
+        "plain_ms_per_token": None if plain is None else rounded(spread([turn["plain"] for turn in turns])),
+        "rows": [row(case, turns, options, config, target, bandwidth, cases) for case in cases],
+    }  # fmt: skip
+
+
+def prepare(name: str, settings: SpeculationSettings, params: Speculator, dtype: Any, with_rounds: bool) -> Case:
+    """Compile one case, on the state after a prompt and, if rounds are timed, two of them."""
     method = speculative_method(settings, params, dtype)
     margin = ROUNDS * settings.tree.longest_path * 4
     run = Run(Programs(), method, Batch([list(range(1, PROMPT + 1))], [PROMPT + margin], (), 0))
-    state = run.state_after(2)
-    rounds = jax.jit(partial(speculation_rounds, settings))
-    many = timed(lambda: rounds(params, state, jnp.int32(ROUNDS)), repeats=5)["median"] / ROUNDS
-    one = timed(rounds, params, state, jnp.int32(1))["median"]
-    draft = jax.jit(partial(draft_trees, settings))
-    trees, _ = draft(params, state)
-    verify = timed(jax.jit(partial(verify_trees, settings)), params.target, state, trees)["median"]
-    drafting = timed(draft, params, state)["median"]
-    wanted = float(rounds(params, state, jnp.int32(1))[1].experts_wanted)
-    floor = verification_bytes(settings.target.config, params.target, wanted) / bandwidth * 1e3
-    parts = {"round": many, "round_called_alone": one, "draft": drafting, "verify": verify}
-    parts["verify_floor"] = floor
-    return {
-        "ms": {name: round(value, 3) for name, value in parts.items()},
-        "experts_wanted_per_layer": round(wanted, 1),
-    }
+    state = run.state_after(2 if with_rounds else 0)
+    trees, _ = jax.jit(partial(draft_trees, settings))(params, state)
+    verify = partial(jax.jit(partial(verify_trees, settings)), params.target, state, trees)
+    config, info = settings.target.config, verify()[2]
+    wanted, read = (float(mean_distinct_experts(of(config, info, 1))) for of in (experts_wanted, experts_read))
+    many = partial(jax.jit(partial(speculation_rounds, settings)), params, state, jnp.int32(ROUNDS))
+    bound = None if settings.budget is None else max(settings.budget.experts)  # pyright: ignore[reportArgumentType]
+    return Case(name, bound, verify, many if with_rounds else None, wanted, read)
 
 
-def time_plain(settings: Settings, target: Any, dtype: Any) -> float:
-    """Milliseconds a token of plain decoding inside its compiled loop."""
+def plain_steps(settings: Settings, target: Any, dtype: Any) -> Callable[[], Any]:
+    """Plain decoding inside its compiled loop."""
     method = plain_method(settings, target, dtype)
     run = Run(Programs(), method, Batch([list(range(1, PROMPT + 1))], [PROMPT + 4 * ROUNDS], (), 0))
-    state = run.state_after(1)
-    steps = jax.jit(partial(method.advance, settings))
-    return round(timed(lambda: steps(target, state, jnp.int32(ROUNDS)), repeats=5)["median"] / ROUNDS, 3)
+    return partial(jax.jit(partial(method.advance, settings)), target, run.state_after(1), jnp.int32(ROUNDS))
 
 
-def verification_bytes(config: DecoderConfig, target: Any, wanted: float) -> float:
-    """Bytes that a verifying pass cannot do without: wanted experts once, and all other weights but the embedding."""
+def take_turn(
+    cases: list[Case], plain: Callable[[], Any] | None, theirs: dict[str, Callable[[], float]]
+) -> dict[Any, Any]:
+    """Milliseconds of everything, once; a round's and a token's are a loop's over its number."""
+    turn: dict[Any, Any] = {"plain": None if plain is None else once(plain) / ROUNDS}
+    for number, case in enumerate(cases):
+        turn["verify", number] = once(case.verify)
+        turn["round", number] = None if case.rounds is None else once(case.rounds) / ROUNDS
+    return turn | {("transformers", tree): run() for tree, run in theirs.items()}
+
+
+def row(
+    case: Case, turns: list[Any], options: argparse.Namespace, config: DecoderConfig, target: Any, bandwidth: float,
+    cases: list[Case],
+) -> dict[str, Any]:  # fmt: skip
+    """Medians and ranges of one case, beside the same tree's exact case."""
+    number = cases.index(case)
+    exact = next(i for i, other in enumerate(cases) if other.tree == case.tree and other.budget is None)
+    floor = verification_bytes(config, target, case.read) / bandwidth * 1e3
+    verify = spread([turn["verify", number] for turn in turns])
+    report: dict[str, Any] = {
+        "tree": case.tree, "budget": case.budget, "experts_wanted": round(case.wanted, 1),
+        "experts_read": round(case.read, 1), "verify_ms": rounded(verify), "floor_ms": round(floor, 3),
+        "share_of_copy_bandwidth": round(floor / verify["median"], 3),
+        "verify_over_exact": rounded(spread([turn["verify", number] / turn["verify", exact] for turn in turns])),
+    }  # fmt: skip
+    if case.rounds is not None:
+        length = min(options.accept_length, float(int(case.tree.split("/")[1]) + 2))
+        report["round_ms"] = rounded(spread([turn["round", number] for turn in turns]))
+        ratios = {"plain": "plain", "exact": ("round", exact)}
+        gains = {"plain": length, "exact": 1.0}
+        for name, key in ratios.items():
+            over = [gains[name] * turn[key] / turn["round", number] for turn in turns]
+            report[f"simulated_speed_up_over_{name}"] = rounded(spread(over))
+    if ("transformers", case.tree) in turns[0]:
+        times = [turn["transformers", case.tree] for turn in turns]
+        report["transformers_ms"] = rounded(spread(times))
+    return report
+
+
+def once(run: Callable[[], Any]) -> float:
+    """Milliseconds of one call."""
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    return (time.perf_counter() - started) * 1e3
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """To what is worth reading."""
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def verification_bytes(config: DecoderConfig, target: Any, read: float) -> float:
+    """Bytes that a verifying pass cannot do without: experts read once, and all other weights but the embedding."""
 
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     others = size(target) - size(target.experts) - (0 if target.lm_head is None else size(target.embed))
-    return others + size(target.experts) * wanted / config.num_experts
+    return others + size(target.experts) * read / config.num_experts
 
 
 def copy_bandwidth(megabytes: int = 512) -> float:

@@ -64,6 +64,11 @@ def tpu_speculate() -> str:
     return _untitled("tpu_speculate.md")
 
 
+def tpu_verify() -> str:
+    """As the script wrote it, without its title."""
+    return _untitled("tpu_verify.md")
+
+
 def demo_target() -> str:
     """What the embedded model is and how well it predicts."""
     record = _read(ROOT / "moespec_jax" / "demo" / "target_record.json")
@@ -134,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "import_memory": import_memory,
     "tpu_compile": tpu_compile,
     "tpu_speculate": tpu_speculate,
+    "tpu_verify": tpu_verify,
     "demo_target": demo_target,
     "demo_draft": demo_draft,
     "acceptance": acceptance,

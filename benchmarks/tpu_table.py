@@ -73,8 +73,9 @@ def speculation_table(report: dict[str, Any]) -> str:
         drawn = "" if row["sampling"] == "greedy" else f", {row['sampling']}"
         lines.append(
             f"| {row['model']} | {row['devices']} x {row['chip']} | {row['backend']} | {row['tree']}{drawn} |"
-            f" {row['budget']} | {row['memory_gb']:.2f} | {row['temp_mb']:.1f} | {'yes' if row['cache_aliased'] else 'no'} |"
-            f" {_summary(row['large_copies'])} | {_summary(row['large_activations'])} |"
+            f" {row['budget']} | {row['memory_gb']:.2f} | {row['temp_mb']:.1f} |"
+            f" {'yes' if row['cache_aliased'] else 'no'} | {_summary(row['large_copies'])} |"
+            f" {_summary(row['large_activations'])} |"
             f" {_exchanges(row['collectives'])} | {row['compile_s']:.0f} |"
         )
     return "\n".join(lines) + "\n"
@@ -86,10 +87,10 @@ def verification_table(report: dict[str, Any]) -> str:
     tree = "{size}/{depth}/{top_k}".format(**report["tree"])
     lines = [
         "# A verification under an expert budget under the TPU compiler\n",
-        "Made by `benchmarks/tpu_verify.py`, whose top explains every column. One forward pass of the target over a tree"
-        f" of {tree} (size/depth/top-k). {versions}; {report['dtype']}, batch 1, cache of {report['slots']} slots, one"
-        " chip, back-end `pallas`. Nothing was run.\n",
-        "| model | chip | layers | budget | experts | ideal MB | HBM MB | HBM / ideal | with VMEM MB | with VMEM / ideal |"
+        "Made by `benchmarks/tpu_verify.py`, whose top explains every column. One forward pass of the target over a"
+        f" tree of {tree} (size/depth/top-k). {versions}; {report['dtype']}, batch 1, cache of {report['slots']} slots,"
+        " one chip, back-end `pallas`. Nothing was run.\n",
+        "| model | chip | layers | budget | experts | ideal MB | HBM MB | HBM / ideal | count MB | count / ideal |"
         " temp MB | cache in place | large copies | large activations | compile s |",
         "|" + " --- |" * 15,
     ]

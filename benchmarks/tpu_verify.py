@@ -3,27 +3,29 @@
     python -m benchmarks.tpu_verify --out benchmarks/results
 
 compiles `speculate.verify_trees` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
-published shapes, in bfloat16, batch 1, a cache of 2048 slots, back-end `pallas`. The budgets are a quarter and a half of
-the experts, chosen by squared router weights times the draft's probability of the path to a node (score `path`, credit
-`squares`), and none: then the kernel has slots for as many experts as 60 nodes can want, which here is all. As in a
-greedy round, logits end in the best token of every node. Nothing runs, so there are no times.
+published shapes, in bfloat16, batch 1, a cache of 2048 slots, back-end `pallas`. The budgets are a quarter and a half
+of the experts, ranked by squared router weights times the draft's probability of the path to a node (score `path`,
+credit `squares`), and none: then the kernel has slots for all experts that 60 nodes can want, which here is every one.
+As in a greedy round, logits end in the best token of every node. Nothing runs, so there are no times.
 
-Bytes. As in `tpu_compile.py`, three programs are compiled, for the compiler counts a loop's body once: the real one, one
-whose experts compute nothing, and one without layers, both without a budget. With what they differ by, a pass is
+Count. As in `tpu_compile.py`, three programs are compiled, because the compiler counts a loop's body once: the real
+one, one whose experts compute nothing, and one without layers, the latter two without a budget. From their counts,
 
-    outside + layers * (without experts - outside) + layers * (real - without experts) + layers * the kernel's rows
+    pass = outside + layers * (without experts - outside) + layers * (real - without experts + the kernel's rows)
 
-The real program's count includes the kernel's own estimate: the weights of all its slots, each once. `the kernel's rows`
-are its other blocks: the nodes' states in and out, and each slot's column of combine weights, padded as it is stored.
+The real program's count includes the kernel's own estimate: the weights of all its slots, each once. The kernel's rows
+are its other blocks: the nodes' states in and out, and a column of combine weights a slot, padded as it is stored.
 
-The ideal is every byte that must be read: the chosen experts (without a budget, all) and all other weights once, 60 rows
-of the embedding, and the cache. Nothing written is in it.
+The ideal is every byte that must be read: the chosen experts (without a budget, all) and all other weights once, 60
+rows of the embedding, and the cache. Nothing that is written is in it.
 
-The compiler counts VMEM like HBM: attention scores and the nodes' states, which never leave it, and weights that are
-moved there first, at every step of the way. `near` is what `tpu_hlo.near_bytes` finds of that in the optimized program,
-rather less than there is, put together like the count; `HBM` is the count without it.
+HBM. The compiler counts VMEM like HBM: attention scores and the nodes' states, which need not leave it, and weights
+that are moved there first, at every step of the way. `near_mb` is what `tpu_hlo.near_bytes` finds of that in the
+optimized program, rather less than there is; HBM is the count without it. On v5p, whose two cores share no VMEM, the
+compiler leaves attention scores in HBM: they are the large activations, they are written and read twice each, and the
+count has one of the reads, that of the softmax, twice.
 
-Where not all layers fit one chip, fewer are compiled, and count for all. Large copies and activations: see `tpu_hlo.py`.
+Where not all layers fit one chip, fewer are compiled, and count for all. Large copies and activations: `tpu_hlo.py`.
 """
 
 import argparse
@@ -201,9 +203,12 @@ def verify(
 
 def abstract_trees() -> Tree:
     """One tree without memory behind it."""
-    shape = (1, TREE.size)
-    ids = jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.int32))
-    return Tree(ids, ids, jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32)))
+
+    def make() -> Tree:
+        ids = jnp.zeros((1, TREE.size), jnp.int32)
+        return Tree(ids, ids, jnp.zeros((1, TREE.size), jnp.float32))
+
+    return jax.eval_shape(make)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ class Backend(NamedTuple):
     """A consistent choice of three things that must fit each other.
 
     `layout` is that of `experts/layouts.py`; `stacked` says whether layers are stacked and scanned; `compute` builds
-    the expert compute for an activation.
+    the expert compute for an activation; `supported` says whether a GPU can run it.
     """
 
     name: str
     layout: Literal["per_expert", "flat"]
     stacked: bool
     compute: Callable[[str], ExpertCompute]
+    supported: Callable[[jax.Device], bool] = lambda device: True
 
 
 def _pallas_experts(activation: str) -> ExpertCompute:
@@ -36,12 +37,31 @@ def _mosaic_experts(activation: str) -> ExpertCompute:
     return mosaic_experts(activation)
 
 
+def _mosaic_supported(device: jax.Device) -> bool:
+    from moespec_jax.experts.mosaic_gpu import supported
+
+    return supported(device)
+
+
+def _triton_experts(activation: str) -> ExpertCompute:
+    from moespec_jax.experts.triton_gpu import triton_experts
+
+    return triton_experts(activation)
+
+
+def _triton_supported(device: jax.Device) -> bool:
+    from moespec_jax.experts.triton_gpu import supported
+
+    return supported(device)
+
+
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, cpu_experts),
     "slots": Backend("slots", "flat", True, slot_experts),
     "pallas": Backend("pallas", "flat", True, _pallas_experts),
-    # Opt-in: it lowers for Hopper GPUs, and was never run on one.
-    "mosaic": Backend("mosaic", "flat", True, _mosaic_experts),
+    # Opt-in: compiled for these GPUs (Ampere to Hopper; Hopper alone), and never run on one.
+    "triton": Backend("triton", "flat", True, _triton_experts, _triton_supported),
+    "mosaic": Backend("mosaic", "flat", True, _mosaic_experts, _mosaic_supported),
 }
 
 

@@ -10,7 +10,7 @@ class BudgetConfig:
     """How many experts a layer may read in a verifying pass, and by which rule.
 
     `experts` is a number of experts or a fraction of them (a float), for all sparse layers or one for each. The other
-    names are entries of the tables in `budget.py`; MoE-Spec's own rule is score `probability` with credit `all`, and the
+    names are entries of the tables in `budget.py`. MoE-Spec's own rule is score `probability`, credit `all`; the
     default is what measured better at every budget (docs/budgets.md):
 
     - `score`: how much each drafted token counts; `credit`: what it says of each expert;

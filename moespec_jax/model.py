@@ -281,7 +281,9 @@ def load(
     """
     directory = locate(model, revision, offline, progress)
     config = load_config(directory)
-    backend = backend or default_backend()
+    backend, device = backend or default_backend(), jax.devices()[0]
+    if device.platform == "gpu" and not backend.supported(device):
+        raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     if draft_model is None:
         draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"

@@ -27,6 +27,7 @@ ORDER = [
     "experts.slots",
     "experts.pallas_tpu",
     "experts.mosaic_gpu",
+    "experts.triton_gpu",
     "experts.cpu",
     "experts.dense",
     "backend",

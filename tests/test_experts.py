@@ -14,8 +14,8 @@ from moespec_jax.experts.blocks import lay_out_routes
 from moespec_jax.experts.capacity import ExpertStack, capacity_experts
 from moespec_jax.experts.cpu import DECODE_BLOCKS, PREFILL_BLOCKS, PREFILL_TOKENS, cpu_experts
 from moespec_jax.experts.dense import dense_experts
-from moespec_jax.experts.layouts import PerExpert, flat_from_per_expert
-from moespec_jax.experts.slots import SLOT_TOKENS, slot_experts
+from moespec_jax.experts.layouts import Flat, PerExpert, flat_from_per_expert
+from moespec_jax.experts.slots import PARTS, SLOT_TOKENS, slot_experts
 from moespec_jax.layers import GatedMlp
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.routing import Routing
@@ -154,6 +154,38 @@ def test_bfloat16(form: str, tokens: int) -> None:
     assert actual.dtype == jnp.float32
     # bfloat16 keeps 8 bits; gate, up and result are each rounded once.
     np.testing.assert_allclose(np.asarray(actual), expected, atol=3 * 2**-8 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("model", "ffn"), [pytest.param(3 * PARTS, 2 * PARTS, id="whole"), pytest.param(PARTS, PARTS + 1, id="not whole")]
+)
+def test_one_token_in_parts_as_on_gpus(monkeypatch: pytest.MonkeyPatch, model: int, ffn: int, dtype: Any) -> None:
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, cuda, default: cuda(*arguments))
+    rng, rows = np.random.default_rng(model), LAYERS * EXPERTS
+    gate, up, down = (
+        jnp.asarray(rng.normal(size=shape) * shape[1] ** -0.5, dtype)
+        for shape in [(rows, model, ffn), (rows, model, ffn), (rows, ffn, model)]
+    )
+    x, routing = jnp.asarray(rng.normal(size=(1, model)), dtype), routings(1)["random"]
+    actual = compiled("slots")(Flat(gate, up, down, num_experts=EXPERTS), x, routing)
+    matrices = [tuple(np.asarray(w[LAYER * EXPERTS + e], np.float64) for w in (gate, up, down)) for e in range(EXPERTS)]
+    ids, weights = np.asarray(routing.experts), np.asarray(routing.weights)
+    expected = oracles.experts(np.asarray(x, np.float64), matrices, ids, weights, "silu")
+    # The hidden row is rounded once, to 8 bits in bfloat16; sums are in float32.
+    rounding = {"bfloat16": 2**-8, "float32": 2e-6}[x.dtype.name]
+    np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=rounding * max(np.abs(expected).max(), 1.0))
+
+
+def test_only_one_token_on_a_gpu_is_summed_in_parts() -> None:
+    def parts(tokens: int, platform: str) -> int:
+        experts = Flat(*[jax.ShapeDtypeStruct((LAYERS * EXPERTS, 32, 32), jnp.bfloat16)] * 3, num_experts=EXPERTS)
+        x, routing = jax.ShapeDtypeStruct((tokens, 32), jnp.bfloat16), routings(tokens)["random"]
+        traced = jax.jit(slot_experts("silu")).trace(experts, jnp.int32(0), x, routing)
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier")
+
+    assert parts(1, "cuda") == 3
+    assert [parts(*other) for other in [(1, "cpu"), (1, "tpu"), (1, "rocm"), (2, "cuda")]] == [0, 0, 0, 0]
 
 
 def test_a_capacity_of_one_keeps_the_earliest_token() -> None:

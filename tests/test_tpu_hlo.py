@@ -1,6 +1,6 @@
 """The reader of optimized HLO finds whole values in HBM, and nothing else."""
 
-from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_hlo import large_values, near_bytes
 
 # Abridged from what the compiler printed for a decoding loop; one layer's cache is bf16[1,16,2048,128].
 PROGRAM = """HloModule jit_decode_steps, is_scheduled=true
@@ -12,6 +12,7 @@ PROGRAM = """HloModule jit_decode_steps, is_scheduled=true
 }
 
 %fused_computation.2 (param_0: bf16[16,2048,2048]) -> f32[16,512,2048] {
+  %param_0 = bf16[16,2048,2048]{2,1,0:T(8,128)(2,1)} parameter(0)
   %inner = bf16[1,2048,2048]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0), dynamic_slice_sizes={1,2048,2048}
   ROOT %product = f32[16,512,2048]{2,1,0:T(8,128)} convolution(%inner, %inner), dim_labels=bf_io->bf
 }
@@ -64,3 +65,20 @@ def test_an_update_that_also_writes_something_else_is_seen() -> None:
         " fusion(%cache), kind=kLoop, calls=%fused_computation.1"
     )
     assert large_values(program(both), WEIGHTS) == (["fusion bf16[2048,2048]"], [])
+
+
+def test_values_in_vmem_count_where_written_and_where_read_whole() -> None:
+    weight, scores = 2 * 2048 * 2048, 4 * 16 * 512 * 2048  # bytes of `near` and of `mixed`
+    written = weight + scores
+    # The copy takes all of `near`; a fusion that slices its operand takes an unknown part, so nothing is counted.
+    assert near_bytes(program()) == written + weight
+    sliced = "%part = f32[16,512,2048]{2,1,0:T(8,128)} fusion(%near), kind=kOutput, calls=%fused_computation.2"
+    assert near_bytes(program(sliced)) == written + weight
+    whole = "%whole = f32[16,512,2048]{2,1,0:T(8,128)} negate(%mixed)"
+    assert near_bytes(program(sliced, whole)) == written + weight + scores
+
+
+def test_kernels_and_transfers_into_vmem_count_elsewhere() -> None:
+    kernel = '%kernel = f32[16,512,2048]{2,1,0:T(8,128)S(1)} custom-call(%mixed), custom_call_target="tpu_custom_call"'
+    done = "%done = bf16[1,2048,2048]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%start)"
+    assert near_bytes(program(kernel, done)) == near_bytes(program())

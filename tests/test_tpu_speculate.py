@@ -13,12 +13,13 @@ import pytest
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed", allow_module_level=True)
 
-CASES = [(tree, backend) for tree in ("tree", "chain") for backend in ("pallas", "slots")]
+CASES = [(tree, backend, "none") for tree in ("tree", "chain") for backend in ("pallas", "slots")]
+CASES += [("tree", "pallas", "N/4")]
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[tuple[str, str], dict[str, Any]]:
-    """What the compiler says of a round of two layers of OLMoE-1B-7B on one v5e, by tree and back-end.
+def rows() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What the compiler says of a round of two layers of OLMoE-1B-7B on one v5e, by tree, back-end and budget.
 
     A process of its own, because libtpu stays with the process that loads it.
     """
@@ -32,14 +33,14 @@ def rows() -> dict[tuple[str, str], dict[str, Any]]:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {(row["tree"], row["backend"]): row for row in json.loads(done.stdout)["rows"]}
+    return {(row["tree"], row["backend"], row["budget"]): row for row in json.loads(done.stdout)["rows"]}
 
 
-@pytest.mark.parametrize(("tree", "backend"), CASES)
+@pytest.mark.parametrize(("tree", "backend", "budget"), CASES)
 def test_a_round_updates_caches_in_place_and_copies_no_weights(
-    rows: dict[tuple[str, str], dict[str, Any]], tree: str, backend: str
+    rows: dict[tuple[str, str, str], dict[str, Any]], tree: str, backend: str, budget: str
 ) -> None:
-    row = rows[tree, backend]
+    row = rows[tree, backend, budget]
     assert row["cache_aliased"]
     assert row["large_copies"] == []
     # Beside the logits of 60 nodes, 12 MB in float32, there is little to hold; one copy of the caches is 50 MB.

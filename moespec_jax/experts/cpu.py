@@ -1,8 +1,8 @@
 """Expert compute for CPU: `lax.switch` over per-expert arrays, so that no weight is ever sliced and thereby copied.
 
 One token runs its k experts one after another. Up to `SLOT_TOKENS` tokens, a small tree or batch, run all together
-through each distinct expert: their rows are no more than a block would hold. More tokens run in 16-row blocks of rows
-sorted by expert, and from `PREFILL_TOKENS` on in blocks of 128 down to 16 rows: on two cores a product of 64 rows
+through each distinct expert: their rows are no more than a block would hold. More tokens run in blocks of 24 to 8 rows
+sorted by expert, so that a budget's busy experts are read once; and from `PREFILL_TOKENS` on in blocks of 128 down to 16 rows: on two cores a product of 64 rows
 reaches 1.8 times the operations per second of one of 16 rows.
 """
 
@@ -20,7 +20,7 @@ from moespec_jax.moe import ExpertCompute
 from moespec_jax.routing import Routing
 
 SLOT_TOKENS, PREFILL_TOKENS = 16, 128
-DECODE_BLOCKS, PREFILL_BLOCKS = (16,), (128, 96, 64, 48, 32, 16)
+DECODE_BLOCKS, PREFILL_BLOCKS = (24, 16, 8), (128, 96, 64, 48, 32, 16)
 
 
 def cpu_experts(activation: str) -> ExpertCompute:

@@ -2,7 +2,8 @@
 
 `PerExpert` keeps every expert's three matrices as arrays of their own, because XLA:CPU copies whatever it slices.
 `Flat` keeps all experts of all sparse layers in three arrays indexed by `layer * num_experts + expert`, because the TPU
-compiler fuses such an index into the load (GPU compilers can), and copies the whole layer if it is sliced out first.
+compiler fuses such an index into the load, and copies the whole layer if it is sliced out first. XLA:GPU fuses it for
+one token, and copies each visited expert before a product of several rows; our GPU kernels do not.
 """
 
 from flax import struct

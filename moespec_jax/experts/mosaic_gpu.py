@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import distinct_experts, slot_experts
+from moespec_jax.experts.slots import add_slots, distinct_experts, slot_experts
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.routing import Routing, combine_weights
@@ -66,6 +66,11 @@ def fits(activation: str, x: Float[Array, "tokens model"], gate: Float[Array, "a
     return x.shape[0] <= TILE and whole and x.dtype == gate.dtype in DTYPES and activation in KERNEL_ACTIVATIONS
 
 
+def supported(device: object) -> bool:
+    """Whether the kernels run on a device. Where they do not, compiling them may end the process: ask beforehand."""
+    return getattr(device, "compute_capability", None) == "9.0"
+
+
 def fused_experts(
     activation: str,
     x: Float[Array, "tokens model"],
@@ -83,7 +88,7 @@ def fused_experts(
     `rows` index the flat weights and are not looked at past `active`. `interpret` takes the settings of Pallas' GPU
     emulator, for tests.
     """
-    tokens, slots = combine.shape
+    tokens = x.shape[0]
     run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
 
     def gated(gate: Array, up: Array) -> Array:
@@ -93,11 +98,7 @@ def fused_experts(
     hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
     # Whole groups of 8 rows are what a swizzled tile can be cut to.
     out = run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
-    # Nothing was written where a slot is not used.
-    used = jnp.arange(slots) < active
-    weight = jnp.where(used[None, :], combine, 0.0).T[:, :, None]
-    # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
-    return jnp.sum(jnp.where(weight > 0, out * weight, 0.0), axis=0)
+    return add_slots(out, combine, active)
 
 
 def _multiply(

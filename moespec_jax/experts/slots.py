@@ -16,6 +16,8 @@ from moespec_jax.routing import Routing, combine_weights
 
 SLOT_TOKENS = 64
 BLOCKS = (64,)
+# In how many parts a GPU adds up one token's product.
+PARTS = 16
 
 
 def slot_experts(activation: str) -> ExpertCompute:
@@ -69,10 +71,35 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
     return ids, jnp.sum(wanted, dtype=jnp.int32)
 
 
+def add_slots(
+    out: Float[Array, "slots tokens model"], combine: Float[Array, "tokens slots"], active: Int[Array, ""]
+) -> Float[Array, "tokens model"]:
+    """What the first `active` slots give, weighted by `combine` and summed; the others may hold anything."""
+    used = jnp.arange(out.shape[0]) < active
+    weight = jnp.where(used[None, :], combine, 0.0).T[:, :, None]
+    # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
+    return jnp.sum(jnp.where(weight > 0, out * weight, 0.0), axis=0)
+
+
 def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:
     def product(rows: Array, weights: Array) -> Array:
-        matrix = jax.lax.dynamic_index_in_dim(weights, row, axis=0, keepdims=False)
-        return jnp.dot(rows, matrix, preferred_element_type=jnp.float32)
+        if rows.shape[0] > 1 or rows.shape[1] % PARTS:
+            return _whole(rows, weights, row)
+        return jax.lax.platform_dependent(rows, weights, row, cuda=_in_parts, default=_whole)
 
     hidden = ACTIVATIONS[activation](product(x, experts.gate)) * product(x, experts.up)
     return product(hidden.astype(x.dtype), experts.down)
+
+
+def _whole(rows: Array, weights: Array, row: Array) -> Array:
+    matrix = jax.lax.dynamic_index_in_dim(weights, row, axis=0, keepdims=False)
+    return jnp.dot(rows, matrix, preferred_element_type=jnp.float32)
+
+
+def _in_parts(rows: Array, weights: Array, row: Array) -> Array:
+    """The same. In one part, XLA:GPU writes matrix times token to memory before it adds up."""
+    matrix = jax.lax.dynamic_index_in_dim(weights, row, axis=0, keepdims=False)
+    tokens, parts = rows.reshape(rows.shape[0], PARTS, -1), matrix.reshape(PARTS, -1, matrix.shape[1])
+    sums = jnp.einsum("tsd,sdf->stf", tokens, parts, preferred_element_type=jnp.float32)
+    # Without a barrier between them, the compiler makes one sum of both again.
+    return jnp.sum(jax.lax.optimization_barrier(sums), axis=0)

@@ -1,0 +1,182 @@
+"""The Triton kernels: interpreted against float64 products, lowered for CUDA at real shapes, and who replaces them."""
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from driver import fast_jit
+from flat_experts import (
+    EXPERTS,
+    FFN,
+    LAYER,
+    LAYERS,
+    MODEL,
+    REAL,
+    check,
+    poison_unused,
+    random_experts,
+    random_input,
+    shapes,
+    some_choice,
+)
+
+from moespec_jax.experts.layouts import Flat
+from moespec_jax.experts.slots import SLOT_TOKENS, distinct_experts
+from moespec_jax.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, fused_experts, supported, triton_experts
+from moespec_jax.routing import Routing, combine_weights
+
+# Said at lowering, from jax 0.11 on; the module tells why it is used all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
+
+def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
+    """The kernels block by block on the CPU; what nobody wrote reads as NaN."""
+    ids, active = distinct_experts(routing, experts.num_experts)
+    # Past the active slots no row is looked at: it would be the last one, which is poisoned unless it is chosen.
+    rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
+    # A weight for every slot: only `active` may keep the unused ones out.
+    combine = jnp.where(jnp.arange(len(ids))[None, :] < active, combine_weights(routing, ids), 1.0)
+    arguments = (x, experts.gate, experts.up, experts.down, combine, rows, active)
+    return fast_jit(lambda *a: fused_experts(activation, *a, interpret=True))(*arguments)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param([[4, 1]], id="one token"),
+        pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route, whose slot holds a chosen id"),
+        pytest.param([[4, 1], [1, 4], [4, 1]], id="fewer experts than slots"),
+        pytest.param([[0, 5], [2, 3], [EXPERTS, EXPERTS], [1, 4]], id="all experts and an idle token"),
+        pytest.param([[EXPERTS, EXPERTS]], id="nobody"),
+    ],
+)
+def test_matches_the_chosen_experts_and_reads_no_others(chosen: list[list[int]]) -> None:
+    ids = np.asarray(chosen)
+    experts = poison_unused(random_experts(), set(ids[ids < EXPERTS].tolist()))
+    x, routing = random_input(experts, chosen)
+    check(interpret("silu", experts, x, routing), jax.tree.map(jnp.nan_to_num, experts), x, routing)
+
+
+@pytest.mark.parametrize("activation", [name for name in oracles.ACTIVATIONS if name in KERNEL_ACTIVATIONS])
+def test_activations_interpreted(activation: str) -> None:
+    experts = random_experts(jnp.float16)
+    x, routing = random_input(experts, [[2, 0]])
+    check(interpret(activation, experts, x, routing), experts, x, routing, activation)
+
+
+@pytest.mark.parametrize("tokens", [16, 17, SLOT_TOKENS])
+def test_several_steps_and_columns_with_rows_to_spare_or_none(tokens: int) -> None:
+    experts = random_experts(model=3 * TILE, ffn=2 * TILE)
+    x, routing = random_input(experts, some_choice(tokens))
+    check(interpret("silu", experts, x, routing), experts, x, routing)
+
+
+def test_slots_are_no_more_than_the_routing_allows() -> None:
+    experts = random_experts()
+    x, routing = random_input(experts, [[4, 1], [1, 4], [4, 1]])
+    routing = routing.replace(max_distinct=3)
+    assert len(distinct_experts(routing, EXPERTS)[0]) == 3
+    check(interpret("silu", experts, x, routing), experts, x, routing)
+
+
+def test_an_infinite_expert_leaves_other_tokens_alone() -> None:
+    experts = random_experts()
+    experts = experts.replace(down=experts.down.at[LAYER * EXPERTS + 4].set(jnp.inf))
+    x, routing = random_input(experts, [[4, 1], [1, 2]])
+    got = np.asarray(interpret("silu", experts, x, routing))
+    assert not np.isfinite(got[0]).any() and np.isfinite(got[1]).all()
+
+
+def lowered(activation: str, arguments: tuple[Any, ...]) -> str:
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(triton_experts(activation)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("model", REAL)
+def test_lowers_at_real_shapes_and_nothing_but_the_kernels_touches_weights(model: str) -> None:
+    experts, width, ffn, active = REAL[model]
+    text = lowered("silu", shapes(experts, width, ffn, active, tokens=60))
+    matrix = re.compile(rf"tensor<(\d+x)*({width}x{ffn}|{ffn}x{width})xbf16>")
+    touching = [line.strip() for line in text.splitlines() if matrix.search(line)]
+    calls = [line for line in touching if "xla.gpu.triton" in line]
+    assert len(calls) == 2 and not any(matrix.search(line.rsplit("->", 1)[1]) for line in calls)
+    assert [line[:9] for line in touching if line not in calls] == ["func.func"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
+@pytest.mark.parametrize("tokens", [1, SLOT_TOKENS])
+def test_every_activation_and_dtype_lowers(activation: str, dtype: Any, tokens: int) -> None:
+    assert "xla.gpu.triton" in lowered(activation, shapes(EXPERTS, MODEL, FFN, 2, tokens, dtype))
+
+
+@pytest.mark.parametrize(
+    ("activation", "arguments"),
+    [
+        pytest.param("gelu", shapes(EXPERTS, MODEL, FFN, 2, 3), id="activation"),
+        pytest.param("silu", shapes(EXPERTS, MODEL, FFN, 2, 3, jnp.float32), id="dtype"),
+        pytest.param("silu", shapes(EXPERTS, MODEL, FFN + 32, 2, 3), id="ffn"),
+        pytest.param("silu", shapes(EXPERTS, MODEL + 32, FFN, 2, 3), id="model"),
+        pytest.param("silu", shapes(EXPERTS, MODEL, FFN, 2, SLOT_TOKENS + 1), id="tokens"),
+    ],
+)
+def test_what_does_not_fit_runs_without_kernels(activation: str, arguments: tuple[Any, ...]) -> None:
+    assert "triton" not in lowered(activation, arguments)
+
+
+def compiled(activation: str = "silu") -> Callable[..., jax.Array]:
+    compute = triton_experts(activation)
+    return fast_jit(lambda experts, layer, x, routing: compute(experts, layer, x, routing))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("tokens", [1, 17, SLOT_TOKENS + 1])
+def test_computes_the_same_on_other_platforms(tokens: int, dtype: Any) -> None:
+    experts = random_experts(dtype)
+    x, routing = random_input(experts, some_choice(tokens))
+    check(compiled()(experts, jnp.int32(LAYER), x, routing), experts, x, routing)
+
+
+@pytest.mark.parametrize("activation", oracles.ACTIVATIONS)
+def test_every_activation_on_other_platforms(activation: str) -> None:
+    experts = random_experts(jnp.float16)
+    x, routing = random_input(experts, some_choice(5))
+    check(compiled(activation)(experts, jnp.int32(LAYER), x, routing), experts, x, routing, activation)
+
+
+def test_supported_are_nvidia_gpus_from_ampere_on() -> None:
+    capabilities = {"7.5": False, "8.0": True, "8.9": True, "9.0": True, "10.0": True, "12.1": True, "gfx90a": False}
+    for capability, expected in capabilities.items():
+        assert supported(SimpleNamespace(compute_capability=capability)) == expected, capability
+    assert not supported(jax.devices("cpu")[0])
+
+
+@pytest.fixture
+def not_cached() -> Iterator[None]:
+    """Programs for absent devices can be written to the compilation cache, but not read back."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason='the CUDA compiler is not installed; it needs no GPU: pip install "jax[cuda12]"',
+)
+@pytest.mark.usefixtures("not_cached")
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90"])
+def test_compiles_to_machine_code_and_copies_no_expert(gpu: str) -> None:
+    from benchmarks.gpu_compile import row
+    from benchmarks.shapes import MODELS
+    from moespec_jax.families import read_config
+
+    assert row(read_config(MODELS["OLMoE-1B-7B"]), gpu, "triton", tokens=60, slots=64)["copies"] == []
