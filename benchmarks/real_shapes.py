@@ -1,16 +1,17 @@
 """Speculative rounds at published shapes with and without a budget, on whatever device is here: random weights,
 simulated acceptance.
 
-    python -m benchmarks.real_shapes --model OLMoE-1B-7B --out benchmarks/results               # one GPU or TPU
-    python -m benchmarks.real_shapes --layers 4 --trees 32/4/4 --no-rounds                      # a CPU with 24 GB
-    python -m benchmarks.real_shapes --model toy                                                # seconds on a CPU
+    python -m benchmarks.real_shapes --model OLMoE-1B-7B --out benchmarks/results     # one GPU or TPU
+    python -m benchmarks.real_shapes --layers 4 --trees 32/4/4 --no-rounds    # a CPU with 24 GB
+    python -m benchmarks.real_shapes --model toy                                      # seconds on a CPU
 
-For every tree (size/depth/top-k) and budget: the verification called alone; a round inside the compiled loop (the time
-of many rounds over their number, so that the host is in it once); and plain decoding's time a token. Everything takes turns
-in one process, and ratios are of the same turn: medians and ranges. Beside the verification stands its floor, bytes
-that it must read over the copy bandwidth measured here; with `--transformers`, torch's forward pass of such a tree.
-Nothing here says how many tokens a trained head would gain, nor what a budget does to quality: the accept length is an
-argument, the same for every budget, and marked as simulated.
+For every tree (size/depth/top-k) and budget: the verification called alone, of distinct tokens, so that it wants as
+many experts as a tree can; a round inside the compiled loop (the time of many rounds over their number, so that the
+host is in it once); and plain decoding's time a token. Everything takes turns in one process, and ratios are of the
+same turn: medians and ranges. Beside the verification stands its floor, bytes that it must read over the copy bandwidth
+measured here; with `--transformers`, torch's forward pass of such a tree. Nothing here says how many tokens a trained
+head would gain, nor what a budget does to quality: the accept length is an argument, the same for every budget, and
+marked as simulated.
 """
 
 import argparse
@@ -108,7 +109,7 @@ def measure(
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
         random_head(draft, target, ids, jax.random.key(1)),
     )
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
     params, bandwidth = Speculator(target, head), copy_bandwidth()
     cases = []
     for name in options.trees:
@@ -143,6 +144,8 @@ def prepare(name: str, settings: SpeculationSettings, params: Speculator, dtype:
     run = Run(Programs(), method, Batch([list(range(1, PROMPT + 1))], [PROMPT + margin], (), 0))
     state = run.state_after(2 if with_rounds else 0)
     trees, _ = jax.jit(partial(draft_trees, settings))(params, state)
+    spread_out = jnp.arange(settings.tree.size, dtype=jnp.int32)[None, :] * 7919 % settings.draft.vocab_size
+    trees = trees._replace(tokens=spread_out)
     verify = partial(jax.jit(partial(verify_trees, settings)), params.target, state, trees)
     config, info = settings.target.config, verify()[2]
     wanted, read = (float(mean_distinct_experts(of(config, info, 1))) for of in (experts_wanted, experts_read))

@@ -158,7 +158,7 @@ def compile_program(config: DecoderConfig, program: str, backend: Backend, shard
     Raises:
         OutOfMemory: parameters and state exceed the chip's memory.
     """
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
     function, arguments = _PROGRAMS[program]
     params = abstract_decoder(config, backend, DTYPE, sharding)
     state = placed(arguments(config), sharding)

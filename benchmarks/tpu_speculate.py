@@ -163,7 +163,8 @@ def compile_rounds(
 ) -> Program:
     """Compile for the devices of the arguments; the state is donated, and comes back where it was."""
     tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
-    target = Settings(config, sampling, BACKENDS[case.backend].compute(config.hidden_act))
+    backend = BACKENDS[case.backend]
+    target = Settings(config, sampling, backend.compute(config.hidden_act), backend.attention)
     budget = budget_rule(config, BUDGETS[case.budget])
     settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path), budget)
     held = jax.tree.map(lambda leaf: leaf.sharding, state)

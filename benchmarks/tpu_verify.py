@@ -184,7 +184,7 @@ def compile_verification(
         OutOfMemory: parameters and state exceed the chip's memory.
     """
     draft = draft_config(model, config)
-    target = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    target = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
     accept = accept_rule(SamplingConfig(), TREE.longest_path)
     settings = SpeculationSettings(target, draft, TREE, accept, budget_rule(config, budget))
     params = abstract_decoder(config, backend, DTYPE, sharding)

@@ -1,8 +1,9 @@
 """Speculative decoding for Mixture-of-Experts models in JAX."""
 
 from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.budget_config import BudgetConfig, BudgetWarning
 from moespec_jax.checkpoint import CheckpointError
-from moespec_jax.config import DecoderConfig, RopeConfig
+from moespec_jax.config import DecoderConfig, RopeConfig, TreeConfig
 from moespec_jax.model import Model, RequestError, load
 from moespec_jax.results import PromptResult, RunResult
 from moespec_jax.sample import SamplingConfig
@@ -12,6 +13,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "Backend",
+    "BudgetConfig",
+    "BudgetWarning",
     "CheckpointError",
     "DecoderConfig",
     "Model",
@@ -20,5 +23,6 @@ __all__ = [
     "RopeConfig",
     "RunResult",
     "SamplingConfig",
+    "TreeConfig",
     "load",
 ]

@@ -3,9 +3,9 @@
 import argparse
 
 from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.command import Parser
-from moespec_jax.config import TreeConfig
+from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.files import parse_numbers
 from moespec_jax.model import DEMO_TARGET, RequestError
 
@@ -50,7 +50,7 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
         raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
     if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
         for flag in _DRAFTING:
-            if getattr(arguments, flag) not in (None, False):
+            if getattr(arguments, flag) not in (None, False, "none"):
                 raise RequestError(f"--{flag.replace('_', '-')} is about a draft head; expected --draft-model with it")
     for feature, flags in _LATER.items():
         for flag in flags:
@@ -92,6 +92,19 @@ def budget_of(arguments: argparse.Namespace) -> BudgetConfig | None:
         return None
     try:
         return BudgetConfig(_parse_budget(arguments.expert_budget), **given)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def check_budget(budget: BudgetConfig | None, config: DecoderConfig) -> None:
+    """Refuse a budget that a model cannot have.
+
+    Raises:
+        RequestError: there is no such budget.
+    """
+    try:
+        if budget is not None:
+            resolve(budget, config)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -1,5 +1,7 @@
 """Grouped-query attention under an explicit mask. Knows neither "causal" nor "tree": whoever calls decides."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -39,7 +41,7 @@ def project_qkv(
         (weights.k, weights.k_bias, weights.k_norm),
         (weights.v, weights.v_bias, None),
     ):
-        y = jnp.einsum("btm,om->bto", x, weight)
+        y = _barrier_on_tpu(jnp.einsum("btm,om->bto", x, weight))
         if bias is not None:
             y = y + bias[None, None, :]
         if norm is not None and config.qk_norm == "flat":
@@ -52,6 +54,11 @@ def project_qkv(
         parts.append(y)
     q, k, v = parts
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+def _barrier_on_tpu(x: Array) -> Array:
+    """The same. Left alone, the TPU compiler splits the weight into heads instead of the product, and copies it."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def attend(
@@ -75,6 +82,21 @@ def attend(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, grouped.shape[2], -1)
     mixed = jnp.einsum("bgqs,bgsh->bgqh", weights, v).reshape(batch, groups, heads // groups, tokens, head)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head)
+
+
+# Attends over one layer of a stacked cache, with `attend_layer`'s signature.
+LayerAttention = Callable[[Array, Array, Array, Array, Array], Array]
+
+
+def attend_layer(
+    q: Float[Array, "batch tokens heads head"],
+    k: Float[Array, "layers batch kv_heads slots head"],
+    v: Float[Array, "layers batch kv_heads slots head"],
+    layer: Int[Array, ""],
+    mask: Bool[Array, "batch tokens slots"],
+) -> Float[Array, "batch tokens q_out"]:
+    """`attend` over one layer of the cache of all."""
+    return attend(q, k[layer], v[layer], mask)
 
 
 def output_projection(weights: Attention, x: Float[Array, "batch tokens q_out"]) -> Float[Array, "batch tokens model"]:

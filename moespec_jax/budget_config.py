@@ -5,6 +5,10 @@ import dataclasses
 from moespec_jax.config import DecoderConfig
 
 
+class BudgetWarning(UserWarning):
+    """A budget is so tight that the output is likely to suffer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BudgetConfig:
     """How many experts a layer may read in a verifying pass, and by which rule.

@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
+from moespec_jax.budget_config import BudgetWarning
 from moespec_jax.files import CheckpointError
 from moespec_jax.model import RequestError
 
@@ -31,7 +33,10 @@ def run_command(
     try:
         arguments = parser.parse_args(argv)
         use_compilation_cache(getattr(arguments, "compilation_cache", None))
-        run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("once", BudgetWarning)
+            warnings.showwarning = _show_warning
+            run(arguments)
     except (CheckpointError, RequestError) as error:
         # Messages may quote somebody else's words; an error stays one line.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -56,6 +61,11 @@ def run_command(
             print(f"error: expected to write to standard output; {error}", file=sys.stderr)
             return 2
     return 0
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    """One line, as errors are."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def write_output(text: str) -> None:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.accept import Accepted
-from moespec_jax.attention import causal_mask
+from moespec_jax.attention import LayerAttention, attend_layer, causal_mask
 from moespec_jax.cache import Cache, empty_cache
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     config: DecoderConfig
     sampling: SamplingConfig
     compute: ExpertCompute
+    attention: LayerAttention = attend_layer
 
 
 @struct.dataclass
@@ -112,6 +113,7 @@ def read_chunk(
         valid=positions < prompt_lengths[:, None],
         longest=jnp.broadcast_to(prompt_lengths[:, None], positions.shape),
         boundaries=boundaries,
+        attention=settings.attention,
     )
     assert cache is not None
     last = row_at(hidden, prompt_lengths - 1 - start, state.last_hidden)
@@ -192,6 +194,7 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         settings.compute,
         valid=~state.done[:, None],
         longest=state.length[:, None],
+        attention=settings.attention,
     )
     assert cache is not None
     wanted = mean_distinct_experts(experts_wanted(settings.config, info, len(newest)))

@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.attention import Attention, attend, output_projection, project_qkv, within_window
+from moespec_jax.attention import (
+    Attention,
+    LayerAttention,
+    attend,
+    attend_layer,
+    output_projection,
+    project_qkv,
+    within_window,
+)
 from moespec_jax.cache import Cache, write_rows
 from moespec_jax.config import DecoderConfig
 from moespec_jax.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
@@ -65,6 +73,7 @@ class _Pass(NamedTuple):
     sin: Float[Array, "batch tokens half"]
     boundaries: tuple[int, ...]
     restrict: Restrict | None
+    attention: LayerAttention
 
 
 def forward(
@@ -79,6 +88,7 @@ def forward(
     longest: Int[Array, "*rows"] | None = None,
     boundaries: tuple[int, ...] = (),
     restrict: Restrict | None = None,
+    attention: LayerAttention = attend_layer,
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
     """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
 
@@ -89,11 +99,12 @@ def forward(
     `boundaries` name states to tap: b is the residual stream entering layer b, before any norm; after the last layer,
     `num_hidden_layers`.
     `restrict` limits the experts of every sparse layer; tokens that it gives up are not valid from there on.
+    `attention` reads the cache of stacked layers.
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
-    shared = _share(config, positions, mask, cache, longest, boundaries, restrict)
+    shared = _share(config, positions, mask, cache, longest, boundaries, restrict, attention)
     run = _scanned_layers if params.stacked else _unrolled_layers
     x, cache, info = run(config, params, x, valid.reshape(-1), shared, cache, compute)
     return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
@@ -124,6 +135,7 @@ def _share(
     longest: Array,
     boundaries: tuple[int, ...],
     restrict: Restrict | None,
+    attention: LayerAttention,
 ) -> _Pass:
     batch, count = positions.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
@@ -134,7 +146,7 @@ def _share(
         (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
     )
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
-    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict)
+    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict, attention)
 
 
 def _attention_block(
@@ -149,16 +161,16 @@ def _attention_block(
     """`kv` is this layer's cache, or with `index` that of all layers, of which layer `index` is written and read."""
     h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
     q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin)
-    if kv is None:
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    else:
-        # Written into the whole cache first and sliced after: the other order copies the layer's cache twice.
-        kv = write_rows(kv[0], k, shared.start, index), write_rows(kv[1], v, shared.start, index)
-        keys, values = kv if index is None else (kv[0][index], kv[1][index])
     mask = shared.mask
     if any(config.sliding_windows):
         mask = mask & within_window(shared.positions, shared.slot_positions, window)
-    return x + output_projection(layer.attention, attend(q, keys, values, mask)), kv
+    if kv is None:
+        mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    else:
+        # Written into the whole cache first and read after: the other order copies the layer's cache twice.
+        kv = write_rows(kv[0], k, shared.start, index), write_rows(kv[1], v, shared.start, index)
+        mixed = attend(q, *kv, mask) if index is None else shared.attention(q, *kv, index, mask)
+    return x + output_projection(layer.attention, mixed), kv
 
 
 def _mlp_block(

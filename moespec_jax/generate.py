@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from moespec_jax.arguments import boundaries_of, budget_of, build_parser, refuse_flags, tree_of
+from moespec_jax.arguments import boundaries_of, budget_of, build_parser, check_budget, refuse_flags, tree_of
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
 from moespec_jax.model import load
@@ -38,6 +38,7 @@ def _run(arguments: argparse.Namespace) -> None:
         offline=arguments.offline,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
+        check=functools.partial(check_budget, budget),
     )
     if model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)

@@ -7,7 +7,7 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import Backend, default_backend
-from moespec_jax.budget_config import BudgetConfig, caution, is_exact, resolve
+from moespec_jax.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
 from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load_parameters
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decode import Settings
@@ -111,7 +111,7 @@ class Model:
         `on_round` with what each round did.
 
         Warns:
-            UserWarning: the budget is so tight that the output suffers.
+            BudgetWarning: the budget is so tight that the output suffers.
 
         Raises:
             RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range; or
@@ -168,7 +168,7 @@ class Model:
         except ValueError as error:
             raise RequestError(str(error)) from None
         if warning := caution(rule, self.config):
-            warnings.warn(warning, stacklevel=3)
+            warnings.warn(warning, BudgetWarning, stacklevel=3)
         return rule
 
     def method(
@@ -179,7 +179,7 @@ class Model:
         simulate: float | None = None,
     ) -> Method:
         """The programs that decode: plainly, or drafting `tree` and verifying it under a resolved `budget`."""
-        settings = Settings(self.config, sampling, self._compute)
+        settings = Settings(self.config, sampling, self._compute, self.backend.attention)
         if tree is None or self.draft is None:
             return plain_method(settings, self.params, self.dtype)
         accept = accept_rule(sampling, tree.longest_path, simulate)
@@ -268,12 +268,14 @@ def load(
     backend: Backend | None = None,
     placement: Placement | None = None,
     progress: bool = False,
+    check: Callable[[DecoderConfig], object] | None = None,
 ) -> Model:
     """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
 
     `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
     one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
     The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
+    `check` is called with the model's settings before anything large is read, and may raise.
 
     Raises:
         CheckpointError: there is no such model, or it is not one we can run, or the head does not fit it; the message
@@ -281,6 +283,8 @@ def load(
     """
     directory = locate(model, revision, offline, progress)
     config = load_config(directory)
+    if check is not None:
+        check(config)
     backend, device = backend or default_backend(), jax.devices()[0]
     if device.platform == "gpu" and not backend.supported(device):
         raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")

@@ -220,6 +220,7 @@ def verify_trees(
         longest=positions + 1,  # of the pass that would have read this node in plain decoding
         boundaries=settings.draft.boundaries,
         restrict=limit,
+        attention=settings.target.attention,
     )
     assert cache is not None
     return unembed(target, hidden), cache, info

@@ -58,7 +58,8 @@ def cached_logits(
         positions, slots = positions_of(ids), ids.shape[1] + spare
         cache = empty_cache(config, ids.shape[0], slots, jnp.float32, stacked=backend.stacked)
         compute = backend.compute(config.hidden_act)
-        hidden, _, _ = forward(config, params, ids, positions, causal_mask(positions, slots), cache, compute)
+        mask = causal_mask(positions, slots)
+        hidden, _, _ = forward(config, params, ids, positions, mask, cache, compute, attention=backend.attention)
         return unembed(params, hidden)
 
     return np.asarray(fast_jit(run)(params, jnp.asarray(ids, jnp.int32)))
@@ -95,5 +96,5 @@ def continue_greedily(
 
 @lru_cache
 def _greedy_programs(config: DecoderConfig, backend: Backend) -> tuple[Any, Any, Any]:
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
+    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
     return tuple(fast_jit(partial(function, settings)) for function in (prefill_chunk, begin, decode_steps))

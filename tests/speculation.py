@@ -75,13 +75,14 @@ def speculating(
     simulate: float | None = None,
 ) -> Method:
     """The method that drafts `tree` with `head`."""
-    settings = Settings(config, sampling, _compute(backend, config.hidden_act))
+    settings = Settings(config, sampling, _compute(backend, config.hidden_act), backend.attention)
     accept = accept_rule(sampling, tree.longest_path, simulate)
     return speculative_method(SpeculationSettings(settings, draft, tree, accept), Speculator(params, head), jnp.float32)
 
 
 def plainly(config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = GREEDY) -> Method:
-    return plain_method(Settings(config, sampling, _compute(backend, config.hidden_act)), params, jnp.float32)
+    settings = Settings(config, sampling, _compute(backend, config.hidden_act), backend.attention)
+    return plain_method(settings, params, jnp.float32)
 
 
 def decode(

@@ -14,6 +14,7 @@ ORDER = [
     "config",
     "layers",
     "attention",
+    "attention_tpu",
     "cache",
     "tree",
     "routing",

@@ -218,8 +218,6 @@ REQUESTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "prompt file is empty": (["--prompt-file", "{d}/empty"], ("expected a file of prompts", "empty; it is empty")),
     "prompt file is not UTF-8": (["--prompt-file", "{d}/latin1"], ("expected a file of prompts", "not UTF-8")),
     "prompt file without turns": (["--prompt-file", "{d}/q.jsonl"], ("'turns' in line 2 of", "q.jsonl")),
-    "expert budget": ([*IDS, "--expert-budget", "8"], ("--expert-budget", "not part of this version")),
-    "budget policy": ([*IDS, "--budget-policy", "substitute"], ("--budget-policy", "not part of this version")),
     "tree without a head": ([*IDS, "--tree-depth", "7"], ("--tree-depth", "expected --draft-model")),
     "head not in the cache": ([*IDS, "--draft-model", "a/b"], ("'a/b'", "local cache", "HF_HUB_OFFLINE")),
     "head that is a target": ([*IDS, "--draft-model", "{d}"], ("expected", "head", "{d}")),

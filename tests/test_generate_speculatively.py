@@ -2,18 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
-from speculation import draft_config, small_head
-from tiny import write_tiny
+from tiny_pair import run_json, write_pair
 
 from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
 from moespec_jax.config import TreeConfig
-from moespec_jax.draft_export import export_draft
 from moespec_jax.generate import main
 from moespec_jax.model import DEMO_DRAFT, load
 
@@ -29,19 +24,7 @@ def _keep_the_tests_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a tiny target and a random head for it, in SpecForge's format."""
-    target, head = write_tiny(tmp_path_factory.mktemp("target"), num_hidden_layers=3), tmp_path_factory.mktemp("head")
-    config = load_config(target)
-    params = load_parameters(target, config, BACKENDS["switch"], jnp.float32)
-    draft = draft_config(config, draft_vocab_size=300, boundaries=(1, 2, 3))
-    export_draft(small_head(draft, params), draft, head / "h", target=config)
-    return ["--model", str(target), "--draft-model", str(head / "h"), "--max-new-tokens", str(NEW), "--ignore-eos"]
-
-
-def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
-    assert main([*argv, "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert err == "" and out.count("\n") == 1
-    return json.loads(out)
+    return write_pair(tmp_path_factory.mktemp("pair"), NEW)
 
 
 TREE = ["--tree-depth", "3", "--tree-top-k", "8", "--tree-size", "40"]
@@ -106,7 +89,7 @@ def test_people_see_boundaries_acceptance_and_comparison(pair: list[str], capsys
         "boundaries 1, 2, 3",
         "exact, speculative decoding",
         "tokens a round; by depth",
-        "x of plain",
+        ") of plain decoding's",
         "100.0%",
     ):
         assert words in said

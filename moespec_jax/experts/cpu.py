@@ -2,8 +2,8 @@
 
 One token runs its k experts one after another. Up to `SLOT_TOKENS` tokens, a small tree or batch, run all together
 through each distinct expert: their rows are no more than a block would hold. More tokens run in blocks of 24 to 8 rows
-sorted by expert, so that a budget's busy experts are read once; and from `PREFILL_TOKENS` on in blocks of 128 down to 16 rows: on two cores a product of 64 rows
-reaches 1.8 times the operations per second of one of 16 rows.
+sorted by expert, so that a budget's busy experts are read once; and from `PREFILL_TOKENS` on in blocks of 128 down to
+16: on two cores a product of 64 rows reaches 1.8 times the operations per second of one of 16 rows.
 """
 
 from functools import partial
