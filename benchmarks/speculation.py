@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.acceptance import held_out_prompts
+from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
 from moespec_jax.model import Model, load
 from moespec_jax.run import Batch, Run
@@ -65,15 +66,18 @@ def main() -> int:
     return 0
 
 
-def decode_all(model: Model, prompts: list[list[int]], tree: TreeConfig | None) -> dict[str, Any]:
+def decode_all(
+    model: Model, prompts: list[list[int]], tree: TreeConfig | None, budget: BudgetConfig | None = None
+) -> dict[str, Any]:
     """Seconds a token over all prompts, one after another."""
-    results = [model.generate([p], tree=tree, max_new_tokens=NEW, ignore_eos=True) for p in prompts]
+    results = [model.generate([p], tree=tree, budget=budget, max_new_tokens=NEW, ignore_eos=True) for p in prompts]
     tokens = [r.prompts[0].token_ids for r in results]
     rounds = sum(r.prompts[0].rounds for r in results)
     return {
         "s_per_token": sum(r.decode_s for r in results) / sum(len(ids) - 1 for ids in tokens),
         "accept_length": round(sum(r.prompts[0].accept_length * r.prompts[0].rounds for r in results) / rounds, 3),
         "tokens": tokens,
+        "experts_read": round(sum(r.experts_loaded for r in results) / len(results), 2),
         "where": {"device": results[0].device, "dtype": results[0].dtype, "versions": results[0].versions},
     }
 

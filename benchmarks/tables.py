@@ -1,6 +1,6 @@
-"""README's tables, made from the committed results: `python -m benchmarks.tables` rewrites them in place.
+"""The tables of README and docs, made from the committed results: `python -m benchmarks.tables` rewrites them.
 
-A table stands between `<!-- table:NAME -->` and `<!-- end -->`; a test keeps README equal to what this makes.
+A table stands between `<!-- table:NAME -->` and `<!-- end -->`; a test keeps the pages equal to what this makes.
 """
 
 import json
@@ -12,12 +12,13 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "budgets.md"]
 
 
 def main() -> int:
-    """Rewrite README."""
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite all pages."""
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
@@ -134,6 +135,47 @@ def speculation() -> str:
     return f"{where}, {report['new_tokens']} new tokens each, {report['repeats']} repeats.\n\n{_table(head, rows)}"
 
 
+def budget_quality() -> str:
+    """Divergence by rule and budget on both kinds of text: every rule."""
+    return _quality(lambda rule: True)
+
+
+def budget_quality_short() -> str:
+    """The same of the rules that README speaks of."""
+    names = ("MoE-Spec (", "path, squares (", "path, squares, faithfulness 0.3", "path, squares, guarantee")
+    return _quality(lambda rule: rule.startswith(names))
+
+
+def budget_speed() -> str:
+    """Speed of budgets over exact speculation and plain decoding, one row a tree and budget."""
+    report = _read("budget_speed.json")
+    rows = [
+        [row["tree"], row["budget"], _ratio(row["over_exact"]), _range(row["over_plain"])]
+        + [f"{row['accept_length']:.2f}", f"{row['experts_read']:.1f}", f"{row['agreement']:.0%}"]
+        for row in report["rows"]
+    ]
+    head = ["size/depth/top-k", "budget", "over exact", "over plain", "tokens a round", "experts read", "agreement"]
+    where = f"{report['device']}, {report['dtype']}, 2 cores; {report['prompts']} prompts, {report['new_tokens']} new"
+    plain = f"plain decoding {report['plain_tokens_per_s']['median']:.0f} tokens/s"
+    return f"{where} tokens each, {report['repeats']} repeats; {plain}.\n\n{_table(head, rows)}"
+
+
+def real_shapes() -> str:
+    """Verification by budget at published shapes, one row a model, tree and budget."""
+    rows = []
+    for report in _read("real_shapes.json").values():
+        name = f"{report['model']}, {report['layers']} layers"
+        for row in report["rows"]:
+            budget = "exact" if row["budget"] is None else f"B = {row['budget']}"
+            rows.append(
+                [name, report["device"], report["dtype"], row["tree"], budget, f"{row['experts_read']:.0f}"]
+                + [f"{_range(row['verify_ms'])}", _ratio(row["verify_over_exact"])]
+                + [f"{row['share_of_copy_bandwidth']:.0%}"]
+            )
+    head = ["shape", "device", "dtype", "tree", "budget", "experts read", "verification ms", "over exact"]
+    return _table([*head, "of copy bandwidth"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "against_transformers": against_transformers,
     "import_memory": import_memory,
@@ -144,7 +186,34 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo_draft": demo_draft,
     "acceptance": acceptance,
     "speculation": speculation,
+    "budget_quality": budget_quality,
+    "budget_quality_short": budget_quality_short,
+    "budget_speed": budget_speed,
+    "real_shapes": real_shapes,
 }
+
+
+def _quality(shown: Callable[[str], bool]) -> str:
+    report = _read("budget_quality.json")
+    tables = []
+    for text, title in {"held-out": "held-out text", "own": "the target's own greedy text"}.items():
+        rows = [row for row in report["rows"] if row["text"] == text]
+        exact = next(row["accept_length"] for row in rows if row["rule"] == "exact")
+        budgets = sorted({row["budget"] for row in rows if row["rule"] == "MoE-Spec (probability, all)"})
+        lines = []
+        for rule in dict.fromkeys(row["rule"] for row in rows if row["rule"] != "exact" and shown(row["rule"])):
+            own = {row["budget"]: row for row in rows if row["rule"] == rule}
+            if set(own) == set(budgets):
+                lines.append([rule, *(_quality_cell(own[budget]) for budget in budgets)])
+        head = [title, *(f"B = {budget} of {report['num_experts']}" for budget in budgets)]
+        note = f"Without a budget: {exact:.2f} tokens a round."
+        tables.append(f"{_table(head, lines)}\n\n{note}")
+    return "\n\n".join(tables)
+
+
+def _quality_cell(row: dict[str, Any]) -> str:
+    low, high = row["kl_95"]
+    return f"**{row['kl']:.4f}** ({low:.4f} to {high:.4f}), {row['top1']:.1%}, {row['accept_length']:.2f}"
 
 
 def _untitled(name: str) -> str:

@@ -60,7 +60,7 @@ def fused_attention(
     pad = (0, rows - tokens)
     grouped = jnp.pad(q.reshape(batch, tokens, groups, per, head), ((0, 0), pad, (0, 0), (0, 0), (0, 0)))
     grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, groups, per * rows, head)
-    seen = jnp.pad(mask.astype(jnp.float32), ((0, 0), pad, (0, 0)))
+    seen = jnp.pad(mask.astype(jnp.int8), ((0, 0), pad, (0, 0)))
     if not interpret:
         # Else the compiler may move a small model's whole cache to VMEM for the call.
         k, v = (pltpu.with_memory_space_constraint(x, pltpu.MemorySpace.HBM) for x in (k, v))
@@ -79,7 +79,9 @@ def fused_attention(
         # Without it the scheduler takes the call to read the caches of all layers.
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * heads * rows * slots * head,
-            bytes_accessed=2 * grouped.nbytes + (k.nbytes + v.nbytes) // len(k) + seen.nbytes,
+            bytes_accessed=2 * grouped.nbytes
+            + (k.nbytes + v.nbytes) // len(k)
+            + seen.nbytes * (groups if tile < slots else 1),
             transcendentals=batch * heads * rows * slots,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
@@ -102,7 +104,7 @@ def slot_tile(q: Array, k: Array) -> int | None:
     # Queries and result in two buffers each, the running sum, and a column each of maxima and of sums.
     fixed = heads // groups * rows * (4 * width * size + 4 * width + 8 * LANES)
     # Keys, values and mask in two buffers each, and scores, weights and what comes between them.
-    slot = 4 * width * size + 2 * rows * 4 + 4 * rows * 4
+    slot = 4 * width * size + 2 * rows + 4 * rows * 4
     most = (VMEM_BYTES - fixed) // slot
     divisors = (n for n in range(LANES, slots, LANES) if slots % n == 0 and n <= most)
     return slots if slots <= most else max(divisors, default=None)
@@ -122,7 +124,7 @@ def _kernel(rows, scale, layer, q_ref, k_ref, v_ref, seen_ref, out_ref, highest_
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    keys, values, seen = k_ref[0, 0, 0], v_ref[0, 0, 0], seen_ref[0] > 0
+    keys, values, seen = k_ref[0, 0, 0], v_ref[0, 0, 0], seen_ref[0].astype(jnp.int32) > 0
     for first in range(0, q_ref.shape[2], rows):
         mine = slice(first, first + rows)
         product = jax.lax.dot_general(

@@ -46,6 +46,18 @@ class Restricted(NamedTuple):
     live: Bool[Array, " tokens"]
 
 
+def check_names(rule: BudgetConfig) -> None:
+    """Every name of a rule is in its table.
+
+    Raises:
+        ValueError: one is not.
+    """
+    tables = {"score": SCORES, "credit": CREDITS, "anchor": ANCHORS, "size": SIZES, "coverage": COVERAGES}
+    for field, table in tables.items():
+        if getattr(rule, field) not in table:
+            raise ValueError(f"expected a budget's {field} of {', '.join(table)}; got {getattr(rule, field)!r}")
+
+
 def restrict(
     rule: BudgetConfig,
     nodes: Nodes,

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import Backend, default_backend
+from moespec_jax.budget import check_names
 from moespec_jax.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
 from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load_parameters
 from moespec_jax.config import DecoderConfig, TreeConfig
@@ -164,7 +165,9 @@ class Model:
         if tree is None:
             raise RequestError("expected speculative decoding to budget the verification of; this is plain decoding")
         try:
-            rule = resolve(budget if isinstance(budget, BudgetConfig) else BudgetConfig(budget), self.config)
+            rule = budget if isinstance(budget, BudgetConfig) else BudgetConfig(budget)
+            check_names(rule)
+            rule = resolve(rule, self.config)
         except ValueError as error:
             raise RequestError(str(error)) from None
         if warning := caution(rule, self.config):

@@ -109,6 +109,11 @@ def test_a_budget_without_a_head_is_refused(pair: list[str], capsys: pytest.Capt
         load(pair[1]).generate("the cat", budget=6)
 
 
+def test_unknown_names_are_refused(pair: list[str]) -> None:
+    with pytest.raises(RequestError, match="budget's score of probability, path, depth; got 'luck'"):
+        load(pair[1], pair[3]).generate("the cat", budget=BudgetConfig(6, score="luck"))
+
+
 def test_tight_budgets_are_warned_about(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*pair, *PROMPTS[:2], *TREE, "--expert-budget", "3"]) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
