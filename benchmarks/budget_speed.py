@@ -4,8 +4,8 @@ benchmarks/results`.
 The embedded pair on held-out prompts, batch 1, greedy, float32. For every tree: exactly, under a budget of all experts
 (the same tokens; what the rule and its figures cost by themselves), of a half and a quarter of them, and faithfully.
 All settings take turns in one process: in every repeat each decodes all prompts, and its speed is divided by that of
-exact speculation with the same tree, and by plain decoding's, of the same repeat. Agreement is the share of tokens up to
-the first that plain decoding would have chosen otherwise, and so counts everything after it as lost.
+exact speculation with the same tree, and by plain decoding's, of the same repeat. Agreement is the share of tokens up
+to the first that plain decoding would have chosen otherwise, and so counts everything after it as lost.
 """
 
 import argparse
