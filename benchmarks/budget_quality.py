@@ -112,9 +112,46 @@ def main() -> int:
                 config = BudgetConfig(model.config.num_experts, **(RULES | SIZED)[rule])
                 report["rows"].append({"text": kind, "rule": rule, "budget": budget, **study.measure(config, budget)})
                 print(json.dumps(report["rows"][-1]), file=sys.stderr)
+    report["equal_quality"] = equal_quality(report["rows"])
     text = json.dumps(report, indent=1) + "\n"
     print(text) if options.out is None else (options.out / "budget_quality.json").write_text(text)
     return 0
+
+
+def equal_quality(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What budget gives every rule the divergence of MoE-Spec's own, by interpolation between the logarithms of the
+    measured ones, with 95 % of a bootstrap over texts; no rule is credited with less than the smallest measured."""
+    paper, found = next(iter(RULES)), []
+    for text in dict.fromkeys(row["text"] for row in rows):
+        by_rule: dict[str, dict[int, np.ndarray]] = {}
+        for row in rows:
+            if row["text"] == text and row["rule"] in RULES:
+                by_rule.setdefault(row["rule"], {})[row["budget"]] = np.array(row["kl_by_text"])
+        for rule, own in by_rule.items():
+            for budget, theirs in by_rule.get(paper, {}).items():
+                draws = np.random.default_rng(0).integers(0, len(theirs), (2000, len(theirs)))
+                matched = [_match(own, draw, theirs[draw].mean()) for draw in [np.arange(len(theirs)), *draws]]
+                low, high = np.quantile(matched[1:], [0.025, 0.975], method="nearest").tolist()
+                entry = {"text": text, "rule": rule, "paper_budget": budget, "budget": _known(matched[0])}
+                found.append(entry | {"budget_95": [_known(low), _known(high)]})
+    return found
+
+
+def _known(budget: float) -> float | None:
+    return round(budget, 2) if np.isfinite(budget) else None
+
+
+def _match(own: dict[int, np.ndarray], draw: np.ndarray, target: float) -> float:
+    """The budget at which a rule's mean over the drawn texts falls to `target`; infinite if it does not."""
+    budgets = sorted(own)
+    logs = [float(np.log(max(own[b][draw].mean(), 1e-9))) for b in budgets]
+    for i, (budget, log) in enumerate(zip(budgets, logs, strict=True)):
+        if log <= np.log(target):
+            if i == 0:
+                return float(budget)
+            share = (logs[i - 1] - np.log(target)) / (logs[i - 1] - log)
+            return budgets[i - 1] + float(share) * (budget - budgets[i - 1])
+    return float("inf")
 
 
 def held_out(model: Model, options: argparse.Namespace) -> np.ndarray:
@@ -162,6 +199,7 @@ class Study:
             "top1_95": np.percentile(same[draws].mean(axis=1), [2.5, 97.5]).round(5).tolist(),
             "accept_length": round(float(done.gained.sum()) / rounds, 3),
             "experts_read": round(float(done.read.sum()) / rounds, 2),
+            "kl_by_text": kl.round(6).tolist(),
         }
 
     def _compile(self, rule: BudgetConfig | None) -> Callable[..., Followed]:

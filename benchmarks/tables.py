@@ -146,6 +146,19 @@ def budget_quality_short() -> str:
     return _quality(lambda rule: rule.startswith(names))
 
 
+def budget_equal() -> str:
+    """The budget at which a rule diverges as MoE-Spec's own does at another, one row a text and rule."""
+    found = _read("budget_quality.json")["equal_quality"]
+    budgets = sorted({entry["paper_budget"] for entry in found})
+    rows = []
+    for text, rule in dict.fromkeys((entry["text"], entry["rule"]) for entry in found):
+        own = {e["paper_budget"]: e for e in found if (e["text"], e["rule"]) == (text, rule)}
+        if rule.startswith(("path, squares (", "path, squares, faith", "path, hits", "depth")):
+            spans = [(own[b]["budget"], *own[b]["budget_95"]) for b in budgets]
+            rows.append([text, rule, *(f"**{at:.1f}** ({low:.1f} to {high:.1f})" for at, low, high in spans)])
+    return _table(["text", "rule", *(f"as MoE-Spec at B = {b}" for b in budgets)], rows)
+
+
 def budget_speed() -> str:
     """Speed of budgets over exact speculation and plain decoding, one row a tree and budget."""
     report = _read("budget_speed.json")
@@ -188,6 +201,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speculation": speculation,
     "budget_quality": budget_quality,
     "budget_quality_short": budget_quality_short,
+    "budget_equal": budget_equal,
     "budget_speed": budget_speed,
     "real_shapes": real_shapes,
 }
