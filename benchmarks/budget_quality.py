@@ -251,7 +251,8 @@ def restrict_each(
     bound: Int[Array, ""], rule: BudgetConfig, nodes: Nodes, norm_topk_prob: bool, layer: int | Array,
     probabilities: Array, natural: Routing, valid: Array,
 ) -> Restricted:  # fmt: skip
-    """As `budget.restrict`, with every sequence's tree to itself: what each would get as a batch of one."""
+    """As `budget.restrict`, with every sequence's tree to itself: what each would get as a batch of one. Of
+    shortlists the first tree's is told."""
     trees, size = nodes.depth.shape
 
     def one(nodes: Nodes, probabilities: Array, natural: Routing, valid: Array) -> Restricted:
@@ -263,7 +264,8 @@ def restrict_each(
     found: Restricted = jax.vmap(one, axes)(nodes, split(probabilities), split(natural), split(valid))
     joined = jax.tree.map(lambda leaf: leaf.reshape(trees * size, *leaf.shape[2:]), found.routing)
     routing = dataclasses.replace(joined, max_distinct=None)
-    return found._replace(routing=routing, replaced=found.replaced.reshape(-1), live=found.live.reshape(-1))
+    replaced, live = found.replaced.reshape(-1), found.live.reshape(-1)
+    return Restricted(routing, found.shortlist[0], jnp.mean(found.mass_kept), replaced, live)
 
 
 def take_path(tree: Tree, text: Int[Array, " tokens"], index: Int[Array, ""]) -> Accepted:

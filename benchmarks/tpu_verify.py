@@ -13,17 +13,16 @@ one, one whose experts compute nothing, and one without layers, the latter two w
 
     pass = outside + layers * (without experts - outside) + layers * (real - without experts + the kernel's rows)
 
-The real program's count includes the kernel's own estimate: the weights of all its slots, each once. The kernel's rows
-are its other blocks: the nodes' states in and out, and a column of combine weights a slot, padded as it is stored.
+The counts include the kernels' own estimates: attention's of all its blocks (queries, the layer's cache, mask, result),
+the experts' of the weights of all their slots, each once. The kernel's rows are the other blocks of the latter: the
+nodes' states in and out, and a column of combine weights a slot, padded as it is stored.
 
 The ideal is every byte that must be read: the chosen experts (without a budget, all) and all other weights once, 60
 rows of the embedding, and the cache. Nothing that is written is in it.
 
-HBM. The compiler counts VMEM like HBM: attention scores and the nodes' states, which need not leave it, and weights
-that are moved there first, at every step of the way. `near_mb` is what `tpu_hlo.near_bytes` finds of that in the
-optimized program, rather less than there is; HBM is the count without it. On v5p, whose two cores share no VMEM, the
-compiler leaves attention scores in HBM: they are the large activations, they are written and read twice each, and the
-count has one of the reads, that of the softmax, twice.
+HBM. The compiler counts VMEM like HBM: the nodes' states, which need not leave it, and weights that are moved there
+first, at every step of the way. `near_mb` is what `tpu_hlo.near_bytes` finds of that in the optimized program, rather
+less than there is; HBM is the count without it.
 
 Where not all layers fit one chip, fewer are compiled, and count for all. Large copies and activations: `tpu_hlo.py`.
 """

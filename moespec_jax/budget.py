@@ -162,10 +162,11 @@ CREDITS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "squares": lambda probabilities, hit, weights: weights * weights,
 }
 
-# The chance of rows whose own experts come before all others, 0 for the rest, [batch, nodes].
+# Which rows' own experts come before all others, and before each other: the largest first, 0 for the rest,
+# [batch, nodes].
 ANCHORS: dict[str, Callable[[Nodes], Array]] = {
     "none": lambda nodes: jnp.zeros_like(nodes.chance),
-    "root": lambda nodes: jnp.where(nodes.depth == 0, nodes.chance, 0.0),
+    "root": lambda nodes: jnp.where(nodes.depth == 0, 2.0, 0.0),
 }
 
 # How many of the ranked experts are used, within 1 token's k and the budget: (rule, scores in order of rank) -> number.
@@ -185,13 +186,15 @@ COVERAGES: dict[str, Callable[[Array, int, Array], Routing]] = {
 
 
 def _precedence(rule: BudgetConfig, nodes: Nodes, hit: Bool[Array, "tokens experts"]) -> Array | None:
-    """What comes before the scores: the chance of the likeliest anchored or guaranteed row that chose the expert."""
+    """What comes before the scores: the precedence of the first row, anchored or guaranteed, that chose the expert."""
     if rule.anchor == "none" and rule.coverage != "guarantee":
         return None
-    chance = ANCHORS[rule.anchor](nodes)
+    rows = ANCHORS[rule.anchor](nodes)
     if rule.coverage == "guarantee":
-        chance = jnp.maximum(chance, jnp.where(nodes.chance >= rule.guarantee, nodes.chance, 0.0))
-    return jnp.max(jnp.where(hit, chance.reshape(-1)[:, None], 0.0), axis=0)
+        # A draft that is certain of itself has a chance of 1; the root, which is there in any case, comes before it.
+        own = nodes.chance + (nodes.depth == 0).astype(jnp.float32)
+        rows = jnp.maximum(rows, jnp.where(nodes.chance >= rule.guarantee, own, 0.0))
+    return jnp.max(jnp.where(hit, rows.reshape(-1)[:, None], 0.0), axis=0)
 
 
 def _faithful(rule: BudgetConfig, nodes: Nodes, weights: Array, hit: Array, inside: Array) -> Bool[Array, " tokens"]:

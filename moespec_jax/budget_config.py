@@ -89,10 +89,14 @@ def caution(budget: BudgetConfig, config: DecoderConfig) -> str | None:
 def is_exact(budget: BudgetConfig, config: DecoderConfig, batch: int) -> bool:
     """Whether nothing is lost under a resolved budget: all experts may be read, or every token whose experts are not
     all read is given up. Then the experts of all roots must fit, for roots are never given up."""
-    if budget.size == "fixed" and min(_counts(budget)) == config.num_experts:
+    least = min(_counts(budget))
+    if budget.size == "fixed" and least == config.num_experts:
         return True
-    insists = budget.anchor == "root" or budget.coverage == "guarantee"
-    return budget.faithfulness >= 1 and insists and min(_counts(budget)) >= batch * config.num_experts_per_tok
+    if budget.faithfulness < 1 or (budget.anchor == "none" and budget.coverage != "guarantee"):
+        return False
+    # A size that follows the text is at least one token's experts.
+    surely = least if budget.size == "fixed" else config.num_experts_per_tok
+    return surely >= batch * config.num_experts_per_tok
 
 
 def _counts(budget: BudgetConfig) -> tuple[int, ...]:

@@ -102,13 +102,16 @@ def credit(rule: BudgetConfig, probability: float, weight: float | None) -> floa
 
 
 def precedence(rule: BudgetConfig, rows: Rows, own: list[list[int]], expert: int) -> float:
-    chances = [0.0]
+    """Of the first row that insists on the expert; roots come before all others, however sure the draft is of those."""
+    found = [0.0]
     for t in valid(rows):
-        anchored = rule.anchor == "root" and rows.depth[t] == 0
-        guaranteed = rule.coverage == "guarantee" and rows.chance[t] >= rule.guarantee
-        if expert in own[t] and (anchored or guaranteed):
-            chances.append(rows.chance[t])
-    return max(chances)
+        root = rows.depth[t] == 0
+        insists = (rule.anchor == "root" and root) or (
+            rule.coverage == "guarantee" and rows.chance[t] >= rule.guarantee
+        )
+        if expert in own[t] and insists:
+            found.append(2.0 if root else rows.chance[t])
+    return max(found)
 
 
 def size(rule: BudgetConfig, ranked: list[float]) -> int:

@@ -55,8 +55,8 @@ def random_nodes(seed: int) -> tuple[Nodes, budget_oracle.Rows]:
     parents = np.array([[-1, *(rng.integers(0, i) for i in range(1, NODES))] for _ in range(BATCH)], np.int32)
     own = np.stack([np.asarray(ancestors(jnp.asarray(row))) for row in parents])
     depth = np.stack([np.asarray(depths(jnp.asarray(mask))) for mask in own])
-    # Halves and quarters: chances meet often, and every product is exact.
-    gain = np.where(rng.random((BATCH, NODES)) < 0.5, 0.5, 0.75)
+    # Halves, quarters and certainty: chances meet often, the root's too, and every product is exact.
+    gain = rng.choice([0.5, 0.75, 1.0], (BATCH, NODES))
     gain[:, 0] = 1.0
     chance = np.prod(np.where(own, gain[:, None, :], 1.0), axis=2)
     committed = np.sort(rng.random(NODES))[::-1] / 2
@@ -205,4 +205,5 @@ def test_what_is_exact() -> None:
     assert exact(9, experts=64) and not exact(1, experts=63) and not exact(1, experts=64, size="mass")
     faithful: dict[str, Any] = dict(faithfulness=1.0, coverage="guarantee")
     assert exact(2, experts=16, **faithful) and not exact(3, experts=16, **faithful)
+    assert exact(1, experts=16, **faithful, size="mass") and not exact(2, experts=16, **faithful, size="mass")
     assert exact(1, experts=8, faithfulness=1.0, anchor="root") and not exact(1, experts=8, faithfulness=1.0)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import slow_decoder
+import test_speculate
 from driver import build, fast_jit
 from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
+from benchmarks.budget_quality import restrict_each
 from moespec_jax.backend import BACKENDS
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import TreeConfig
@@ -157,6 +159,30 @@ def test_faithful_budgets_are_exact(experts: Any) -> None:
     free = decode(budgeted("qwen3_moe", None), FastPrograms(), PROMPTS[:1], 200)
     assert free.rounds <= run.rounds < 199  # some drafts are accepted, if fewer
     assert run.sums["experts_read"] / run.rounds <= np.mean(resolve(rule, config).experts)
+
+
+def test_faithful_budgets_are_exact_in_distribution_too() -> None:
+    """As without a budget (`test_speculate.py`): three tokens against enumerated probabilities, every tree under a
+    budget of its own, of half the experts."""
+    sampling, rows, seeds, new = SamplingConfig(2.0), 2048, 12, 3
+    tiny = test_speculate.pair(vocab_size=7)
+    expected = test_speculate.probabilities(tiny, sampling, PROMPTS[0], new)
+    method = speculating(*tiny, TreeConfig(1, 2, 5), sampling)
+    settings = method.settings
+    assert isinstance(settings, SpeculationSettings)
+    rule = resolve(BudgetConfig(0.5, coverage="guarantee", guarantee=0.0, faithfulness=1.0), tiny[0])
+    each = partial(restrict_each, jnp.int32(2))
+    method, programs = method._replace(settings=settings._replace(budget=rule, restrict=each)), FastPrograms()
+    counts = np.zeros(len(expected))
+    for seed in range(seeds):
+        run = decode(method, programs, [PROMPTS[0]] * rows, new, seed=seed)
+        digits = np.array([sequence[-new:] for sequence in run.sequences])
+        counts += np.bincount(digits @ 7 ** np.arange(new - 1, -1, -1), minlength=len(expected))
+    assert 0 < run.accepted.sum() and run.sums["replaced"] > 0
+    draws = counts.sum()
+    direct = np.random.default_rng(0).multinomial(int(draws), expected / expected.sum(), size=20) / draws
+    floor = np.abs(direct - expected[None]).sum(axis=1).mean() / 2
+    assert np.abs(counts / draws - expected).sum() / 2 < 2 * floor
 
 
 @pytest.mark.parametrize("size", ["mass", "rank"])

@@ -30,9 +30,8 @@ def test_a_budgeted_verification_reads_its_experts_once_and_copies_none() -> Non
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads(done.stdout)["rows"]
     assert (row["experts"], row["layers_compiled"]) == (16, row["layers"])
-    # What the pass writes, and padding, are in the count and not in the ideal, so that 1.0 is out of reach.
-    assert 1.0 <= row["hbm_ratio"] <= 1.15
-    assert row["hbm_ratio"] <= row["ratio"]
+    # What the pass writes, padding and VMEM are in the count and not in the ideal, so that 1.0 is out of reach.
+    assert 1.0 <= row["hbm_ratio"] <= row["ratio"] <= 1.15
     assert row["large_copies"] == row["large_activations"] == []
     assert row["cache_aliased"]
     assert row["temp_mb"] < 4
