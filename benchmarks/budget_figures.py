@@ -89,7 +89,7 @@ def draw_tail(probabilities: np.ndarray, k: int, file: Path) -> None:
 
 def draw_quality(report: dict[str, Any], file: Path) -> None:
     """Divergence and acceptance by budget, of some rules, on both kinds of text."""
-    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.0), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 2, figsize=(8.6, 6.4), layout="constrained", sharex=True)
     for column, (text, title) in enumerate(
         {"held-out": "held-out text", "own": "the target's own greedy text"}.items()
     ):
@@ -108,8 +108,8 @@ def draw_quality(report: dict[str, Any], file: Path) -> None:
         axes[1, column].set(xlabel=f"experts read a layer, of {report['num_experts']}", ylim=(1, None))
     axes[0, 0].set(ylabel="divergence from the exact target, nats")
     axes[1, 0].set(ylabel="tokens gained a round")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    axes[1, 0].legend(frameon=False, fontsize=8)
+    lines = [*axes[0, 0].get_lines(), axes[1, 0].get_lines()[-1]]
+    figure.legend(handles=lines, frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     for one in axes.ravel():
         one.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

@@ -92,7 +92,7 @@ def fused_attention(
 
 
 def fits(q: Array, k: Array) -> bool:
-    """Whether tokens are few, heads whole lanes (else the compiler copies the cache for the kernel), and a tile fits."""
+    """Whether tokens are few, heads whole lanes (else the compiler copies the cache for it), and a tile fits."""
     few = FEWEST_TOKENS <= q.shape[1] <= MOST_TOKENS
     return few and q.shape[3] % LANES == 0 and slot_tile(q, k) is not None
 

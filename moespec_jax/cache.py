@@ -1,6 +1,7 @@
 """The key/value cache: a fixed number of slots per sequence, filled from the left.
 
-Slot p of a sequence holds the token at position p. Everything from `length` on is free, whatever finite numbers lie there.
+Slot p of a sequence holds the token at position p. Everything from `length` on is free, whatever finite
+numbers lie there.
 """
 
 from collections.abc import Callable
