@@ -146,6 +146,18 @@ def budget_quality_short() -> str:
     return _quality(lambda rule: rule.startswith(names))
 
 
+def budget_sizes() -> str:
+    """Sizes that follow the text: what they read on average, and what it costs."""
+    report = _read("budget_quality.json")
+    rows = [
+        [row["rule"], f"{row['experts_read']:.1f}", f"{row['kl']:.4f} ({row['kl_95'][0]:.4f} to {row['kl_95'][1]:.4f})"]
+        + [f"{row['top1']:.1%}", f"{row['accept_length']:.2f}"]
+        for row in report["rows"]
+        if row["text"] == "held-out" and row["budget"] == report["num_experts"]
+    ]
+    return _table(["rule", "experts read", "divergence", "first choices", "tokens a round"], rows)
+
+
 def budget_equal() -> str:
     """The budget at which a rule diverges as MoE-Spec's own does at another, one row a text and rule."""
     found = _read("budget_quality.json")["equal_quality"]
@@ -203,6 +215,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget_quality": budget_quality,
     "budget_quality_short": budget_quality_short,
     "budget_equal": budget_equal,
+    "budget_sizes": budget_sizes,
     "budget_speed": budget_speed,
     "real_shapes": real_shapes,
 }
@@ -228,7 +241,7 @@ def _quality(shown: Callable[[str], bool]) -> str:
 
 def _quality_cell(row: dict[str, Any]) -> str:
     # Rounding may leave an exact rule below 0.
-    mean, low, high = (max(value, 0.0) for value in (row["kl"], *row["kl_95"]))
+    mean, low, high = (max(0.0, value) for value in (row["kl"], *row["kl_95"]))
     return f"**{mean:.4f}** ({low:.4f} to {high:.4f}), {row['top1']:.1%}, {row['accept_length']:.2f}"
 
 
