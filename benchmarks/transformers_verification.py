@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 from benchmarks.shapes import MODELS
