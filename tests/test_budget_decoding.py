@@ -188,7 +188,7 @@ def test_faithful_budgets_are_exact_in_distribution_too() -> None:
 @pytest.mark.parametrize("size", ["mass", "rank"])
 def test_sizes_that_follow_the_text_read_no_more_than_the_budget(size: str) -> None:
     rounds: list[RoundInfo] = []
-    rule = BudgetConfig(6, size=size, mass=0.6, score="path")
+    rule = BudgetConfig(6, size=size, mass=0.6, credit="all")
     run = Run(FastPrograms(), budgeted("qwen3_moe", rule), Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
     run.execute(on_round=lambda number, info: rounds.append(info))
     lists = [layer for info in rounds for layer in info.budget.shortlist]  # pyright: ignore[reportOptionalMemberAccess]
