@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.acceptance import held_out_prompts
 from benchmarks.speculation import NEW, decode_all, spread
 from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.compare import agreement
 from moespec_jax.config import TreeConfig
 from moespec_jax.model import load
 
@@ -74,15 +75,6 @@ def main() -> int:
     text = json.dumps(report, indent=1) + "\n"
     print(text) if options.out is None else (options.out / "budget_speed.json").write_text(text)
     return 0
-
-
-def agreement(plain: list[list[int]], other: list[list[int]]) -> float:
-    """Share of tokens before the first that differs."""
-    same = 0
-    for a, b in zip(plain, other, strict=True):
-        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-        same += differ[0] if differ else len(a)
-    return same / sum(map(len, plain))
 
 
 if __name__ == "__main__":

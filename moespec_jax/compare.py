@@ -58,7 +58,7 @@ def compare(
         tokens_per_s=_median(asked),
         over_plain=_speed_up(asked, plain),
         over_exact=_speed_up(asked, exact) if exact else None,
-        same_tokens=_agreement(plain[-1], asked[-1]) if own else None,
+        same_tokens=agreement(*(_tokens(runs[-1]) for runs in (plain, asked))) if own else None,
     )
 
 
@@ -71,10 +71,15 @@ def _speed_up(runs: list[RunResult], base: list[RunResult]) -> SpeedUp:
     return SpeedUp(statistics.median(ratios) if ratios else 0.0, min(ratios, default=0.0), max(ratios, default=0.0))
 
 
-def _agreement(plain: RunResult, other: RunResult) -> float:
+def agreement(plain: list[list[int]], other: list[list[int]]) -> float:
+    """Share of the plain tokens before the first that differs, over all sequences."""
     same = total = 0
-    for a, b in zip(plain.prompts, other.prompts, strict=True):
-        total += len(a.token_ids)
-        differ = [i for i, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y]
-        same += differ[0] if differ else min(len(a.token_ids), len(b.token_ids))
+    for a, b in zip(plain, other, strict=True):
+        total += len(a)
+        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+        same += differ[0] if differ else min(len(a), len(b))
     return same / total
+
+
+def _tokens(run: RunResult) -> list[list[int]]:
+    return [prompt.token_ids for prompt in run.prompts]

@@ -87,10 +87,14 @@ def no_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | No
     return SpeculationInfo(jnp.int32(0), count, by_depth, nothing, nothing, nothing, nothing, last)
 
 
+def committed_depths(happened: RoundInfo) -> Bool[Array, "batch path"]:
+    """Whether a round committed a node of depth 0 (the root), 1, ... of every sequence that took part."""
+    depth = jnp.arange(happened.accepted.path.shape[1], dtype=jnp.int32)[None, :]
+    return (depth < happened.accepted.count[:, None]) & happened.active[:, None]
+
+
 def add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
     """One round more."""
-    depth = jnp.arange(1, info.accepted.shape[1] + 1, dtype=jnp.int32)[None, :]
-    reached = (depth < last.accepted.count[:, None]) & last.active[:, None]
     wanted = mean_distinct_experts(last.wanted)
     read, kept, replaced = wanted, jnp.float32(1.0), jnp.float32(0.0)
     if last.budget is not None:
@@ -98,7 +102,7 @@ def add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
     return SpeculationInfo(
         info.rounds + 1,
         info.active + last.active.astype(jnp.int32),
-        info.accepted + reached.astype(jnp.int32),
+        info.accepted + committed_depths(last)[:, 1:].astype(jnp.int32),
         info.experts_wanted + wanted,
         info.experts_read + read,
         info.mass_kept + kept,

@@ -34,7 +34,7 @@ from moespec_jax.decode import (
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.draft import DraftHead, empty_draft_cache
 from moespec_jax.propose import extend_draft, propose_trees
-from moespec_jax.rounds import RoundInfo, SpeculationInfo, add_round, no_rounds, round_info
+from moespec_jax.rounds import RoundInfo, SpeculationInfo, add_round, committed_depths, no_rounds, round_info
 from moespec_jax.tree import Tree, ancestors, depths
 
 # Which forward pass verifies: `decoder.forward`, or one of the same signature.
@@ -44,8 +44,8 @@ Verify = Callable[..., tuple[Array, Cache | None, ForwardInfo]]
 class SpeculationSettings(NamedTuple):
     """What a speculating program is compiled for. Functions are compared by identity: keep one for all calls.
 
-    `budget`, resolved for the target (`budget.resolve`), limits the experts that verification reads; nothing else is
-    limited.
+    `budget`, resolved for the target (`budget_config.resolve`), limits the experts that verification reads, by
+    `restrict`; nothing else is limited.
     """
 
     target: Settings
@@ -175,7 +175,7 @@ def speculation_round(
     assert info.taps is not None
     taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)
     happened = round_info(settings.target.config, ~decoding.done, trees, accepted, info)
-    reached = state.reached + _reached(happened, settings.tree.longest_path)
+    reached = state.reached + jnp.sum(committed_depths(happened), axis=0, dtype=jnp.float32)
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
     return SpeculationState(decoding, draft_cache, taps, reached), happened
 
@@ -245,10 +245,3 @@ def _live(budget: BudgetConfig | None, info: ForwardInfo, trees: Tree) -> Bool[A
     restricted = info.routers[-1].restricted
     assert restricted is not None
     return restricted.live.reshape(trees.tokens.shape)
-
-
-def _reached(happened: RoundInfo, longest_path: int) -> Float[Array, " path"]:
-    """How many sequences committed a node of each depth."""
-    depth = jnp.arange(longest_path, dtype=jnp.int32)[None, :]
-    reached = (depth < happened.accepted.count[:, None]) & happened.active[:, None]
-    return jnp.sum(reached, axis=0, dtype=jnp.float32)

@@ -27,6 +27,7 @@ ORDER = [
     "experts.capacity",
     "experts.slots",
     "experts.pallas_tpu",
+    "experts.gpu",
     "experts.mosaic_gpu",
     "experts.triton_gpu",
     "experts.cpu",

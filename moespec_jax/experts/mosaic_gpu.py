@@ -16,19 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import add_slots, distinct_experts, slot_experts
+from moespec_jax.experts.gpu import kernel_experts
+from moespec_jax.experts.slots import add_slots
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
-from moespec_jax.routing import Routing, combine_weights
 
 # Rows of a wgmma, and the width in 16-bit numbers of what TMA can swizzle.
 TILE = 64
 # Steps whose tiles are held at once: up to 104 KiB, so that two blocks of threads fit a multiprocessor's 227.
 STAGES = 4
-
-# The only inputs wgmma multiplies exactly; it would round float32 to 10 bits (tf32).
-DTYPES = (jnp.bfloat16, jnp.float16)
 
 # What lowers in Mosaic: `erfc` (exact gelu) does not, nor does the custom derivative of `jax.nn.relu` in jax 0.10.
 KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,32 +34,8 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def mosaic_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `Flat` layout for Hopper GPUs; `layer` may be traced.
-
-    Everything else runs as under `slots`: other platforms, more than 64 tokens, and what `fits` refuses.
-    """
-    otherwise = slot_experts(activation)
-
-    def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
-        ids, active = distinct_experts(routing, experts.num_experts)
-        rows = layer * experts.num_experts + ids
-        combine = combine_weights(routing, ids)
-        return fused_experts(activation, x, experts.gate, experts.up, experts.down, combine, rows, active)
-
-    def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
-        assert isinstance(experts, Flat)
-        if not fits(activation, x, experts.gate):
-            return otherwise(experts, layer, x, routing)
-        arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
-        return jax.lax.platform_dependent(*arguments, cuda=kernels, default=otherwise)
-
-    return compute
-
-
-def fits(activation: str, x: Float[Array, "tokens model"], gate: Float[Array, "all model ffn"]) -> bool:
-    """Whether the kernels take it: few tokens, 16-bit numbers, whole tiles and an activation that lowers."""
-    whole = all(size % TILE == 0 for size in gate.shape[1:])
-    return x.shape[0] <= TILE and whole and x.dtype == gate.dtype in DTYPES and activation in KERNEL_ACTIVATIONS
+    """Expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
+    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
 
 
 def supported(device: object) -> bool:

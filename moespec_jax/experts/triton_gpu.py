@@ -21,11 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import SLOT_TOKENS, add_slots, distinct_experts, slot_experts
+from moespec_jax.experts.gpu import kernel_experts
+from moespec_jax.experts.slots import add_slots
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
-from moespec_jax.routing import Routing, combine_weights
 
 # Columns of a block of threads, and how many rows of weights it multiplies at once.
 TILE = 64
@@ -34,9 +33,6 @@ FEWEST_ROWS = 16
 # One stage computes while the others' tiles arrive: up to 72 KiB, of the 99 that Ada gives a block of threads.
 STAGES, WARPS = 4, 4
 
-# The inputs whose product is exact; float32 would be rounded to 10 bits (tf32).
-DTYPES = (jnp.bfloat16, jnp.float16)
-
 # What lowers in Triton: `erfc` (exact gelu) does not.
 KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     name: ACTIVATIONS[name] for name in ("silu", "swish", "gelu_pytorch_tanh", "relu")
@@ -44,32 +40,8 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def triton_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `Flat` layout for NVIDIA GPUs; `layer` may be traced.
-
-    Everything else runs as under `slots`: other platforms, more than 64 tokens, and what `fits` refuses.
-    """
-    otherwise = slot_experts(activation)
-
-    def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
-        ids, active = distinct_experts(routing, experts.num_experts)
-        rows = layer * experts.num_experts + ids
-        combine = combine_weights(routing, ids)
-        return fused_experts(activation, x, experts.gate, experts.up, experts.down, combine, rows, active)
-
-    def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
-        assert isinstance(experts, Flat)
-        if not fits(activation, x, experts.gate):
-            return otherwise(experts, layer, x, routing)
-        arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
-        return jax.lax.platform_dependent(*arguments, cuda=kernels, default=otherwise)
-
-    return compute
-
-
-def fits(activation: str, x: Float[Array, "tokens model"], gate: Float[Array, "all model ffn"]) -> bool:
-    """Whether the kernels take it: few tokens, 16-bit numbers, whole tiles and an activation that lowers."""
-    whole = all(size % TILE == 0 for size in gate.shape[1:])
-    return x.shape[0] <= SLOT_TOKENS and whole and x.dtype == gate.dtype in DTYPES and activation in KERNEL_ACTIVATIONS
+    """Expert compute over the `Flat` layout for NVIDIA GPUs (`gpu.kernel_experts`)."""
+    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
 
 
 def supported(device: object) -> bool:
