@@ -24,9 +24,11 @@ class SparseMlp:
 
 
 class RouterInfo(NamedTuple):
-    """What a person wants to know about one routing decision: softmax over all experts, the ids chosen, and what a
-    budget made of them, if there was one."""
+    """What a person wants to know about one routing decision: the rows that router and experts saw, softmax over all
+    experts, the ids chosen, and what a budget made of them, if there was one. Programs that do not use one of these do
+    not keep it."""
 
+    inputs: Float[Array, "tokens model"]
     probabilities: Float[Array, "tokens experts"]
     experts: Int[Array, "tokens active"]
     restricted: Restricted | None = None
@@ -56,4 +58,4 @@ def sparse_mlp(
     if mlp.shared is not None and mlp.shared_gate is not None:
         gate = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate))
         y = y + gate * gated_mlp(x, mlp.shared, config.hidden_act)
-    return y, RouterInfo(probabilities, natural.experts, restricted)
+    return y, RouterInfo(x, probabilities, natural.experts, restricted)
