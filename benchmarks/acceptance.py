@@ -17,12 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.demo import corpus
 from moespec_jax.model import Model, load
+from moespec_jax.prompt_sets import held_out_pieces
 from moespec_jax.prompts import read_prompt_file
 from moespec_jax.results import RunResult
 
-PROMPT, LONGEST, NEW = 64, 256, 128
+LONGEST, NEW = 256, 128
 TREES = [TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 2, 6)]
 TREES += [TreeConfig(depth, 1, depth + 2) for depth in (7, 4, 2, 1, 0)]
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--draft-model", help="another head for the embedded target")
     options = parser.parse_args()
     model = load(draft_model=options.draft_model, dtype="float32")
-    sets = {"held-out modules": held_out_prompts(model, options.count)}
+    sets = {"held-out modules": held_out_pieces(model, options.count)}
     for given in options.prompts:
         name, _, file = given.partition("=")
         texts = read_prompt_file(Path(file))[: options.count]
@@ -62,14 +62,6 @@ def measure(model: Model, name: str, prompts: list[list[int]]) -> Iterator[dict[
         for tree in tqdm(TREES, desc=f"{name}, temperature {temperature:g}", unit="tree"):
             result = model.generate(prompts, tree=tree, max_new_tokens=NEW, temperature=temperature, ignore_eos=True)
             yield {"prompts": name, "count": len(prompts), "temperature": temperature, **summary(tree, result)}
-
-
-def held_out_prompts(model: Model, count: int, length: int = PROMPT) -> list[list[int]]:
-    """Evenly spaced pieces of the held-out modules."""
-    assert model.tokenizer is not None
-    stream = corpus.encode_documents(model.tokenizer, corpus.held_out_documents())
-    starts = np.linspace(0, len(stream) - length - 1, count).astype(int)
-    return [stream[start : start + length].tolist() for start in starts]
 
 
 def summary(tree: TreeConfig, result: RunResult) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import jax
 import matplotlib
 import numpy as np
 
-from benchmarks.acceptance import held_out_prompts
 from moespec_jax.config import TreeConfig
 from moespec_jax.model import Model, load
+from moespec_jax.prompt_sets import held_out_pieces
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, draft_trees, verify_trees
@@ -53,7 +53,7 @@ def tree_probabilities(model: Model) -> np.ndarray:
     method = model.method(SamplingConfig(), TREE)
     settings, params = method.settings, method.params
     assert isinstance(settings, SpeculationSettings)
-    prompts = held_out_prompts(model, TREES)
+    prompts = held_out_pieces(model, TREES)
     state = Run(model.programs, method, Batch(prompts, [len(p) + 40 for p in prompts], (), 0)).state_after(2)
     trees, _ = jax.jit(partial(draft_trees, settings))(params, state)
     _, _, info = jax.jit(partial(verify_trees, settings))(params.target, state, trees)

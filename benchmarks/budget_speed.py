@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acceptance import held_out_prompts
 from benchmarks.speculation import NEW, decode_all, spread
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.compare import agreement
 from moespec_jax.config import TreeConfig
 from moespec_jax.model import load
+from moespec_jax.prompt_sets import held_out_pieces
 
 TREES = {"4/2/1": TreeConfig(2, 1, 4), "16/4/4": TreeConfig(4, 4, 16), "60/7/10": TreeConfig(7, 10, 60)}
 PAPER: dict[str, Any] = dict(score="probability", credit="all")
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     options = parser.parse_args()
     model = load(dtype="float32")
-    prompts = held_out_prompts(model, options.prompts)
+    prompts = held_out_pieces(model, options.prompts)
     cases = {(tree, name): rule for tree in options.trees for name, rule in BUDGETS.items()}
     turns = []
     for _ in range(options.repeats + 1):

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.acceptance import held_out_prompts
 from moespec_jax.attention import causal_mask
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoder import Decoder, forward, unembed
 from moespec_jax.model import Model, load
+from moespec_jax.prompt_sets import held_out_pieces
 
 NEW = 128
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=64, help="prompts")
     options = parser.parse_args()
     model, exact = load(dtype="bfloat16"), load(draft_model="none", dtype="float32")
-    prompts = held_out_prompts(model, options.count)
+    prompts = held_out_pieces(model, options.count)
     plain = model.generate(prompts, tree=None, max_new_tokens=NEW, ignore_eos=True)
     rows = []
     for tree in (TreeConfig(2, 1, 4), TreeConfig(4, 4, 16)):

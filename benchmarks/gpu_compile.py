@@ -37,7 +37,6 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.shapes import MODELS
 from moespec_jax.config import DecoderConfig
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.experts.mosaic_gpu import mosaic_experts
@@ -45,6 +44,7 @@ from moespec_jax.experts.slots import slot_experts
 from moespec_jax.experts.triton_gpu import triton_experts
 from moespec_jax.families import read_config
 from moespec_jax.routing import Routing
+from moespec_jax.shapes import MODELS
 
 # Whoever imports this may have imported JAX before.
 jax.config.update("jax_platforms", "cpu")

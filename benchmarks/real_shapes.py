@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.shapes import MODELS, draft_config
-from benchmarks.speculation import spread, timed
+from benchmarks.speculation import spread
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS, Backend, default_backend
 from moespec_jax.budget_config import BudgetConfig, resolve
+from moespec_jax.ceiling import copy_bandwidth, verification_bytes
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import Settings, experts_read, experts_wanted, mean_distinct_experts
 from moespec_jax.families import read_config
@@ -40,6 +40,7 @@ from moespec_jax.parameters import random_decoder
 from moespec_jax.programs import Programs
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
+from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, Speculator, draft_trees, speculation_rounds, verify_trees
 from moespec_jax.train.trainer import random_head
 
@@ -214,23 +215,6 @@ def once(run: Callable[[], Any]) -> float:
 def rounded(values: dict[str, float]) -> dict[str, float]:
     """To what is worth reading."""
     return {name: round(value, 3) for name, value in values.items()}
-
-
-def verification_bytes(config: DecoderConfig, target: Any, read: float) -> float:
-    """Bytes that a verifying pass cannot do without: experts read once, and all other weights but the embedding."""
-
-    def size(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    others = size(target) - size(target.experts) - (0 if target.lm_head is None else size(target.embed))
-    return others + size(target.experts) * read / config.num_experts
-
-
-def copy_bandwidth(megabytes: int = 512) -> float:
-    """Bytes a second, read and written, of copying a large array on this device."""
-    array = jnp.ones((megabytes << 18,), jnp.float32)
-    seconds = timed(jax.jit(lambda a: a + 1.0), array, repeats=10)["min"] / 1e3
-    return 2 * array.nbytes / seconds
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from typing import Any
 
 import jax
 
-from benchmarks.acceptance import held_out_prompts
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
 from moespec_jax.model import Model, load
+from moespec_jax.prompt_sets import held_out_pieces
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, draft_trees, speculation_round, verify_trees
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--draft-model", help="another head for the embedded target")
     options = parser.parse_args()
     model = load(draft_model=options.draft_model, dtype="float32")
-    prompts = held_out_prompts(model, options.prompts)
+    prompts = held_out_pieces(model, options.prompts)
     trees: dict[str, TreeConfig | None] = {"plain": None, **{name: TREES[name] for name in options.trees}}
     turns = [
         {name: decode_all(model, prompts, tree) for name, tree in trees.items()} for _ in range(options.repeats + 1)

@@ -31,7 +31,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks.shapes import MODELS
 from benchmarks.tpu_ahead import (
     DTYPE,
     SLOTS,
@@ -55,6 +54,7 @@ from moespec_jax.decode import DecodeState, PrefillState, Settings, decode_steps
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder
 from moespec_jax.sample import SamplingConfig
+from moespec_jax.shapes import MODELS
 
 CHUNK = 512
 PROGRAMS = ("decode", "prefill")

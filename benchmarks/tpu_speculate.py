@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from benchmarks.shapes import MODELS, draft_config
 from benchmarks.tpu_ahead import (
     DTYPE,
     SLOTS,
@@ -61,6 +60,7 @@ from moespec_jax.draft_tensors import build_head, draft_table
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder, final_shape
 from moespec_jax.sample import SamplingConfig
+from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds
 
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}

@@ -40,7 +40,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks.shapes import MODELS, draft_config
 from benchmarks.tpu_ahead import (
     DTYPE,
     SLOTS,
@@ -65,6 +64,7 @@ from moespec_jax.decoder import Decoder
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder
 from moespec_jax.sample import SamplingConfig
+from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, verify_trees
 from moespec_jax.tree import Tree
 

@@ -5,6 +5,7 @@ from moespec_jax.budget_config import BudgetConfig, BudgetWarning
 from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.config import DecoderConfig, RopeConfig, TreeConfig
 from moespec_jax.model import Model, RequestError, load
+from moespec_jax.profile import read_profile
 from moespec_jax.results import PromptResult, RunResult
 from moespec_jax.sample import SamplingConfig
 
@@ -25,4 +26,5 @@ __all__ = [
     "SamplingConfig",
     "TreeConfig",
     "load",
+    "read_profile",
 ]

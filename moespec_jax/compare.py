@@ -39,7 +39,7 @@ class Comparison:
 
 def compare(
     generate: Callable[..., RunResult],
-    tree: TreeConfig | Literal["default"],
+    tree: TreeConfig | Literal["default"] | None,
     budget: BudgetConfig | None,
     repeats: int = REPEATS,
 ) -> Comparison:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from moespec_jax.arguments import boundaries_of, budget_of, build_parser, check_budget, refuse_flags, tree_of
+from moespec_jax.arguments import chosen, load_asked
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
-from moespec_jax.model import load
+from moespec_jax.generate_arguments import build_parser, refuse_flags
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
 from moespec_jax.statistics import statistics_table
@@ -27,19 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_flags(arguments)
-    tree, boundaries, budget = tree_of(arguments), boundaries_of(arguments), budget_of(arguments)
+    tree, budget = chosen(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
-    model = load(
-        arguments.model,
-        arguments.draft_model,
-        revision=arguments.revision,
-        draft_revision=arguments.draft_revision,
-        draft_boundaries=boundaries,
-        offline=arguments.offline,
-        dtype=arguments.dtype,
-        progress=sys.stderr.isatty(),
-        check=functools.partial(check_budget, budget),
-    )
+    model = load_asked(arguments, budget)
     if model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
     if arguments.chat:
@@ -61,8 +51,8 @@ def _run(arguments: argparse.Namespace) -> None:
         simulate_accept_length=arguments.simulate_accept_length,
     )
     with tracing(arguments.trace) as on_round:
-        result = generate(tree=tree or "default", budget=budget, on_tokens=streams, on_round=on_round)
-    comparison = compare(generate, tree or "default", budget) if arguments.compare else None
+        result = generate(tree=tree, budget=budget, on_tokens=streams, on_round=on_round)
+    comparison = compare(generate, tree, budget) if arguments.compare else None
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")

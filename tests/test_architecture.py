@@ -65,14 +65,23 @@ ORDER = [
     "results",
     "run",
     "model",
+    "profile",
     "",
     "command",
     "prompts",
     "arguments",
+    "generate_arguments",
     "trace",
     "compare",
     "statistics",
     "generate",
+    "demo.corpus",
+    "prompt_sets",
+    "ledger",
+    "shapes",
+    "ceiling",
+    "follow",
+    "fidelity",
     "train",
     "train.records",
     "train.regenerate",
@@ -98,8 +107,8 @@ def module_name(path: Path) -> str:
 
 
 def place(name: str) -> int:
-    """A module's place in the order; those of `demo` share one."""
-    return ORDER.index("demo" if name.split(".")[0] == "demo" else name)
+    """A module's place in the order; those of `demo` share one, but for its text, which others measure on."""
+    return ORDER.index("demo" if name.split(".")[0] == "demo" and name not in ORDER else name)
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
@@ -120,7 +129,7 @@ FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_every_module_has_its_place() -> None:
-    assert {name for name in FILES if not name.startswith("demo")} | {"demo"} == set(ORDER)
+    assert {name for name in FILES if not name.startswith("demo.") or name in ORDER} == set(ORDER)
 
 
 @pytest.mark.parametrize("name", FILES)

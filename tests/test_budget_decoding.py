@@ -13,11 +13,11 @@ from driver import build, fast_jit
 from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
-from benchmarks.budget_quality import restrict_each
 from moespec_jax.backend import BACKENDS
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import TreeConfig
 from moespec_jax.families import read_config
+from moespec_jax.follow import restrict_each
 from moespec_jax.method import Method
 from moespec_jax.rounds import RoundInfo
 from moespec_jax.run import Batch, Run

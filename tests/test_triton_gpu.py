@@ -176,7 +176,7 @@ def not_cached() -> Iterator[None]:
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90"])
 def test_compiles_to_machine_code_and_copies_no_expert(gpu: str) -> None:
     from benchmarks.gpu_compile import row
-    from benchmarks.shapes import MODELS
     from moespec_jax.families import read_config
+    from moespec_jax.shapes import MODELS
 
     assert row(read_config(MODELS["OLMoE-1B-7B"]), gpu, "triton", tokens=60, slots=64)["copies"] == []
