@@ -31,8 +31,8 @@ from moespec_jax.tree import Tree
 
 class Followed(NamedTuple):
     """What following texts told. At position p, which sees the text up to token p: the divergence KL(exact || verified)
-    of the next token's distribution in nats, whether both have the same first choice, and the log-probability of the text's
-    next token; not a number where no round has been. Sums over each text's `rounds`: how many committed a node of depth
+    of the next token's distribution in nats, whether both have the same first choice, and the log-probability of the
+    text's next token; not a number where no round has been. Sums over each text's `rounds`: how many committed a node of depth
     1, 2, ..., distinct experts wanted and read a layer, and the share of tokens that lost an expert."""
 
     kl: Float[Array, "texts positions"]

@@ -80,6 +80,7 @@ ORDER = [
     "ledger",
     "shapes",
     "ceiling",
+    "timing",
     "follow",
     "fidelity",
     "train",
