@@ -55,7 +55,7 @@ def accept_greedy(longest_path: int, tree: Tree, logits: Float[Array, "nodes voc
         match = (tree.parents == node) & (tree.tokens == best[node])
         return jnp.argmax(match).astype(jnp.int32), jnp.any(match)
 
-    path, count = _walk(longest_path, choose)
+    path, count = walk(longest_path, choose)
     return Accepted(path, count, best[path[-1]])
 
 
@@ -81,7 +81,7 @@ def accept_sampled(
         coin = jax.random.uniform(position_keys(key, index + level)[0])
         return take_child(jnp.exp(log_p(node)), tree.tokens, tree.parents == node, coin)
 
-    path, count = _walk(longest_path, choose)
+    path, count = walk(longest_path, choose)
     last = path[-1]
     refused = jnp.zeros((logits.shape[-1],), jnp.bool_).at[tree.tokens].max(tree.parents == last)
     residual = jnp.where(refused, -jnp.inf, log_p(last))
@@ -135,6 +135,28 @@ def accept_simulated(
     return Accepted(path, count, bonus.astype(jnp.int32))
 
 
+def walk(
+    longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array]]
+) -> tuple[Int[Array, " path"], Int[Array, ""]]:
+    """`path` and `count` of an `Accepted`: from the root to the child that `choose(level, node)` gives until it says
+    that it found none. `level` counts from 0 at the root; a child is an int32 scalar."""
+
+    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        path, count, _ = state
+        node = path[-1]
+        child, found = choose(count - 1, node)
+        ahead = jnp.arange(longest_path, dtype=jnp.int32) >= count
+        return jnp.where(ahead & found, child, path), count + found.astype(jnp.int32), found
+
+    def going(state: tuple[Array, Array, Array]) -> Array:
+        _, count, found = state
+        return found & (count < longest_path)
+
+    start = jnp.zeros((longest_path,), jnp.int32), jnp.int32(1), jnp.bool_(True)
+    path, count, _ = jax.lax.while_loop(going, step, start)
+    return path, count
+
+
 def cut_path(tree: Tree, accepted: Accepted, live: Bool[Array, " nodes"]) -> Accepted:
     """End the path before its first node that is not live, whose token becomes the bonus.
 
@@ -162,24 +184,3 @@ def _accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | 
     if sampling.greedy:
         return lambda tree, logits, key, index: accept_greedy(longest_path, tree, logits)
     return functools.partial(accept_sampled, sampling, longest_path)
-
-
-def _walk(
-    longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array]]
-) -> tuple[Int[Array, " path"], Int[Array, ""]]:
-    """From the root to the child that `choose(level, node)` gives, until it finds none; the path and its length."""
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        path, count, _ = state
-        node = path[-1]
-        child, found = choose(count - 1, node)
-        ahead = jnp.arange(longest_path, dtype=jnp.int32) >= count
-        return jnp.where(ahead & found, child, path), count + found.astype(jnp.int32), found
-
-    def going(state: tuple[Array, Array, Array]) -> Array:
-        _, count, found = state
-        return found & (count < longest_path)
-
-    start = jnp.zeros((longest_path,), jnp.int32), jnp.int32(1), jnp.bool_(True)
-    path, count, _ = jax.lax.while_loop(going, step, start)
-    return path, count

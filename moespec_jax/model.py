@@ -31,7 +31,7 @@ from moespec_jax.programs import Programs
 from moespec_jax.results import PromptResult, RunResult, versions
 from moespec_jax.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, Speculator
+from moespec_jax.speculate import Adapt, SpeculationSettings, Speculator
 from moespec_jax.text import load_tokenizer, read_stop_ids
 from moespec_jax.tree import check_draft_vocabulary
 
@@ -40,6 +40,7 @@ DEMO_DRAFT = str(Path(__file__).parent / "demo" / "draft")
 # What is drafted where nothing else is asked for. On CPU it measured fastest with the embedded pair (README); elsewhere
 # it is what published heads for MoE targets are served with, until a measurement says better.
 DEFAULT_TREE = TreeConfig(depth=2, top_k=1, size=4)
+AskedTree = TreeConfig | Literal["default"] | None
 
 
 class RequestError(ValueError):
@@ -97,9 +98,10 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
         max_length: int | None = None,
-        tree: TreeConfig | Literal["default"] | None = "default",
+        tree: AskedTree = "default",
         budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
+        adapt: Adapt | None = None,
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
     ) -> RunResult:
@@ -108,6 +110,7 @@ class Model:
         With a draft head, `tree` says what is drafted in a round; None decodes plainly. A `budget` limits how many
         experts a layer reads to verify it, which changes what comes out (a bare number: under the default rule).
         `simulate_accept_length` makes rounds accept that many tokens on average, whatever the model says: for timing.
+        `adapt` puts other functions in place of a round's own; of what comes out then, `exact` claims nothing.
         `on_tokens` is called with every sequence's new ids, about ten times a second or once a round if that is slower;
         `on_round` with what each round did.
 
@@ -130,21 +133,21 @@ class Model:
         ids = [self.encode(p) if isinstance(p, str) else list(p) for p in given]
         limit = self._limits(ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
-        shape = self._tree(tree, simulate_accept_length, on_round)
+        shape = self._tree(tree, simulate_accept_length, adapt, on_round)
         rule = self._budget(budget, shape)
-        run = Run(self.programs, self.method(sampling, shape, rule, simulate_accept_length), batch)
+        run = Run(self.programs, self.method(sampling, shape, rule, simulate_accept_length, adapt), batch)
         run.execute(on_tokens, on_round)
-        return self._result(run, batch, sampling, max_new_tokens, shape, rule, simulate_accept_length)
+        own = simulate_accept_length is None and adapt is None
+        exact = own and (rule is None or is_exact(rule, self.config, len(ids)))
+        return self._result(run, batch, sampling, max_new_tokens, shape, rule, simulate_accept_length, exact)
 
-    def _tree(
-        self, tree: TreeConfig | Literal["default"] | None, simulate: float | None, on_round: OnRound | None
-    ) -> TreeConfig | None:
-        """The tree to draft, None for plain decoding."""
+    def _tree(self, tree: AskedTree, simulate: float | None, *hooks: object) -> TreeConfig | None:
+        """The tree to draft, None for plain decoding, which has nothing to simulate and no place for `hooks`."""
         if tree == "default":
             tree = None if self.draft is None else DEFAULT_TREE
         if tree is None:
-            if simulate is not None or on_round is not None:
-                raise RequestError("expected speculative decoding to trace or to simulate; this is plain decoding")
+            if any(asked is not None for asked in (simulate, *hooks)):
+                raise RequestError("expected speculative decoding to trace, simulate or adapt; this is plain decoding")
             return None
         if self.draft is None:
             raise RequestError(f"expected a draft head to draft a tree with; {self.directory} was loaded without one")
@@ -180,13 +183,16 @@ class Model:
         tree: TreeConfig | None = None,
         budget: BudgetConfig | None = None,
         simulate: float | None = None,
+        adapt: Adapt | None = None,
     ) -> Method:
-        """The programs that decode: plainly, or drafting `tree` and verifying it under a resolved `budget`."""
+        """The programs that decode: plainly, or drafting `tree` and verifying it under a resolved `budget`, with what
+        `adapt` makes of that."""
         settings = Settings(self.config, sampling, self._compute, self.backend.attention)
         if tree is None or self.draft is None:
             return plain_method(settings, self.params, self.dtype)
         accept = accept_rule(sampling, tree.longest_path, simulate)
         speculation = SpeculationSettings(settings, self.draft.config, tree, accept, budget)
+        speculation = speculation if adapt is None else adapt(speculation)
         return speculative_method(speculation, Speculator(self.params, self.draft.head), self.dtype)
 
     def _limits(self, ids: list[list[int]], max_new_tokens: int, max_length: int | None) -> list[int]:
@@ -222,6 +228,7 @@ class Model:
         tree: TreeConfig | None,
         budget: BudgetConfig | None,
         simulate: float | None,
+        exact: bool,
     ) -> RunResult:
         pairs = zip(batch.prompts, run.sequences, strict=True)
         new = [sequence[len(prompt) :] for prompt, sequence in pairs]
@@ -234,7 +241,7 @@ class Model:
             experts_loaded=mean["experts_wanted"] if tree is None else mean["experts_read"],
             mass_kept=1.0 if budget is None else mean["mass_kept"],
             tokens_replaced=mean["replaced"],
-            exact=simulate is None and (budget is None or is_exact(budget, self.config, len(batch.prompts))),
+            exact=exact,
             greedy=sampling.greedy,
             budget=None if budget is None else dataclasses.asdict(budget),
             tree=None if tree is None else dataclasses.asdict(tree),

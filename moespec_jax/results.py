@@ -34,7 +34,7 @@ class RunResult:
     `experts_wanted` and `experts_loaded` are distinct experts a layer and forward pass: what its tokens chose, and what
     was read. Under a `budget`, `mass_kept` is the shortlists' share of the scores they were ranked by, and
     `tokens_replaced` the share of tokens, over layers, that lost at least one expert of their own. `exact` says whether
-    the output is the model's own (greedy: token for token; sampled: in distribution)."""
+    the output is known to be the model's own (greedy: token for token; sampled: in distribution)."""
 
     prompts: list[PromptResult]
     experts_wanted: float

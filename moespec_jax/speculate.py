@@ -57,6 +57,10 @@ class SpeculationSettings(NamedTuple):
     restrict: Callable[..., Restricted] = restrict
 
 
+# Another round made of the same parts: `settings._replace(accept=..., verify=..., restrict=...)`.
+Adapt = Callable[[SpeculationSettings], SpeculationSettings]
+
+
 @struct.dataclass
 class Speculator:
     """Parameters of target and head."""

@@ -1,0 +1,80 @@
+"""Other functions in place of a round's own: they are what decodes, and nothing is claimed of what comes out."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_pair import write_pair
+
+from moespec_jax import Model, RequestError, TreeConfig, load
+from moespec_jax.accept import Accepted, accept_greedy
+from moespec_jax.decoder import forward
+from moespec_jax.speculate import SpeculationSettings
+from moespec_jax.tree import Tree
+
+PROMPT, TREE, NEW = [[5, 17, 9, 200]], TreeConfig(depth=1, top_k=2, size=5), 24
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    directory: Path = tmp_path_factory.mktemp("pair")
+    write_pair(directory, NEW)
+    return load(str(directory / "target"), str(directory / "head"))
+
+
+def tokens(model: Model, **asked: Any) -> list[int]:
+    return model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, **asked).prompts[0].token_ids
+
+
+def runner_up(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
+    """The root alone, then the target's second choice."""
+    second = jax.lax.top_k(logits[0], 2)[1][1].astype(jnp.int32)
+    return Accepted(jnp.zeros((TREE.longest_path,), jnp.int32), jnp.int32(1), second)
+
+
+def test_an_acceptance_rule_decides_what_is_emitted(model: Model) -> None:
+    """Second choices, one a round, as one-token passes over what was emitted so far give them."""
+    got = tokens(model, tree=TREE, adapt=lambda settings: settings._replace(accept=runner_up))
+    sequence = list(PROMPT[0]) + tokens(model, tree=None)[:1]  # the first token is drawn before any round
+    while len(sequence) < len(PROMPT[0]) + 4:
+        ids, count = jnp.asarray([sequence], jnp.int32), len(sequence)
+        positions = jnp.arange(count, dtype=jnp.int32)[None, :]
+        mask, compute = jnp.tril(jnp.ones((1, count, count), bool)), model.backend.compute(model.config.hidden_act)
+        hidden, _, _ = forward(model.config, model.params, ids, positions, mask, None, compute)
+        sequence.append(int(jnp.argsort(hidden[0, -1] @ model.params.lm_head.T)[-2]))  # pyright: ignore
+    assert got[:4] == sequence[len(PROMPT[0]) :]
+
+
+def test_a_verification_decides_what_the_logits_are(model: Model) -> None:
+    """Rounds that verify with the negative of the last states take what the target likes least."""
+
+    def contrary(*arguments: Any, **options: Any) -> Any:
+        hidden, cache, info = forward(*arguments, **options)
+        return -hidden, cache, info
+
+    own = tokens(model, tree=TREE)
+    got = tokens(model, tree=TREE, adapt=lambda settings: settings._replace(verify=contrary))
+    assert own == tokens(model, tree=None)
+    assert got[0] == own[0] and got[1:] != own[1:]
+
+
+def test_equal_functions_are_the_same_program_and_nothing_is_claimed(model: Model) -> None:
+    def as_it_is(settings: SpeculationSettings) -> SpeculationSettings:
+        return settings._replace(accept=rule)
+
+    def rule(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
+        return accept_greedy(TREE.longest_path, tree, logits)
+
+    first = model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, tree=TREE, adapt=as_it_is)
+    compiled = len(model.programs)
+    second = model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, tree=TREE, adapt=as_it_is)
+    assert len(model.programs) == compiled and second.compile_s == 0
+    assert first.prompts[0].token_ids == second.prompts[0].token_ids == tokens(model, tree=TREE)
+    assert not first.exact
+
+
+def test_plain_decoding_has_no_round_to_adapt(model: Model) -> None:
+    with pytest.raises(RequestError, match="adapt; this is plain decoding"):
+        tokens(model, tree=None, adapt=lambda settings: settings)
