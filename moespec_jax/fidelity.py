@@ -38,7 +38,7 @@ class Texts:
         limits = [len(text) for text in texts]
         begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
         state = Run(model.programs, method, Batch(begun, limits, (), 0)).state_after(0)
-        self._state = _with_texts(state, texts, prompts)
+        self._state = with_texts(state, texts, prompts)
         longest = max(len(text) for text in texts)
         tokens = self._state.decoding.tokens[:, :longest]
         self._exact = jax.jit(partial(log_probabilities, self._settings))(model.params, tokens)
@@ -85,7 +85,7 @@ def interval(by_text: np.ndarray, share: float = 0.95) -> list[float]:
     return np.percentile(by_text[drawn].mean(axis=1), [outside, 100 - outside]).round(6).tolist()
 
 
-def _with_texts(state: SpeculationState, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> SpeculationState:
+def with_texts(state: SpeculationState, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> SpeculationState:
     """After prefill, with the text's next token in place of what was drawn, and the rest behind it to be found."""
     tokens = np.zeros(state.decoding.tokens.shape, np.int32)
     for row, text in zip(tokens, texts, strict=True):

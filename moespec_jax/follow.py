@@ -32,8 +32,8 @@ from moespec_jax.tree import Tree
 class Followed(NamedTuple):
     """What following texts told. At position p, which sees the text up to token p: the divergence KL(exact || verified)
     of the next token's distribution in nats, whether both have the same first choice, and the log-probability of the
-    text's next token; not a number where no round has been. Sums over each text's `rounds`: how many committed a node of depth
-    1, 2, ..., distinct experts wanted and read a layer, and the share of tokens that lost an expert."""
+    text's next token; not a number where no round has been. Sums over each text's `rounds`: how many committed a node
+    of depth 1, 2, ..., distinct experts wanted and read a layer, and the share of tokens that lost an expert."""
 
     kl: Float[Array, "texts positions"]
     same: Float[Array, "texts positions"]
@@ -58,24 +58,33 @@ def follow(
 
     def step(carry: tuple[SpeculationState, Followed]) -> tuple[SpeculationState, Followed]:
         state, done = carry
-        trees, draft_cache = draft_trees(settings, params, state)
-        logits, kv, info = verify_trees(settings, params.target, state, trees)
-        decoding = state.decoding
-        accepted = jax.vmap(partial(take_path, settings.tree.longest_path))(
-            trees, decoding.tokens, decoding.length, decoding.limit
-        )
-        if settings.budget is not None and settings.budget.gives_up:
-            live = _restricted(info)[-1].live.reshape(trees.tokens.shape)
-            accepted = jax.vmap(cut_path)(trees, accepted, live)
-        done = add_rows(settings, done, decoding, logits, accepted, exact)
-        done, committed = add_sums(settings, done, ~decoding.done, accepted, info)
-        kv = keep_rows(kv, decoding.length - 1, accepted.path, settings.tree.size)
-        taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)  # pyright: ignore[reportArgumentType]
-        decoding = append_path(dataclasses.replace(decoding, cache=kv), trees, accepted)
-        return SpeculationState(decoding, draft_cache, taps, state.reached + jnp.sum(committed, axis=0)), done
+        accepted, logits, info, after = follow_round(settings, params, state)
+        done = add_rows(settings, done, state.decoding, logits, accepted, exact)
+        return after, add_sums(settings, done, ~state.decoding.done, accepted, info)
 
     start = (state, nothing_followed(settings, exact))
     return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].decoding.done), step, start)[1]
+
+
+def follow_round(
+    settings: SpeculationSettings, params: Speculator, state: SpeculationState
+) -> tuple[Accepted, Float[Array, "texts nodes vocab"], ForwardInfo, SpeculationState]:
+    """As `speculate.speculation_round`, but what the text takes is committed: the tokens of `state`, up to its limit.
+    Also the logits of all nodes, what the verification told, and the state after it."""
+    trees, draft_cache = draft_trees(settings, params, state)
+    logits, kv, info = verify_trees(settings, params.target, state, trees)
+    decoding = state.decoding
+    accepted = jax.vmap(partial(take_path, settings.tree.longest_path))(
+        trees, decoding.tokens, decoding.length, decoding.limit
+    )
+    if settings.budget is not None and settings.budget.gives_up:
+        live = _restricted(info)[-1].live.reshape(trees.tokens.shape)
+        accepted = jax.vmap(cut_path)(trees, accepted, live)
+    reached = state.reached + jnp.sum(_committed(settings, accepted, ~decoding.done), axis=0)
+    kv = keep_rows(kv, decoding.length - 1, accepted.path, settings.tree.size)
+    taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)  # pyright: ignore[reportArgumentType]
+    decoding = append_path(dataclasses.replace(decoding, cache=kv), trees, accepted)
+    return accepted, logits, info, SpeculationState(decoding, draft_cache, taps, reached)
 
 
 def nothing_followed(settings: SpeculationSettings, exact: Float[Array, "texts positions vocab"]) -> Followed:
@@ -144,22 +153,19 @@ def _add_rows(
 
 def add_sums(
     settings: SpeculationSettings, done: Followed, active: Bool[Array, " texts"], accepted: Accepted, info: ForwardInfo
-) -> tuple[Followed, Float[Array, "texts path"]]:
-    """One round more of every active text, and which depths it committed, the root's included."""
-    depth, count = jnp.arange(settings.tree.longest_path, dtype=jnp.int32)[None, :], len(active)
-    taking = active.astype(jnp.float32)
-    committed = (depth < accepted.count[:, None]) * taking[:, None]
+) -> Followed:
+    """One round more of every active text."""
+    count, taking = len(active), active.astype(jnp.float32)
     wanted = _distinct(experts_wanted(settings.target.config, info, count))
     read = _distinct(experts_read(settings.target.config, info, count))
     lost = [jnp.mean(r.replaced.reshape(count, -1), axis=1, dtype=jnp.float32) for r in _restricted(info)]
-    sums = done._replace(
+    return done._replace(
         rounds=done.rounds + taking,
-        committed=done.committed + committed[:, 1:],
+        committed=done.committed + _committed(settings, accepted, active)[:, 1:],
         wanted=done.wanted + taking * wanted,
         read=done.read + taking * read,
         replaced=done.replaced + taking * (sum(lost) / len(lost) if lost else jnp.zeros_like(taking)),
     )
-    return sums, committed
 
 
 def restrict_each(
@@ -194,6 +200,14 @@ def log_probabilities(
     attention = settings.target.attention
     hidden, _, _ = forward(config, params, ids, positions, mask, kv, settings.target.compute, attention=attention)
     return jax.nn.log_softmax(unembed(params, hidden), axis=-1)
+
+
+def _committed(
+    settings: SpeculationSettings, accepted: Accepted, active: Bool[Array, " texts"]
+) -> Float[Array, "texts path"]:
+    """Which depths a round committed a node of, the root's included, of every active text."""
+    depth = jnp.arange(settings.tree.longest_path, dtype=jnp.int32)[None, :]
+    return (depth < accepted.count[:, None]) * active.astype(jnp.float32)[:, None]
 
 
 def _restricted(info: ForwardInfo) -> list[Restricted]:
