@@ -2,15 +2,20 @@
 
 Names are those of EAGLE's repository (arXiv:2503.01840), `midlayer.*` for the first layer and `midlayer.{i}.*` for
 further ones; `canonical_name` brings those of other formats to it. `fc`, `o` and the MLP are published `[out, in]` and
-kept `[in, out]`.
+kept `[in, out]`. And a head of random parameters, which training starts from.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
 from moespec_jax.attention import Attention
 from moespec_jax.config import DraftConfig
+from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead, DraftLayer
 from moespec_jax.layers import GatedMlp
 from moespec_jax.tensors import Path, Tensor
@@ -111,6 +116,39 @@ def leaf_at(head: DraftHead, path: Path) -> Any:
         else:
             node = getattr(node, step)
     return node
+
+
+def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " draft_vocab"], key: Array) -> DraftHead:
+    """A head to start from, float32: the output head and last norm are the target's, everything else is random."""
+    d, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv, f = config.num_key_value_heads * config.head_dim, config.intermediate_size
+    keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 1))
+
+    def normal(*shape: int, fan_in: int) -> Array:
+        return jax.random.normal(next(keys), shape, jnp.float32) * fan_in**-0.5
+
+    def layer(first: bool) -> DraftLayer:
+        width = 2 * d if first else d
+        attention = Attention(
+            q=normal(q, width, fan_in=width), k=normal(kv, width, fan_in=width), v=normal(kv, width, fan_in=width),
+            o=normal(q, d, fan_in=q) * 0.1,
+            q_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
+            k_norm=jnp.ones(config.head_dim) if config.qk_norm == "head" else None,
+        )  # fmt: skip
+        mlp = GatedMlp(normal(d, f, fan_in=d), normal(d, f, fan_in=d), normal(f, d, fan_in=f) * 0.1)
+        return DraftLayer(jnp.ones(d), jnp.ones(d) if first else None, attention, jnp.ones(d), mlp)
+
+    unembedding = target.embed if target.lm_head is None else target.lm_head
+    norms = {"norm_before_fc": [config.aux_size], "fc_norm": [config.target_hidden_size] * len(config.boundaries)}
+    widths = [width for name, some in norms.items() if getattr(config, name) for width in some]
+    return DraftHead(
+        fc=normal(config.aux_size, d, fan_in=config.aux_size),
+        layers=tuple(layer(i == 0) for i in range(config.num_hidden_layers)),
+        norm=target.norm.astype(jnp.float32),
+        lm_head=unembedding[target_ids].astype(jnp.float32),
+        target_ids=target_ids,
+        fc_norms=tuple(jnp.ones(width) for width in widths),
+    )
 
 
 def _layer_table(config: DraftConfig, layer: int) -> dict[str, Tensor]:

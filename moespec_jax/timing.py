@@ -1,7 +1,7 @@
 """Ways to decode, timed in turns on the same prompts in one process."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +14,17 @@ from moespec_jax.model import Model, RequestError
 
 
 class Setting(NamedTuple):
-    """How to decode: plainly where `tree` is None, exactly where `budget` is. `batch` prompts at a time."""
+    """How to decode: plainly where `tree` is None, exactly where `budget` is; `batch` prompts at a time. Where there is
+    a `simulate`, rounds accept that many tokens on average, whatever the model says."""
 
     tree: TreeConfig | None = None
     budget: BudgetConfig | None = None
     batch: int = 1
+    simulate: float | None = None
+
+
+# Decodes all prompts once in a way (model, prompts, setting, new tokens), and tells what `decode_once` does or more.
+Once = Callable[[Model, Sequence[Sequence[int]], Setting, int], dict[str, Any]]
 
 
 def parse_tree(text: str) -> TreeConfig | None:
@@ -48,13 +54,14 @@ def take_turns(
     new_tokens: int,
     repeats: int,
     ledger: Ledger | None = None,
-    simulate: float | None = None,
+    once: Once | None = None,
 ) -> list[dict[str, dict[str, Any]]]:
     """Every setting decodes all prompts once a turn, greedily; `repeats` turns after one that compiles and warms up.
 
-    Returns a mapping for each turn from names to what `decode_once` tells, with the seconds of the first turn's
-    compilation under `compile_s`. Turns that `ledger` has are not taken again.
+    Returns a mapping for each turn from names to what `once` tells, by default `decode_once`, with the seconds of the
+    first turn's compilation under `compile_s`. Turns that `ledger` has are not taken again.
     """
+    once = once or decode_once
     turns: list[dict[str, dict[str, Any]]] = []
     compiled: dict[str, float] = {}
     with tqdm(total=(repeats + 1) * len(settings), unit="run", disable=None) as bar:
@@ -65,9 +72,9 @@ def take_turns(
                 if ledger is None or key not in ledger:
                     bar.set_description(name)
                     if name not in compiled:
-                        compiled[name] = decode_once(model, prompts, setting, new_tokens, simulate)["compile_s"]
+                        compiled[name] = once(model, prompts, setting, new_tokens)["compile_s"]
                         bar.update()
-                    told = decode_once(model, prompts, setting, new_tokens, simulate)
+                    told = once(model, prompts, setting, new_tokens)
                     told |= {"compile_s": compiled[name]}
                     row[name] = told if ledger is None else ledger.put(key, told)
                 else:
@@ -77,17 +84,14 @@ def take_turns(
     return turns
 
 
-def decode_once(
-    model: Model, prompts: Sequence[Sequence[int]], setting: Setting, new_tokens: int, simulate: float | None = None
-) -> dict[str, Any]:
+def decode_once(model: Model, prompts: Sequence[Sequence[int]], setting: Setting, new_tokens: int) -> dict[str, Any]:
     """All prompts, `setting.batch` at a time: seconds of decoding, prefill and compilation; tokens after each prompt's
     first; rounds (forward passes); and, means over rounds, what was accepted, wanted, read and kept."""
     batches = [prompts[i : i + setting.batch] for i in range(0, len(prompts), setting.batch)]
-    speculates = setting.tree is not None
     results = [
         model.generate(
             batch, tree=setting.tree, budget=setting.budget, max_new_tokens=new_tokens, ignore_eos=True,
-            simulate_accept_length=simulate if speculates else None,
+            simulate_accept_length=setting.simulate,
         )
         for batch in batches
     ]  # fmt: skip

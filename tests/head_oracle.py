@@ -10,7 +10,7 @@ import numpy as np
 
 from moespec_jax.config import DraftConfig
 from moespec_jax.draft import DraftHead
-from moespec_jax.train.trainer import random_head
+from moespec_jax.draft_tensors import random_head
 
 MODEL, VOCAB = 32, 48
 BASE = DraftConfig(

@@ -15,11 +15,11 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
+from moespec_jax.draft_tensors import random_head
 from moespec_jax.method import Method, plain_method, speculative_method
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, Speculator
-from moespec_jax.train.trainer import random_head
 
 GREEDY = SamplingConfig()
 

@@ -17,9 +17,9 @@ from convert import probe_draft
 from moespec_jax.backend import Backend
 from moespec_jax.config import DraftConfig
 from moespec_jax.draft_export import export_draft
+from moespec_jax.draft_tensors import random_head
 from moespec_jax.experts.dense import dense_experts
 from moespec_jax.model import Model, load
-from moespec_jax.train.trainer import random_head
 
 LAYERS, TRUE = 4, (1, 2, 4)
 DENSE = Backend("dense", "flat", False, dense_experts)

@@ -20,6 +20,7 @@ from moespec_jax.backend import Backend
 from moespec_jax.config import DraftConfig
 from moespec_jax.draft import DraftHead
 from moespec_jax.draft_checkpoint import load_draft
+from moespec_jax.draft_tensors import random_head
 from moespec_jax.experts.dense import dense_experts
 from moespec_jax.model import Model, RequestError, load
 from moespec_jax.train import run, trainer
@@ -143,7 +144,7 @@ def test_every_parameter_moves_and_the_target_does_not(model: Model, tmp_path: P
     before = jax.tree.map(np.array, model.params)
     recipe = recipe_of(model, OPTIMIZERS["adamw"])
     head = go(model, recipe, tmp_path)
-    first = trainer.random_head(recipe.draft, model.params, head.target_ids, jax.random.key(0))
+    first = random_head(recipe.draft, model.params, head.target_ids, jax.random.key(0))
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(head), jax.tree.leaves(first), strict=True):
         assert (np.asarray(new) != np.asarray(old)).any() == (path[0].name != "target_ids"), path
     assert same_bits(before, model.params)

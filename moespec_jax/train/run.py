@@ -26,6 +26,7 @@ from tqdm import tqdm
 from moespec_jax.backend import Backend
 from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
+from moespec_jax.draft_tensors import random_head
 from moespec_jax.files import read_json, write_json
 from moespec_jax.model import Model, RequestError
 from moespec_jax.moe import ExpertCompute
@@ -38,7 +39,6 @@ from moespec_jax.train.trainer import (
     evaluate_batch,
     finished_head,
     initial_state,
-    random_head,
     shard_batch,
     train_step,
 )
