@@ -55,11 +55,12 @@ def take_turns(
     repeats: int,
     ledger: Ledger | None = None,
     once: Once | None = None,
+    label: str = "turn",
 ) -> list[dict[str, dict[str, Any]]]:
     """Every setting decodes all prompts once a turn, greedily; `repeats` turns after one that compiles and warms up.
 
     Returns a mapping for each turn from names to what `once` tells, by default `decode_once`, with the seconds of the
-    first turn's compilation under `compile_s`. Turns that `ledger` has are not taken again.
+    first turn's compilation under `compile_s`. Turns that `ledger` has under this `label` are not taken again.
     """
     once = once or decode_once
     turns: list[dict[str, dict[str, Any]]] = []
@@ -68,7 +69,7 @@ def take_turns(
         for turn in range(repeats):
             row = {}
             for name, setting in settings.items():
-                key = f"turn {turn}, {name}"
+                key = f"{label} {turn}, {name}"
                 if ledger is None or key not in ledger:
                     bar.set_description(name)
                     if name not in compiled:
