@@ -93,6 +93,17 @@ ORDER = [
     "train.trainer",
     "train.run",
     "train.__main__",
+    "evaluate",
+    "evaluate.limited",
+    "evaluate.trial",
+    "evaluate.answers",
+    "evaluate.intervals",
+    "evaluate.ways",
+    "evaluate.generation",
+    "evaluate.loglikelihood",
+    "evaluate.model_args",
+    "evaluate.harness",
+    "evaluate.lm_eval",
     "demo",
 ]
 

@@ -1,0 +1,112 @@
+"""Questions that carry what a right answer is checked by: a number, or code that must pass."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from moespec_jax.evaluate.trial import Trial, complete, passes, read_trial
+from moespec_jax.model import RequestError
+
+# Thousands are set off by commas in groups of three: `1,2,3` are three numbers. A sign follows neither a word nor a
+# number: `7-3` ends in 3. A digit of a name (`x2`) is no number.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-\u2212])?[$€£]?(?<!\w)(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?"
+    r"|(?P<small>(?<![\w.])\.\d+)"
+)
+_MARK = "####"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and what its answer must be: a `number`, or code that passes a `trial`."""
+
+    prompt: str
+    number: Decimal | None = None
+    trial: Trial | None = None
+
+    def is_right(self, answer: str) -> bool:
+        """Whether an answer's number is the reference's, or its code passes."""
+        if self.trial is not None:
+            return passes(self.trial, complete(self.trial, answer))
+        return answered_number(answer) == self.number
+
+
+def answered_number(text: str) -> Decimal | None:
+    """The number behind the first `####`, as GSM8K marks answers, or else the last number of a text; None without any.
+    Commas between thousands, currency and percent signs do not count."""
+    _, _, marked = text.partition(_MARK)
+    numbers = [_value(match) for match in _NUMBER.finditer(marked)]
+    if numbers:
+        return numbers[0]
+    numbers = [_value(match) for match in _NUMBER.finditer(text)]
+    return numbers[-1] if numbers else None
+
+
+def read_questions(path: Path, run_code: bool) -> tuple[list[Question], dict[str, int]]:
+    """Questions of JSON lines with `turns` (the first is asked) and `reference`, and for how many lines there is
+    nothing to check an answer by, by reason. Code is asked for where the prompt holds a function; it must pass `test`
+    (with `entry_point`) or the prompt's own examples, which its reference must pass too.
+
+    Raises:
+        RequestError: there is no such file, it is not of this kind, or none of its lines can be checked.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RequestError(f"expected a file of questions at {path}; {reason}") from None
+    rows = [_read_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
+    questions: list[Question] = []
+    left_out: Counter[str] = Counter()
+    for row in tqdm(rows, desc=path.name, unit="question", disable=not run_code, leave=False):
+        found = _read_question(row, run_code)
+        if isinstance(found, Question):
+            questions.append(found)
+        else:
+            left_out[found] += 1
+    if not questions:
+        reasons = ", ".join(f"{count}: {reason}" for reason, count in left_out.items()) or "it is empty"
+        raise RequestError(f"expected questions whose answers can be checked in {path}; {reasons}")
+    return questions, dict(left_out)
+
+
+def _read_row(line: str, place: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+        turns, reference = row["turns"], row["reference"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        row, turns, reference = {}, None, None
+    if isinstance(reference, list):
+        reference = reference[0] if reference else None
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not isinstance(reference, str):
+        raise RequestError(f"expected a JSON object with texts 'turns' and 'reference' in {place}")
+    return row | {"prompt": turns[0], "reference": reference}
+
+
+def _read_question(row: dict[str, Any], run_code: bool) -> Question | str:
+    """A question, or why there is none."""
+    prompt, test = row["prompt"], row.get("test")
+    if test is None and re.search(r"^(?:async )?def \w+", prompt, re.MULTILINE) is None:
+        number = answered_number(row["reference"])
+        return "no number in its reference" if number is None else Question(prompt, number=number)
+    if not run_code:
+        return "code, which is only run with --run-code"
+    trial = read_trial(prompt, test, row.get("entry_point"))
+    if trial is None:
+        return "code without tests"
+    if not passes(trial, complete(trial, row["reference"])):
+        return "code whose own reference does not pass"
+    return Question(prompt, trial=trial)
+
+
+def _value(match: re.Match[str]) -> Decimal:
+    if match["small"] is not None:
+        return Decimal(match["small"])
+    value = Decimal(match["digits"].replace(",", "") + (match["part"] or ""))
+    return -value if match["sign"] else value

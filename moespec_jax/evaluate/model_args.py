@@ -1,0 +1,64 @@
+"""What `--model_args` of lm-evaluation-harness say: the flags of the commands here, without their dashes."""
+
+import argparse
+from typing import Any
+
+from moespec_jax.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.command import Parser
+from moespec_jax.model import RequestError
+
+# What lm-eval passes to every model, and JAX decides by itself.
+_IGNORED = ("device", "max_batch_size")
+_NONE = ("draft_model", "expert_budget", "budget_anchor", "compilation_cache")
+AUTO_BATCH = 16
+
+
+def read_model_args(given: dict[str, Any]) -> argparse.Namespace:
+    """Model arguments as a command line would give them. `pretrained` is `model`; `tree` is size/depth/top-k, or none
+    for plain decoding; of an `expert_budget` for each layer, slashes stand for commas, which lm-eval takes itself.
+
+    Raises:
+        RequestError: there is no such argument, or it has no such value.
+    """
+    parser = Parser(prog="model_args", allow_abbrev=False, add_help=False)
+    for add in (add_model_flags, add_tree_flags, add_budget_flags, add_profile_flag):
+        add(parser.add_argument_group())
+    parser.add_argument("--batch-size", type=_batch_size, default=1)
+    parser.add_argument("--max-length", type=int)
+    parser.add_argument("--max-gen-toks", type=int, default=256)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-thinking", action="store_true")
+    parser.add_argument("--plain", action="store_true")
+    arguments = parser.parse_args(_flags(given))
+    if arguments.batch_size < 1:
+        raise RequestError(f"expected a batch_size of at least 1; got {arguments.batch_size}")
+    return arguments
+
+
+def _flags(given: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in given.items():
+        # lm-eval reads `none` as a value of its own.
+        value = "none" if value is None and name in _NONE else value
+        flag = "--" + {"pretrained": "model"}.get(name, name).replace("_", "-")
+        if name == "tree":
+            flags += _tree_flags(value)
+        elif name == "expert_budget":
+            flags.append(f"{flag}={value}".replace("/", ","))
+        elif value is True:
+            flags.append(flag)
+        elif name not in _IGNORED and value not in (None, False):
+            flags.append(f"{flag}={value}")
+    return flags
+
+
+def _tree_flags(value: Any) -> list[str]:
+    if value in (None, "none"):
+        return ["--plain"]
+    numbers = str(value).split("/")
+    names = ("--tree-size", "--tree-depth", "--tree-top-k")
+    return [f"{name}={number}" for name, number in zip(names, numbers, strict=False)] + numbers[3:]
+
+
+def _batch_size(text: str) -> int:
+    return AUTO_BATCH if text.startswith("auto") else int(text)
