@@ -104,6 +104,13 @@ ORDER = [
     "evaluate.model_args",
     "evaluate.harness",
     "evaluate.lm_eval",
+    "tune",
+    "tune.replay",
+    "tune.cost",
+    "tune.candidates",
+    "tune.search",
+    "tune.report",
+    "tune.__main__",
     "demo",
 ]
 

@@ -1,0 +1,96 @@
+"""Settings that might be the best, with what is predicted of each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import TreeConfig
+from moespec_jax.timing import Setting, tree_name
+from moespec_jax.tune.cost import Cost
+from moespec_jax.tune.replay import replay
+
+# Rules that keep most of the quality at a budget, and the one that keeps all of it (docs/budgets.md).
+LOSSY_RULES: dict[str, dict[str, Any]] = {
+    "path, squares": {},
+    "faithfulness 0.3": dict(anchor="root", faithfulness=0.3),
+    "guarantee 0, faithfulness 0.5": dict(coverage="guarantee", guarantee=0.0, faithfulness=0.5),
+}
+EXACT_RULES: dict[str, dict[str, Any]] = {
+    "guarantee 0, faithfulness 1": dict(coverage="guarantee", guarantee=0.0, faithfulness=1.0),
+}
+# What the cost of a round is fitted to: the corners of what is searched, and some of its middle.
+ANCHORS = [
+    TreeConfig(0, 1, 2), TreeConfig(2, 1, 4), TreeConfig(6, 1, 8), TreeConfig(2, 2, 6), TreeConfig(4, 4, 16),
+    TreeConfig(5, 8, 32), TreeConfig(7, 10, 60),
+]  # fmt: skip
+BUDGETED_ANCHORS = [TreeConfig(4, 4, 16), TreeConfig(7, 10, 60)]
+
+
+class Candidate(NamedTuple):
+    """A setting with what is predicted of it, and of a budget, what it was measured to lose: divergence in nats and
+    share of equal first choices, by prefix, with 95 % intervals."""
+
+    name: str
+    setting: Setting
+    accept_length: float
+    experts: float
+    round_s: float
+    loss: dict[str, Any] | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Predicted."""
+        return self.accept_length / self.round_s
+
+
+def grid(depth: int, top_ks: Iterable[int], sizes: Iterable[int]) -> list[TreeConfig]:
+    """Every tree up to this depth of these widths and sizes. Chains have the one size that keeps them whole."""
+    trees = []
+    for top_k in top_ks:
+        for d in range(depth + 1):
+            if top_k == 1:
+                trees.append(TreeConfig(d, 1, d + 2))
+                continue
+            pool = TreeConfig(d, top_k, 2).pool
+            # A tree of fewer nodes than levels leaves its last levels empty; one of its whole first level is no tree.
+            trees += [TreeConfig(d, top_k, size) for size in sizes if max(d + 2, top_k) < size <= pool + 1]
+    return trees
+
+
+def exact_candidates(
+    trees: Sequence[TreeConfig], ranks: Mapping[int, np.ndarray], experts: Mapping[int, float], cost: Cost
+) -> list[Candidate]:
+    """Every tree without a budget, the fastest predicted first. `ranks` come by top-k (`replay.path_ranks`), `experts`
+    wanted by size."""
+    found = []
+    for tree in trees:
+        wanted = float(np.interp(tree.size, list(experts), list(experts.values())))
+        length = replay(ranks[tree.top_k], tree).accept_length
+        found.append(Candidate(tree_name(tree), Setting(tree), length, wanted, cost.round_s(tree, wanted)))
+    return sorted(found, key=lambda c: -c.tokens_per_s)
+
+
+def trees_for_budgets(exact: Sequence[Candidate], budgets: Sequence[int], cost: Cost, count: int) -> list[TreeConfig]:
+    """The `count` trees that would be fastest if the budgets cost no acceptance, two of each budget at the most."""
+    found: dict[TreeConfig, float] = {}
+    for budget in budgets:
+        speeds = {
+            c.setting.tree: c.accept_length / cost.round_s(c.setting.tree, min(budget, c.experts))
+            for c in exact
+            if c.setting.tree is not None and c.experts > budget
+        }
+        for tree in sorted(speeds, key=lambda t: -speeds[t])[:2]:
+            found[tree] = max(found.get(tree, 0.0), speeds[tree])
+    return sorted(found, key=lambda t: -found[t])[:count]
+
+
+def budgeted_candidate(
+    tree: TreeConfig, rule_name: str, budget: BudgetConfig, measured: Mapping[str, Any], cost: Cost
+) -> Candidate:
+    """A tree under a budget, of which following texts told `measured` (`fidelity.summary`)."""
+    name = f"{tree_name(tree)} B={budget.experts} {rule_name}"
+    loss = {key: measured[key] for key in ("kl", "kl_95", "top1", "top1_95")}
+    length, experts = measured["accept_length"], measured["experts_read"]
+    return Candidate(name, Setting(tree, budget), length, experts, cost.round_s(tree, experts), loss)

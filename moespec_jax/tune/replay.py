@@ -1,0 +1,142 @@
+"""How many tokens a round gains under every tree at once, from drafting once at every position of known texts.
+
+A greedy target accepts of a tree the path that its own continuation takes. So where that continuation is known, no tree
+need be verified to know what would be accepted: it is enough to draft, at every position, the whole pool of a width
+(`TreeConfig.top_k`) and to find the continuation's nodes in it. A tree of depth d and size n keeps the n - 1 best of
+the pool's first d + 1 levels, hence a node is in it if its rank among those is below n - 1. Rounds are then replayed
+from position to position, as decoding would make them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.attention import causal_mask
+from moespec_jax.cache import empty_cache
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoder import Decoder, forward
+from moespec_jax.fidelity import with_texts
+from moespec_jax.model import Model
+from moespec_jax.run import Batch, Run
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, draft_trees
+from moespec_jax.tree import Tree
+
+# The rank of what is not in the pool.
+ABSENT = np.iinfo(np.int32).max
+
+
+class Acceptance(NamedTuple):
+    """Of one tree: tokens a round gains, and the share of rounds that accept a node of depth 1, 2, ..."""
+
+    accept_length: float
+    accepted_by_depth: list[float]
+
+
+def whole_pool(depth: int, top_k: int) -> TreeConfig:
+    """The tree that keeps everything it drafts."""
+    return TreeConfig(depth, top_k, TreeConfig(depth, top_k, 2).pool + 1)
+
+
+def path_ranks(
+    model: Model, texts: Sequence[Sequence[int]], prompts: Sequence[int], depth: int, top_k: int, steps: int
+) -> np.ndarray:
+    """Where the continuation's nodes rank in the pools drafted at `steps` positions of every text.
+
+    Args:
+        model: target and draft head.
+        texts: token ids, each at least `prompts[i] + steps + depth + 1` long.
+        prompts: lengths of the prompts; the first position's root is the token after.
+        depth: of the deepest tree.
+        top_k: width of all trees.
+        steps: positions of each text to draft at.
+
+    Returns:
+        int32 [texts, steps, levels, depths]: the rank of the node at depth `level + 1` among the pool of a tree of
+        depth 0, 1, ...; `ABSENT` where the continuation left the pool.
+    """
+    method = model.method(SamplingConfig(), whole_pool(depth, top_k))
+    assert isinstance(method.settings, SpeculationSettings)
+    begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
+    run = Run(model.programs, method, Batch(begun, [len(text) for text in texts], (), 0))
+    state = with_texts(run.state_after(0), texts, prompts)
+    program = jax.jit(partial(_ranks_along, method.settings, steps, max(map(len, texts))))
+    return np.asarray(program(method.params, state))
+
+
+def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
+    """Rounds of one tree over all texts, each starting where the last one ended."""
+    levels = tree.depth + 1
+    accepted = (ranks[:, :, :levels, tree.depth] < tree.size - 1).sum(axis=2)
+    steps, counts = ranks.shape[1], np.zeros(levels + 1, np.int64)
+    for text in accepted:
+        position = 0
+        while position < steps:
+            counts[text[position]] += 1
+            position += 1 + int(text[position])
+    reached = counts[::-1].cumsum()[::-1] / counts.sum()
+    longest = tree.longest_path
+    return Acceptance(float(reached[1:].sum()) + 1.0, reached[1:longest].tolist())
+
+
+def _ranks_along(
+    settings: SpeculationSettings, steps: int, longest: int, params: Speculator, state: SpeculationState
+) -> Int[Array, "texts steps levels depths"]:
+    taps = _exact_taps(settings, params.target, state.decoding.tokens[:, :longest])
+    start = state.decoding.length
+
+    def draft(draft_cache: object, step: Array) -> tuple[object, Array]:
+        length = start + step
+        row = jnp.take_along_axis(taps, (length - 2)[:, None, None], axis=1)
+        padded = jnp.concatenate([row, jnp.zeros_like(state.taps[:, 1:])], axis=1)
+        decoding = dataclasses.replace(state.decoding, length=length)
+        now = dataclasses.replace(state, decoding=decoding, draft_cache=draft_cache, taps=padded)
+        trees, draft_cache = draft_trees(settings, params, now)
+        find = partial(_path_ranks, settings.tree)
+        return draft_cache, jax.vmap(find)(trees, state.decoding.tokens, length)
+
+    _, ranks = jax.lax.scan(draft, state.draft_cache, jnp.arange(steps, dtype=jnp.int32))
+    return jnp.swapaxes(ranks, 0, 1)
+
+
+def _exact_taps(
+    settings: SpeculationSettings, target: Decoder, texts: Int[Array, "texts tokens"]
+) -> Float[Array, "texts tokens aux"]:
+    """The target's states that the head reads, of every token: one plain pass."""
+    config = settings.target.config
+    positions = jnp.broadcast_to(jnp.arange(texts.shape[1], dtype=jnp.int32)[None, :], texts.shape)
+    mask = causal_mask(positions, texts.shape[1])
+    kv = empty_cache(config, texts.shape[0], texts.shape[1], target.embed.dtype, stacked=target.stacked)
+    compute, attention = settings.target.compute, settings.target.attention
+    _, _, info = forward(
+        config, target, texts, positions, mask, kv, compute, boundaries=settings.draft.boundaries, attention=attention
+    )
+    assert info.taps is not None
+    return info.taps
+
+
+def _path_ranks(
+    tree: TreeConfig, pool: Tree, text: Int[Array, " tokens"], length: Int[Array, ""]
+) -> Int[Array, "levels depths"]:
+    """Ranks of the nodes that a text takes in a whole pool whose root is its token at `length - 1`."""
+    levels, k = tree.depth + 1, tree.top_k
+    level = jnp.concatenate([jnp.zeros((k,), jnp.int32), 1 + jnp.arange(tree.depth * k**2, dtype=jnp.int32) // k**2])
+    tokens, scores = pool.tokens[1:], pool.scores[1:]
+    # Higher scores first, then the lower place in the pool, as when the tree is cut.
+    order = jnp.argsort(-scores, stable=True)
+    within = level[None, order] <= jnp.arange(levels, dtype=jnp.int32)[:, None]
+    rank = jnp.zeros_like(within, jnp.int32).at[:, order].set(jnp.cumsum(within, axis=1, dtype=jnp.int32) - 1)
+
+    def step(node: Array, depth: Array) -> tuple[Array, Array]:
+        child = (pool.parents[1:] == node) & (tokens == text[length + depth]) & (level == depth)
+        found, index = jnp.any(child), jnp.argmax(child).astype(jnp.int32)
+        deep_enough = jnp.arange(levels, dtype=jnp.int32) >= depth
+        return jnp.where(found, index + 1, -2), jnp.where(found & deep_enough, rank[:, index], ABSENT)
+
+    return jax.lax.scan(step, jnp.int32(0), jnp.arange(levels, dtype=jnp.int32))[1]

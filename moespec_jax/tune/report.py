@@ -1,0 +1,116 @@
+"""What a search found, in words, as a table and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from moespec_jax.tune.search import PLAIN, Bound, Finalist, Outcome
+
+
+def verdict(outcome: Outcome, bound: Bound) -> str:
+    """What to do, and what it rests on."""
+    plain = outcome.plain_tokens_per_s["median"]
+    if outcome.best is None:
+        first = outcome.finalists[0]
+        return (
+            f"Plain decoding wins: {plain:.0f} tokens/s. The fastest speculation within {bound_text(bound)} is"
+            f" {first.candidate.name} at {_times(first.over_plain)} of it. The profile says plain decoding."
+        )
+    best = outcome.best
+    kind = "EXACT" if best.exact else f"LOSSY ({_loss(best)})"
+    return (
+        f"{best.candidate.name}, {kind}: {best.tokens_per_s['median']:.0f} tokens/s, {_times(best.over_plain)} of plain"
+        f" decoding's {plain:.0f}; {best.accept_length:.2f} tokens a round."
+    )
+
+
+def bound_text(bound: Bound) -> str:
+    """What may be lost, in words."""
+    if bound.exact:
+        return "no loss at all"
+    parts = [] if bound.max_kl is None else [f"a divergence of {bound.max_kl:g} nats"]
+    parts += [] if bound.min_agreement is None else [f"{bound.min_agreement:.1%} equal first choices"]
+    return " and ".join(parts)
+
+
+def rows(outcome: Outcome) -> list[dict[str, Any]]:
+    """One for each finalist, the fastest first, and plain decoding's: what was predicted and what was measured."""
+    found: list[dict[str, Any]] = [
+        {
+            "setting": one.candidate.name,
+            "exact": one.exact,
+            "predicted_tokens_per_s": round(one.candidate.tokens_per_s, 2),
+            "tokens_per_s": _rounded(one.tokens_per_s),
+            "predicted_over_measured": round(one.candidate.tokens_per_s / one.tokens_per_s["median"], 4),
+            "over_plain": _rounded(one.over_plain),
+            "predicted_accept_length": round(one.candidate.accept_length, 4),
+            "accept_length": round(one.accept_length, 4),
+            "loss": one.candidate.loss,
+        }
+        for one in outcome.finalists
+    ]
+    return [*found, {"setting": PLAIN, "exact": True, "tokens_per_s": _rounded(outcome.plain_tokens_per_s)}]
+
+
+def table(outcome: Outcome) -> str:
+    """Markdown."""
+    head = ["setting (size/depth/top-k)", "output", "predicted tokens/s", "measured", "over plain", "tokens a round"]
+    lines = [head + ["divergence", "first choices"], ["---"] * (len(head) + 2)]
+    for one in outcome.finalists:
+        loss = one.candidate.loss
+        kl, top1 = ("0", "100%") if loss is None else (f"{loss['kl']:.4f}", f"{loss['top1']:.1%}")
+        lines.append(
+            [
+                one.candidate.name, "exact" if one.exact else "LOSSY", f"{one.candidate.tokens_per_s:.0f}",
+                _range(one.tokens_per_s), _times(one.over_plain), f"{one.accept_length:.2f}", kl, top1,
+            ]
+        )  # fmt: skip
+    lines.append([PLAIN, "exact", "", _range(outcome.plain_tokens_per_s), "1.00x", "1.00", "0", "100%"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(outcome: Outcome, file: Path) -> None:
+    """Measured speed of every finalist with its range, beside what was predicted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = outcome.finalists[::-1]
+    figure, axes = plt.subplots(figsize=(8.0, 1.4 + 0.36 * len(shown)), layout="constrained")
+    for place, one in enumerate(shown):
+        colour = "#0072b2" if one.exact else "#d55e00"
+        speed = one.tokens_per_s
+        axes.plot([speed["min"], speed["max"]], [place, place], color=colour, linewidth=3, alpha=0.35)
+        axes.plot(speed["median"], place, "o", color=colour, label="exact" if one.exact else "lossy")
+        axes.plot(one.candidate.tokens_per_s, place, "x", color="0.25", label="predicted")
+    plain = outcome.plain_tokens_per_s["median"]
+    axes.axvline(plain, color="0.5", linestyle=":", label="plain decoding")
+    axes.set_yticks(range(len(shown)), [one.candidate.name for one in shown], fontsize=8)
+    axes.set(xlabel="tokens a second (median and range; size/depth/top-k)", xlim=(0, None))
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
+    axes.spines[["top", "right"]].set_visible(False)
+    temporary = file.with_name(file.name + ".incomplete.png")
+    figure.savefig(temporary, dpi=150, metadata={"Software": ""})
+    plt.close(figure)
+    temporary.replace(file)
+
+
+def _loss(finalist: Finalist) -> str:
+    loss = finalist.candidate.loss
+    assert loss is not None
+    low, high = loss["kl_95"]
+    return f"divergence {loss['kl']:.4f} nats, {low:.4f} to {high:.4f}; {loss['top1']:.1%} equal first choices"
+
+
+def _times(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def _range(values: dict[str, float]) -> str:
+    return f"**{values['median']:.0f}** ({values['min']:.0f} to {values['max']:.0f})"
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
