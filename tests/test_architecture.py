@@ -83,6 +83,7 @@ ORDER = [
     "timing",
     "follow",
     "fidelity",
+    "pictures",
     "train",
     "train.records",
     "train.regenerate",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["moespec_jax", "convert", "benchmarks", "tests"]
+SOURCES = ["moespec_jax", "convert", "benchmarks", "notebooks", "tests"]
 
 
 @pytest.mark.parametrize(

@@ -241,14 +241,12 @@ def _step_of(line: str) -> float:
 def draw_training(log: Path, picture: Path, tokens_per_step: int) -> None:
     """Loss of the first draft step, and accuracy of every one, against tokens seen; accuracy is that on held-out rows
     where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seen = [(row["step"] + 1) * tokens_per_step / 1e6 for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")  # not pyplot's: whose backend is the caller's
+    left, right = figure.subplots(1, 2)
     left.plot(seen, [row["loss"][0] for row in rows], linewidth=0.8)
     left.set(xlabel="million tokens", ylabel="training loss of the first draft step")
     held_out = any("held_out_accuracy" in row for row in rows)
@@ -262,4 +260,3 @@ def draw_training(log: Path, picture: Path, tokens_per_step: int) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
