@@ -207,7 +207,7 @@ def _committed(
 ) -> Float[Array, "texts path"]:
     """Which depths a round committed a node of, the root's included, of every active text."""
     depth = jnp.arange(settings.tree.longest_path, dtype=jnp.int32)[None, :]
-    return (depth < accepted.count[:, None]) * active.astype(jnp.float32)[:, None]
+    return ((depth < accepted.count[:, None]) & active[:, None]).astype(jnp.float32)
 
 
 def _restricted(info: ForwardInfo) -> list[Restricted]:
