@@ -1,15 +1,15 @@
 """Flags that several command lines share - model, tree, budget - and what they ask for."""
 
 import argparse
-import functools
 import sys
+from pathlib import Path
 from typing import Literal
 
 from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.files import parse_numbers
-from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
+from moespec_jax.model import DEMO_DRAFT, DEMO_TARGET, Model, RequestError, load
 from moespec_jax.profile import read_profile
 
 # Flags of a budget's rule, and the setting each is about.
@@ -20,13 +20,18 @@ _RULE = {
 }  # fmt: skip
 
 
-def load_asked(arguments: argparse.Namespace, budget: BudgetConfig | None = None) -> Model:
-    """The model and draft head that the flags name, if they can have the budget that is asked for.
+def load_asked(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> Model:
+    """The model and draft head that the flags name, if they can have the budgets that are asked for.
 
     Raises:
         CheckpointError: they cannot be loaded.
-        RequestError: they cannot have the budget.
+        RequestError: they cannot have a budget.
     """
+
+    def check(config: DecoderConfig) -> None:
+        for budget in budgets:
+            check_budget(budget, config)
+
     return load(
         arguments.model,
         arguments.draft_model,
@@ -36,7 +41,7 @@ def load_asked(arguments: argparse.Namespace, budget: BudgetConfig | None = None
         offline=arguments.offline,
         dtype=arguments.dtype,
         progress=sys.stderr.isatty(),
-        check=functools.partial(check_budget, budget),
+        check=check,
     )
 
 
@@ -121,6 +126,13 @@ def parse_budget(text: str) -> int | float | tuple[int | float, ...]:
             f" sparse layer between commas; got {text!r}"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def shown_name(name: str) -> str:
+    """What results call a model or a head: a hub id as it is, of a directory its name, for its place means nothing on
+    another machine."""
+    embedded = {DEMO_TARGET: "the embedded target", DEMO_DRAFT: "the embedded head"}
+    return embedded.get(name) or (Path(name).resolve().name if Path(name).exists() else name)
 
 
 def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:
