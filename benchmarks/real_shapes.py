@@ -15,7 +15,6 @@ marked as simulated.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -30,19 +29,17 @@ import jax.numpy as jnp
 from benchmarks.speculation import spread
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS, Backend, default_backend
+from moespec_jax.bench.random_pair import random_pair, shapes_of
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.ceiling import copy_bandwidth, verification_bytes
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import Settings, experts_read, experts_wanted, mean_distinct_experts
-from moespec_jax.families import read_config
 from moespec_jax.method import plain_method, speculative_method
-from moespec_jax.parameters import random_decoder
 from moespec_jax.programs import Programs
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS, draft_config
+from moespec_jax.shapes import MODELS
 from moespec_jax.speculate import SpeculationSettings, Speculator, draft_trees, speculation_rounds, verify_trees
-from moespec_jax.train.trainer import random_head
 
 PROMPT, ROUNDS = 128, 32
 
@@ -86,35 +83,14 @@ def main() -> int:
     return 0
 
 
-def shapes_of(model: str, layers: int | None) -> tuple[DecoderConfig, DraftConfig]:
-    """Target and head of a published pair, cut to `layers`, or of a toy."""
-    published = "OLMoE-1B-7B" if model == "toy" else model
-    fields: dict[str, Any] = dict(MODELS[published])
-    changes: dict[str, Any] = {}
-    if model == "toy":
-        small = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, vocab_size=512)
-        fields |= small | dict(num_hidden_layers=3, num_experts=16, num_experts_per_tok=2)
-        changes = dict(draft_vocab_size=256, intermediate_size=96, boundaries=(0, 1, 2))
-    if layers is not None:
-        fields["num_hidden_layers"], changes["boundaries"] = layers, (0, layers // 2, layers)
-    config = read_config(fields)
-    return config, draft_config(published, config, **changes)
-
-
 def measure(
     config: DecoderConfig, draft: DraftConfig, backend: Backend, dtype: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The report of one model."""
-    target = random_decoder(config, backend, jax.random.key(0), dtype)
-    # Random attention drowns an embedding of the usual size, and all tokens look alike to the routers.
-    target = dataclasses.replace(target, embed=target.embed * 50)
-    ids = jnp.arange(draft.draft_vocab_size, dtype=jnp.int32)
-    head = jax.tree.map(
-        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
-        random_head(draft, target, ids, jax.random.key(1)),
-    )
     settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
-    params, bandwidth = Speculator(target, head), copy_bandwidth()
+    # Tokens spread evenly over the experts: a verification's most.
+    params, bandwidth = random_pair(config, draft, backend, dtype, exponent=0.0), copy_bandwidth()
+    target = params.target
     cases = []
     for name in options.trees:
         size, depth, top_k = (int(part) for part in name.split("/"))

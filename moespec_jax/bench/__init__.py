@@ -1,0 +1,1 @@
+"""Ways to decode against each other on one device: `python -m moespec_jax.bench`."""

@@ -1,0 +1,75 @@
+"""The rows as a picture: speed by setting, with its range, exact and lossy apart."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moespec_jax.bench.table import groups, output_word
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's, which colour-blind people tell apart.
+EXACT, BUDGETS = "#0072B2", ("#E69F00", "#D55E00", "#CC79A7", "#009E73")
+
+
+def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel for each set of prompts and batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = groups(rows)
+    heights = [0.9 + 0.3 * len(part) for part in parts]
+    figure, panels = pyplot.subplots(
+        len(parts), 1, figsize=(8.5, sum(heights) + 1.0), squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    for axes, part in zip(panels[:, 0], parts, strict=True):
+        draw_speeds(axes, part)
+    first = rows[0]
+    marked = "SIMULATED acceptance and routing skew, random weights\n" if first["simulated"] else ""
+    figure.suptitle(
+        f"{marked}{first['model']}, {first['device']}, {first['dtype']};"
+        f" median and range of {first['repeats']} turns", fontsize=10,
+    )  # fmt: skip
+    temporary = path.with_name(path.name + ".incomplete")
+    figure.savefig(temporary, dpi=130, format="png")
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+def draw_speeds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
+    """A bar for each row from top to bottom, with a line at plain decoding and one at the best exact setting."""
+    budgets = list(dict.fromkeys(row["expert_budget"] for row in rows if row["expert_budget"] is not None))
+    colours = {budget: BUDGETS[i % len(BUDGETS)] for i, budget in enumerate(budgets)} | {None: EXACT}
+    for place, row in enumerate(rows):
+        speed = row["output_throughput"]
+        median, low, high = speed["median"], speed["min"], speed["max"]
+        hatch = None if row["expert_budget"] is None or row["exact"] else "///"
+        axes.barh(place, median, color=colours[row["expert_budget"]], hatch=hatch, edgecolor="white", height=0.75)
+        axes.plot([low, high], [place, place], color="0.15", linewidth=1.4, solid_capstyle="butt")
+        axes.annotate(
+            f"{median:.0f}" if median >= 100 else f"{median:.3g}", (high, place), (4, 0), va="center", fontsize=8,
+            textcoords="offset points",
+        )  # fmt: skip
+    by_name = {row["setting"]: row["output_throughput"]["median"] for row in rows}
+    for name in dict.fromkeys((rows[0]["setting"], rows[0]["best_exact"])):
+        called = "plain" if name == rows[0]["setting"] else "best exact"
+        axes.axvline(by_name[name], color="0.3", linewidth=1, linestyle=":" if called == "plain" else "--", zorder=0)
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    batch = f", {rows[0]['batch_size']} at a time" if rows[0]["batch_size"] > 1 else ""
+    axes.set_title(f"{rows[0]['prompts']}, {rows[0]['count']} prompts{batch}", fontsize=9, loc="left")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(
+        f"tokens a second (dotted: plain decoding; dashed: best exact setting, {rows[0]['best_exact']})", fontsize=8
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label(row: dict[str, Any]) -> str:
+    """`60/7/10, B = 0.5 (LOSSY)`."""
+    budget = "" if row["expert_budget"] is None else f", B = {row['expert_budget']}"
+    return f"{row['tree']}{budget} ({output_word(row)})"

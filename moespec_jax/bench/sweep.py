@@ -1,0 +1,130 @@
+"""Which ways to decode are compared: trees or SpecForge's configs, each without a budget and under every budget."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from moespec_jax.arguments import add_rule_flags, parse_budget, rule_of
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import TreeConfig
+from moespec_jax.model import Model, RequestError
+from moespec_jax.timing import Setting, parse_tree, tree_name
+from moespec_jax.tree import check_draft_vocabulary
+
+TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
+BUDGETS = ("0.5", "0.25")
+
+
+def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
+    """`--trees` or `--config-list`, `--budgets`, and the budgets' rule."""
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--trees",
+        nargs="+",
+        metavar="SIZE/DEPTH/TOP-K",
+        help=f"trees to draft, one prompt at a time; plain is always measured ({' '.join(TREES)})",
+    )
+    which.add_argument(
+        "--config-list",
+        nargs="+",
+        metavar="B,S,K,N",
+        help="the same in SpecForge's spelling: batch size, steps (our depth + 1), top-k and draft tokens (our size);"
+        " zeros after the batch size are plain decoding: 1,0,0,0 1,3,1,4 1,8,10,60",
+    )
+    group.add_argument(
+        "--budgets",
+        nargs="+",
+        metavar="B",
+        default=list(BUDGETS),
+        help="expert budgets for each tree, as numbers or fractions of the experts; without one (none) every tree is"
+        f" measured anyway ({' '.join(BUDGETS)})",
+    )
+    add_rule_flags(group)
+
+
+def sweep(arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None) -> dict[str, Setting]:
+    """All settings by name, those that are compared with before those that are compared. `simulate` says how many
+    tokens a round of a tree is made to accept.
+
+    Raises:
+        RequestError: there is no such tree, config or budget, or one is named twice.
+    """
+    if arguments.config_list:
+        shapes = [parse_config(text) for text in arguments.config_list]
+    else:
+        shapes = [(1, parse_tree(text)) for text in arguments.trees or TREES]
+    batches = list(dict.fromkeys(batch for batch, _ in shapes))
+    drafted = [(batch, tree) for batch, tree in shapes if tree is not None]
+    settings = [Setting(batch=batch) for batch in batches]
+    for batch, tree in drafted:
+        length = None if simulate is None else simulate(tree)
+        settings += [Setting(tree, budget, batch, length) for budget in (None, *budgets_of(arguments))]
+    named = {setting_name(setting): setting for setting in settings}
+    if len(named) < len(settings):
+        raise RequestError("expected trees and budgets that differ; some of these are the same")
+    return named
+
+
+def parse_config(text: str) -> tuple[int, TreeConfig | None]:
+    """Batch size and tree from `batch-size,steps,topk,num-draft-tokens`; no tree where the three are 0.
+
+    Raises:
+        RequestError: there is no such config.
+    """
+    try:
+        batch, steps, top_k, size = (int(part) for part in text.split(","))
+        if batch < 1:
+            raise ValueError("the batch size is below 1")
+        return batch, None if (steps, top_k, size) == (0, 0, 0) else TreeConfig(steps - 1, top_k, size)
+    except ValueError as error:
+        raise RequestError(
+            f"expected a config as batch-size,steps,topk,num-draft-tokens (1,8,10,60, or 1,0,0,0 for plain decoding);"
+            f" got {text!r}: {error}"
+        ) from None
+
+
+def budgets_of(arguments: argparse.Namespace) -> list[BudgetConfig]:
+    """The budgets that the flags ask for beside none.
+
+    Raises:
+        RequestError: there is no such budget, or a rule without one.
+    """
+    given, rule = [text for text in arguments.budgets if text != "none"], rule_of(arguments)
+    if rule and not given:
+        raise RequestError("expected --budgets with the flags of a budget's rule; there are none")
+    try:
+        return [BudgetConfig(parse_budget(text), **rule) for text in given]  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def check_sweep(settings: Sequence[Setting], model: Model, count: int) -> None:
+    """Refuse what this model, or a set of `count` prompts, cannot have, before anything is timed.
+
+    Raises:
+        RequestError: there is no draft head, or it knows too few tokens; or batches do not come out even.
+    """
+    trees = {setting.tree for setting in settings if setting.tree is not None}
+    if model.draft is None and trees:
+        raise RequestError("expected a draft head (--draft-model) to draft trees with, or --config-list 1,0,0,0 alone")
+    for tree in trees:
+        try:
+            check_draft_vocabulary(tree, model.draft.config.draft_vocab_size if model.draft else 0)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    for setting in settings:
+        if count % setting.batch:
+            raise RequestError(f"expected as many prompts as fill batches of {setting.batch}; there are {count}")
+
+
+def setting_name(setting: Setting) -> str:
+    """`4/2/1`, `4/2/1 B=0.5`, `plain x8`: tree, budget, and batch size where it is not 1."""
+    budget = "" if setting.budget is None else f" B={budget_name(setting.budget)}"
+    return tree_name(setting.tree) + budget + ("" if setting.batch == 1 else f" x{setting.batch}")
+
+
+def budget_name(budget: BudgetConfig | None) -> str:
+    """As it was asked for: a number or fraction, or one for each layer between commas."""
+    if budget is None:
+        return "none"
+    experts = budget.experts
+    return ",".join(f"{e:g}" for e in experts) if isinstance(experts, tuple) else f"{experts:g}"

@@ -1,0 +1,90 @@
+"""The rows as a table for people: Markdown whose columns stand under each other."""
+
+from collections.abc import Sequence
+from typing import Any
+
+HEAD = (
+    "tree", "budget", "output", "tokens/s", "over plain", "over exact, same tree", "over best exact", "tokens a round",
+    "experts read (wanted)", "mass kept", "plain's text", "copy bandwidth: round, verification", "compile s",
+)  # fmt: skip
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """What was measured on what, and a table for each set of prompts and batch size."""
+    sections = [heading(rows[0])]
+    for part in groups(rows):
+        first, exact = part[0], part[0]["best_exact"]
+        what = f"{first['prompts']}: {first['count']} prompts, {first['new_tokens']} new tokens each"
+        what += f", {first['batch_size']} at a time" if first["batch_size"] > 1 else ""
+        cells = [HEAD, *([*map(str, cells_of(row))] for row in part)]
+        sections += [f"{what}. Best exact setting, by its median: **{exact}**.", aligned(cells)]
+    return "\n\n".join([*sections, footing(rows[0])]) + "\n"
+
+
+def heading(row: dict[str, Any]) -> str:
+    """Model, device and versions; and, before all, that it is a simulation where it is one."""
+    head = "none" if row["draft_model"] is None else row["draft_model"]
+    text = (
+        f"{row['model']} with draft head {head} ({row['weights']}); {row['device']}, {row['dtype']},"
+        f" jax {row['versions']['jax']}, moespec_jax {row['versions']['moespec_jax']}"
+    )
+    if row["simulated"]:
+        text = f"SIMULATED acceptance and SIMULATED routing skew: times mean something, texts do not.\n\n{text}"
+    return text
+
+
+def footing(row: dict[str, Any]) -> str:
+    """How to read the table."""
+    return (
+        f"Greedy; median and range of {row['repeats']} turns in one process, ratios of the same turn; prefill and"
+        " compilation are not in them. Experts: distinct ones a layer and pass, of"
+        f" {row['num_experts']}. Copy bandwidth: what the verification must read at"
+        f" {row['copy_gb_per_s']:.1f} GB/s, measured here, over the time of a round, and of the verification alone."
+    )
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that can be compared: of the same prompts and batch size, in order."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["prompts"], row["batch_size"]), []).append(row)
+    return list(found.values())
+
+
+def output_word(row: dict[str, Any]) -> str:
+    """What comes out: `exact`, `LOSSY`, or `simulated`, which is not the model's."""
+    if row["simulated"]:
+        return "simulated"
+    return "exact" if row["exact"] else "LOSSY"
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """One line of the table."""
+    same, verify = row["same_tokens_as_plain"], row["verify_share_of_copy_bandwidth"]
+    shares = f"{row['round_share_of_copy_bandwidth']['median']:.0%}"
+    return [
+        row["tree"],
+        row["expert_budget"] or "none",
+        output_word(row),
+        spread_text(row["output_throughput"], "{:.1f}"),
+        *(spread_text(row[name], "{:.2f}") for name in ("over_plain", "over_exact_same_tree", "over_best_exact")),
+        f"{row['accept_length']:.2f}",
+        f"{row['experts_read']:.1f} ({row['experts_wanted']:.1f})",
+        f"{row['mass_kept']:.0%}",
+        "" if same is None or row["simulated"] else f"{same:.0%}",
+        shares if verify is None else f"{shares}, {verify['median']:.0%}",
+        f"{row['compile_s']:.1f}",
+    ]
+
+
+def spread_text(values: dict[str, float], form: str) -> str:
+    """`1.20 (1.10 to 1.25)`."""
+    median, low, high = (form.format(values[name]) for name in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, the first row its head."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]])
