@@ -47,7 +47,7 @@ def _flags(given: dict[str, Any]) -> list[str]:
             flags.append(f"{flag}={value}".replace("/", ","))
         elif value is True:
             flags.append(flag)
-        elif name not in _IGNORED and value not in (None, False):
+        elif name not in _IGNORED and value is not None and value is not False:
             flags.append(f"{flag}={value}")
     return flags
 

@@ -1,0 +1,59 @@
+"""Model arguments of lm-evaluation-harness are the flags of the commands here."""
+
+from typing import Any
+
+import pytest
+
+from moespec_jax.arguments import chosen
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import TreeConfig
+from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
+from moespec_jax.model import DEMO_TARGET, RequestError
+
+
+def test_arguments_are_flags_without_dashes() -> None:
+    found = read_model_args(
+        {
+            "pretrained": "DIR", "draft_model": "HEAD", "tree": "60/7/10", "expert_budget": "8/12/0.5",
+            "budget_faithfulness": 0.5, "budget_anchor": "root", "dtype": "bfloat16", "batch_size": "4",
+            "max_batch_size": None, "device": "cuda:0", "offline": True, "no_thinking": False, "max_length": 512,
+        }
+    )  # fmt: skip
+    assert chosen(found) == (TreeConfig(7, 10, 60), BudgetConfig((8, 12, 0.5), anchor="root", faithfulness=0.5))
+    assert (found.model, found.draft_model, found.dtype, found.offline) == ("DIR", "HEAD", "bfloat16", True)
+    assert (found.batch_size, found.max_length, found.no_thinking, found.plain) == (4, 512, False, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        ({}, "model", DEMO_TARGET),
+        ({}, "batch_size", 1),
+        ({"tree": None}, "plain", True),
+        ({"tree": "none"}, "plain", True),
+        ({"tree": 16}, "tree_size", 16),
+        ({"draft_model": None}, "draft_model", "none"),
+        ({"expert_budget": None}, "expert_budget", "none"),
+        ({"budget_anchor": None}, "budget_anchor", "none"),
+        ({"dtype": None}, "dtype", None),
+        ({"batch_size": "auto"}, "batch_size", AUTO_BATCH),
+    ],
+)
+def test_none_and_defaults(given: dict[str, Any], name: str, value: Any) -> None:
+    """lm-eval reads `none` as a value of its own."""
+    assert getattr(read_model_args(given), name) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"experts": 8}, "--experts"),
+        ({"tree": "60/7/10/2"}, "unrecognized arguments: 2"),
+        ({"tree": "a/b"}, "--tree-size"),
+        ({"budget_score": "luck"}, "invalid choice: 'luck'"),
+        ({"batch_size": 0}, "batch_size of at least 1"),
+    ],
+)
+def test_others_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        read_model_args(given)
