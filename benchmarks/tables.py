@@ -7,12 +7,15 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import device_tables
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", ROOT / "docs" / "budgets.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("budgets", "extending", "gpu", "tpu"))]
 
 
 def main() -> int:
@@ -202,6 +205,16 @@ def real_shapes() -> str:
     return _table([*head, "of copy bandwidth"], rows)
 
 
+# What makes the tables of other files, and of which results.
+MADE = device_tables.TABLES
+
+
+def made(name: str) -> str:
+    """One of those tables."""
+    make, files = MADE[name]
+    return _table(*make(*(_read(file) for file in files)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "against_transformers": against_transformers,
     "import_memory": import_memory,
@@ -218,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget_sizes": budget_sizes,
     "budget_speed": budget_speed,
     "real_shapes": real_shapes,
+    **{name: partial(made, name) for name in MADE},
 }
 
 

@@ -2,14 +2,19 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 from driver import FAST_COMPILE
+from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
 
 from moespec_jax import budget
 
@@ -40,3 +45,37 @@ def test_every_block_runs_in_turn_and_prints_what_the_page_says(page: Path, monk
                 # Lines are numbered as in the page.
                 exec(compile("\n" * (line - 1) + block, str(page), "exec"), names)
             assert said is None or printed.getvalue() == said, f"{page.name}, line {line}"
+
+
+@pytest.mark.parametrize("page", sorted([DOCS.parent / "README.md", *DOCS.glob("*.md")]), ids=lambda page: page.name)
+def test_commands_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"python -m ([\w.]+)", page.read_text(encoding="utf-8"))
+    for module in set(named) - {"pip", "pytest"}:
+        assert importlib.util.find_spec(module) is not None, module
+
+
+def test_memory_variables_are_those_that_jaxlib_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in re.findall(
+        r"^\| `(XLA_\w+)=(\S+)`", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        monkeypatch.setenv(name, value)
+    options = generate_pjrt_gpu_plugin_options()
+    assert (options["memory_fraction"], options["preallocate"]) == (0.95, False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
+    with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION"):
+        generate_pjrt_gpu_plugin_options()
+
+
+def test_xla_flags_that_are_named_are_known() -> None:
+    """XLA ends a process over a flag that it does not know."""
+    pages = [page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")]
+    flags = {flag for text in pages for flag in re.findall(r"--xla_\w+(?:=\w+)?", text)}
+    assert flags
+    for given, good in ((flags, True), ({"--xla_no_such_flag=true"}, False)):
+        done = subprocess.run(
+            [sys.executable, "-c", "import jax; jax.devices()"],
+            env=dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(sorted(given))),
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode == 0) == good, done.stderr[-500:]
