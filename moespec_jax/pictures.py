@@ -84,7 +84,7 @@ def draw_mask(axes: "Axes", parents: Sequence[int], labels: Sequence[str], accep
     axes.set_xticks(np.arange(count + 2) - 0.5, minor=True)
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="0.92", linewidth=0.6)
-    axes.tick_params(which="both", length=0, labelsize=8)
+    axes.tick_params(which="both", length=0, labelsize=9)
     axes.tick_params(labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
 
@@ -129,7 +129,7 @@ def draw_text(axes: "Axes", tokens: Sequence[str], marked: Sequence[bool], colum
             axes.add_patch(Rectangle((column, -2 * last - 0.7), len(piece), 2, facecolor="#f4b6ae", linewidth=0))
         if piece.strip():
             outline = TextPath((column, -2 * last), piece.replace("$", r"\$"), size=1 / 0.602, prop=font)
-            axes.add_patch(PathPatch(outline, facecolor="black", linewidth=0.3))
+            axes.add_patch(PathPatch(outline, facecolor="black", linewidth=0.1))
     axes.set(xlim=(0, columns), ylim=(-2 * max(last + 1, lines) + 1, 2), aspect="equal", anchor="NW")
     axes.axis("off")
 
@@ -175,6 +175,6 @@ def _box(axes: "Axes", where: Sequence[float] | np.ndarray, text: str, taken: bo
         facecolor="#dcebf7" if taken else "white", edgecolor=ACCEPTED if taken else DRAFTED, linestyle=linestyle
     )
     axes.text(
-        where[0], where[1], text, ha="center", va="center", fontsize=8, zorder=4, bbox=box, parse_math=False,
+        where[0], where[1], text, ha="center", va="center", fontsize=9, zorder=4, bbox=box, parse_math=False,
         color="black" if taken else "0.35",
     )  # fmt: skip
