@@ -172,8 +172,10 @@ def restrict_each(
     bound: Int[Array, ""], rule: BudgetConfig, nodes: Nodes, norm_topk_prob: bool, layer: int | Array,
     probabilities: Array, natural: Routing, valid: Array,
 ) -> Restricted:  # fmt: skip
-    """As `budget.restrict`, with every sequence's tree to itself: what each would get as a batch of one. Of
-    shortlists the first tree's is told."""
+    """As `budget.restrict`, with every sequence's tree to itself: what each would get as a batch of one. The layer's
+    own number of experts is lowered to `bound`. Of shortlists the first tree's is told."""
+    assert isinstance(rule.experts, tuple)
+    bound = jnp.minimum(bound, jnp.asarray(rule.experts, jnp.int32)[layer])
     trees, size = nodes.depth.shape
 
     def one(nodes: Nodes, probabilities: Array, natural: Routing, valid: Array) -> Restricted:

@@ -6,7 +6,6 @@ scored, also a single one, has its probability from a verification, as in the mi
 token is given there is nothing before a root: that token is read, and the one after it scored exactly.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from moespec_jax.decode import (
 )
 from moespec_jax.decoder import Decoder, unembed
 from moespec_jax.evaluate.ways import Way
+from moespec_jax.fidelity import with_texts
 from moespec_jax.follow import follow_round
 from moespec_jax.layers import rms_norm
 from moespec_jax.model import Model
@@ -132,15 +132,10 @@ def score_last(
 def score_verified(model: Model, way: Way, texts: Sequence[Text]) -> Rows:
     """Texts followed through verifying passes, each a batch of its own to the budget."""
     method, given = way.method(model, SamplingConfig()), [max(text.given - 1, 1) for text in texts]
-    # A text is done when it has a token after its last one, which has been verified then.
-    limits = [len(text.tokens) + 1 for text in texts]
-    begun = [text.tokens[:count] for text, count in zip(texts, given, strict=True)]
-    state: SpeculationState = Run(model.programs, method, Batch(begun, limits, (), 0)).state_after(0)
-    tokens = jnp.asarray(_side_by_side(texts, state.decoding.tokens.shape[1]))
-    length = jnp.asarray(given, jnp.int32) + 1
-    done = length >= state.decoding.limit
-    decoding = dataclasses.replace(state.decoding, tokens=tokens, length=length, done=done)
-    state = dataclasses.replace(state, decoding=decoding)
+    # One token more, whichever: a text is done when it has it, and then its own last token has been verified.
+    longer = [[*text.tokens, 0] for text in texts]
+    batch = Batch([text[:count] for text, count in zip(longer, given, strict=True)], [len(t) for t in longer], (), 0)
+    state = with_texts(Run(model.programs, method, batch).state_after(0), longer, given)
     _, found = model.programs.run(follow_scored, method.settings, method.params, state, donate=(1,))
     log_p, best, last = (np.array(values) for values in found)
     if any(text.given == 1 for text in texts):

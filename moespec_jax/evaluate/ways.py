@@ -84,9 +84,8 @@ def restrict_alone(
     probabilities: Array, natural: Routing, valid: Array,
 ) -> Restricted:  # fmt: skip
     """As `budget.restrict`, with every sequence a batch of its own."""
-    assert isinstance(rule.experts, tuple)
-    bound = jnp.asarray(rule.experts, jnp.int32)[layer]
-    return restrict_each(bound, rule, nodes, norm_topk_prob, layer, probabilities, natural, valid)
+    every = jnp.int32(probabilities.shape[-1])
+    return restrict_each(every, rule, nodes, norm_topk_prob, layer, probabilities, natural, valid)
 
 
 def _count(budget: BudgetConfig) -> str:
