@@ -6,6 +6,7 @@ nothing may be lost (--exact); --max-kl and --min-agreement allow expert budgets
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import jax
 
-from moespec_jax.arguments import add_model_flags, load_asked
+from moespec_jax.arguments import add_model_flags, load_asked, shown_name
 from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.files import write_text
 from moespec_jax.ledger import Ledger
 from moespec_jax.model import Model, RequestError
 from moespec_jax.profile import write_profile
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     bound = _bound(arguments)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("expected matplotlib, which draws the figure: pip install moespec_jax[plots]")
     check_prompt_sets(arguments)
     try:
         trees = grid(arguments.tree_depth, arguments.tree_top_ks, arguments.tree_sizes)
@@ -128,8 +132,8 @@ def _about(model: Model, arguments: argparse.Namespace, sets: dict[str, int]) ->
     device = jax.devices()[0]
     assert model.draft is not None
     return {
-        "model": "the embedded pair" if model.draft.name.endswith("demo/draft") else str(arguments.model),
-        "draft_model": Path(model.draft.name).name, "prompts": sets, "new_tokens": arguments.tokens, "batch": 1,
+        "model": shown_name(arguments.model), "draft_model": shown_name(model.draft.name), "prompts": sets,
+        "new_tokens": arguments.tokens, "batch": 1,
         "temperature": 0.0, "device": f"{device.platform} ({device.device_kind})", "cores": os.cpu_count(),
         "dtype": str(model.dtype), "versions": versions(),
     }  # fmt: skip
@@ -149,9 +153,7 @@ def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Pat
     }
     report = f"# Tuned within {bound_text(bound)}\n\n{verdict(outcome, bound)}\n\n{table(outcome)}\n\n"
     report += f"{json.dumps(about)}\n"
-    temporary = directory / "tune.md.incomplete"
-    temporary.write_text(report, encoding="utf-8")
-    temporary.replace(directory / "tune.md")
+    write_text(directory / "tune.md", report)
     draw(outcome, directory / "tune.png")
     setting = None if best is None else best.candidate.setting
     tree, budget = (None, None) if setting is None else (setting.tree, setting.budget)
