@@ -123,8 +123,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """Refuse what can be refused before a model is loaded."""
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("expected matplotlib, which draws the figure: pip install moespec_jax[plots]")
-    for name, least in {"tokens": 2, "repeats": 1, "layers": 1}.items():
-        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
+    for name, least in {"tokens": 2, "repeats": 1}.items():
+        if getattr(arguments, name) < least:
             raise RequestError(f"expected --{name} of at least {least}; got {getattr(arguments, name)}")
     length = arguments.accept_length
     if length is not None and not 1.0 <= length < float("inf"):

@@ -49,7 +49,11 @@ _TOY = dict(
 
 
 def shapes_of(model: str, layers: int | None = None) -> tuple[DecoderConfig, DraftConfig]:
-    """Target and head of a published pair, cut to `layers`, or of a toy with OLMoE's parts."""
+    """Target and head of a published pair, cut to its first `layers`, or of a toy with OLMoE's parts.
+
+    Raises:
+        RequestError: there are not so many layers.
+    """
     published = "OLMoE-1B-7B" if model == "toy" else model
     fields: dict[str, Any] = dict(MODELS[published])
     changes: dict[str, Any] = {"norm_before_residual": True}  # or a tree's first feature drowns all of its tokens
@@ -57,6 +61,8 @@ def shapes_of(model: str, layers: int | None = None) -> tuple[DecoderConfig, Dra
         fields |= _TOY
         changes |= dict(draft_vocab_size=256, intermediate_size=96, boundaries=(0, 1, 2))
     if layers is not None:
+        if not 1 <= layers <= fields["num_hidden_layers"]:
+            raise RequestError(f"expected --layers from 1 to {model}'s {fields['num_hidden_layers']}; got {layers}")
         fields["num_hidden_layers"], changes["boundaries"] = layers, (0, layers // 2, layers)
     config = read_config(fields)
     return config, draft_config(published, config, **changes)
