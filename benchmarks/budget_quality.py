@@ -29,34 +29,11 @@ from moespec_jax.fidelity import Texts, summary
 from moespec_jax.model import Model, load
 from moespec_jax.prompt_sets import PIECE, continued, held_out_pieces
 from moespec_jax.results import versions
+from moespec_jax.study.rules import PAPER, RULES, SIZED
 
 TREE = TreeConfig(7, 10, 60)
-PAPER = dict(score="probability", credit="all")
-WHOLE: dict[str, Any] = dict(coverage="guarantee", guarantee=0.0)
-RULES: dict[str, dict[str, Any]] = {
-    "MoE-Spec (probability, all)": PAPER,
-    "MoE-Spec, truncate": PAPER | dict(coverage="truncate"),
-    "probability, hits": dict(score="probability", credit="hits"),
-    "path, all": dict(score="path", credit="all"),
-    "path, hits": dict(score="path", credit="hits"),
-    "path, hits, anchor root": dict(score="path", credit="hits", anchor="root"),
-    "depth, hits, anchor root (AcceptMoE)": dict(score="depth", credit="hits", anchor="root"),
-    "path, hits, guarantee 0.5 (OEA)": dict(score="path", credit="hits", coverage="guarantee"),
-    "path, squares (default)": {},
-    "path, squares, truncate": dict(coverage="truncate"),
-    "path, squares, faithfulness 0.3": dict(anchor="root", faithfulness=0.3),
-    "path, squares, faithfulness 0.5": dict(anchor="root", faithfulness=0.5),
-    "path, squares, guarantee 0, faithfulness 0.5": WHOLE | dict(faithfulness=0.5),
-    "path, squares, guarantee 0, faithfulness 1 (exact)": WHOLE | dict(faithfulness=1.0),
-}
 # Of these, the ones that are followed through the target's own text too.
 OWN = [name for name in RULES if name.startswith(("MoE-Spec (", "path, hits", "path, squares"))]
-# Sizes that follow the text: the budget is their most.
-SIZED: dict[str, dict[str, Any]] = {
-    "MoE-Spec, mass 0.6": PAPER | dict(size="mass", mass=0.6),
-    "path, squares, mass 0.9": dict(size="mass", mass=0.9),
-    "path, squares, rank": dict(size="rank"),
-}
 
 
 def main() -> int:
@@ -93,14 +70,14 @@ def main() -> int:
 def equal_quality(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What budget gives every rule the divergence of MoE-Spec's own, by interpolation between the logarithms of the
     measured ones, with 95 % of a bootstrap over texts; no rule is credited with less than the smallest measured."""
-    paper, found = next(iter(RULES)), []
+    found: list[dict[str, Any]] = []
     for text in dict.fromkeys(row["text"] for row in rows):
         by_rule: dict[str, dict[int, np.ndarray]] = {}
         for row in rows:
             if row["text"] == text and row["rule"] in RULES:
                 by_rule.setdefault(row["rule"], {})[row["budget"]] = np.array(row["kl_by_text"])
         for rule, own in by_rule.items():
-            for budget, theirs in by_rule.get(paper, {}).items():
+            for budget, theirs in by_rule.get(PAPER, {}).items():
                 draws = np.random.default_rng(0).integers(0, len(theirs), (2000, len(theirs)))
                 matched = [_match(own, draw, theirs[draw].mean()) for draw in [np.arange(len(theirs)), *draws]]
                 low, high = np.quantile(matched[1:], [0.025, 0.975], method="nearest").tolist()

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import TreeConfig
@@ -28,31 +29,46 @@ class Texts:
         tree: what is drafted in each round.
         texts: token ids, each longer than its prompt by at least two.
         prompts: how many of the first tokens of each are read as a prompt, exactly.
+        batch: how many are followed side by side, for the memory they take; None is all of them. Each is a batch of its
+            own to a budget all the same; only score `depth` counts what others committed.
     """
 
-    def __init__(self, model: Model, tree: TreeConfig, texts: Sequence[Sequence[int]], prompts: Sequence[int]):
-        method = model.method(SamplingConfig(), tree)
-        assert isinstance(method.settings, SpeculationSettings)
+    def __init__(
+        self,
+        model: Model,
+        tree: TreeConfig,
+        texts: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        batch: int | None = None,
+    ):
+        self._method = model.method(SamplingConfig(), tree)
         self.model, self.texts, self.prompts = model, texts, prompts
-        self._settings, self._params = method.settings, method.params
-        limits = [len(text) for text in texts]
-        begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
-        state = Run(model.programs, method, Batch(begun, limits, (), 0)).state_after(0)
-        self._state = with_texts(state, texts, prompts)
+        every = len(texts) if batch is None else batch
+        parts = [slice(first, first + every) for first in range(0, len(texts), every)]
         longest = max(len(text) for text in texts)
-        tokens = self._state.decoding.tokens[:, :longest]
-        self._exact = jax.jit(partial(log_probabilities, self._settings))(model.params, tokens)
-        self._compiled = cache(self._compile)
+        self._parts = [self._begun(texts[part], prompts[part], longest) for part in parts]
 
     def follow(self, rule: BudgetConfig | None = None, bound: int | None = None) -> Followed:
         """All texts to their ends: exactly, or under a rule, which `bound` lowers to so many experts. Compiled once a
         rule, whatever the bound: give the rule all experts."""
-        resolved = None if rule is None else resolve(rule, self.model.config)
+        settings = self._method.settings
+        assert isinstance(settings, SpeculationSettings)
+        settings = settings._replace(budget=None if rule is None else resolve(rule, self.model.config))
         at_most = jnp.int32(self.model.config.num_experts if bound is None else bound)
-        return jax.tree.map(np.asarray, self._compiled(resolved)(self._params, self._state, self._exact, at_most))
+        run = partial(self.model.programs.run, follow, settings, self._method.params)
+        parts = [jax.tree.map(np.asarray, run(state, exact, at_most)) for state, exact in self._parts]
+        return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
-    def _compile(self, rule: BudgetConfig | None) -> Any:
-        return jax.jit(partial(follow, self._settings._replace(budget=rule)))
+    def _begun(
+        self, texts: Sequence[Sequence[int]], prompts: Sequence[int], longest: int
+    ) -> tuple[SpeculationState, Array]:
+        """After prefill, and the log-probabilities of a plain pass."""
+        begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
+        batch = Batch(begun, [longest] * len(texts), (), 0)
+        state = with_texts(Run(self.model.programs, self._method, batch).state_after(0), texts, prompts)
+        tokens = state.decoding.tokens[:, :longest]
+        settings = self._method.settings
+        return state, self.model.programs.run(log_probabilities, settings, self.model.params, tokens)
 
 
 def summary(followed: Followed) -> dict[str, Any]:

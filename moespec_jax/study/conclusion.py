@@ -1,0 +1,120 @@
+"""What a study found, as rows and as sentences: the best rule at half and a quarter of the experts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.ledger import Ledger
+from moespec_jax.study.finding import (
+    ByText,
+    Contrast,
+    Standing,
+    contrast,
+    contrast_row,
+    standing,
+    standing_sentence,
+    times_less,
+)
+from moespec_jax.study.measure import OWN, Plan, exact_key, followed_key, kinds
+from moespec_jax.study.rows import ALL, Row
+from moespec_jax.study.rules import PAPER, keeps_all, mark
+
+_Subject = list[tuple[str, str]]
+
+
+def finding_budgets(config: DecoderConfig, plan: Plan) -> list[int]:
+    """Half and a quarter of the experts, as far as they were measured; else all budgets that were."""
+    asked = [config.num_experts // 2, config.num_experts // 4]
+    return [budget for budget in asked if budget in plan.budgets] or list(reversed(plan.budgets))
+
+
+def subjects(sets: Sequence[str]) -> dict[str, _Subject]:
+    """What rules are compared over: own texts of all sets together, if there are several, and every text by itself."""
+    each = {f"{name}, {kind}": [(name, kind)] for name in sets for kind in kinds(name)}
+    together = {f"{ALL}, {OWN}": [(name, OWN) for name in sets]} if len(sets) > 1 else {}
+    return together | each
+
+
+def finding_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Every rule against MoE-Spec's own, and the best of those that keep all drafted tokens against the next."""
+    rows = []
+    for over, texts in subjects(sets).items():
+        for budget in finding_budgets(config, plan):
+            by_rule = _divergences(plan, texts, budget, ledger)
+            pairs = [(rule, PAPER) for rule in plan.rules if rule != PAPER]
+            found = _standing_of_keepers(plan, by_rule)
+            if found.runner_up not in (None, PAPER):
+                pairs.append((found.best, found.runner_up))
+            for rule, against in pairs:
+                row = {"over": over, "budget": budget, "rule": rule, "output": mark(rule, budget, config)}
+                row |= {"keeps_all_drafts": keeps_all(rule), "best": rule == found.best, "against": against}
+                row |= contrast_row(contrast(by_rule[rule], by_rule[against]))
+                lengths = {"accept_length": _accept_length(texts, (rule, budget), ledger)}
+                rows.append(row | lengths | {"accept_length_exact": _accept_length(texts, None, ledger)})
+    return rows
+
+
+def finding_sentences(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[str]:
+    """For each budget: the whole finding over all sets, or the only one, then a line for every text."""
+    said = []
+    whole, *rest = subjects(sets).items()
+    for budget in finding_budgets(config, plan):
+        over, texts = whole
+        by_rule = _divergences(plan, texts, budget, ledger)
+        found = _standing_of_keepers(plan, by_rule)
+        head = f"B = {budget} of {config.num_experts} experts, {over} ({found.against_paper.texts} texts)"
+        said.append(
+            f"{head}: of the rules that keep every drafted token, {standing_sentence(found, PAPER)}"
+            f"{_giving_up(config, plan, texts, budget, by_rule, ledger)}"
+        )
+        for over, texts in rest:
+            by_rule = _divergences(plan, texts, budget, ledger)
+            found = _standing_of_keepers(plan, by_rule)
+            head = f"B = {budget}, {over} ({found.against_paper.texts} texts)"
+            said.append(f"{head}: {standing_sentence(found, PAPER)}")
+    return said
+
+
+def _standing_of_keepers(plan: Plan, by_rule: Mapping[str, ByText]) -> Standing:
+    return standing(by_rule, PAPER, [rule for rule in plan.rules if keeps_all(rule)])
+
+
+def _giving_up(
+    config: DecoderConfig, plan: Plan, texts: _Subject, budget: int, by_rule: Mapping[str, ByText], ledger: Ledger
+) -> str:
+    """What the rules that give up drafted tokens add, in words."""
+    said = ""
+    without = _accept_length(texts, None, ledger)
+    lossy = [rule for rule in plan.rules if not keeps_all(rule) and mark(rule, budget, config) == "lossy"]
+    if lossy:
+        found = standing(by_rule, PAPER, lossy)
+        length = _accept_length(texts, (found.best, budget), ledger)
+        said += (
+            f" Giving up drafted tokens that lost their experts, “{found.best}” diverges"
+            f" {found.against_paper.kl:.4f} nats{_less(found.against_paper)}, and gains {length:.2f} tokens a round"
+            f" where no budget gains {without:.2f}."
+        )
+    for rule in plan.rules:
+        if not keeps_all(rule) and mark(rule, budget, config) == "exact":
+            said += f" “{rule}” loses nothing, and gains {_accept_length(texts, (rule, budget), ledger):.2f}."
+    return said
+
+
+def _less(found: Contrast) -> str:
+    times = times_less(found)
+    return "" if times is None else f", MoE-Spec's own rule {times}"
+
+
+def _divergences(plan: Plan, texts: _Subject, budget: int, ledger: Ledger) -> dict[str, ByText]:
+    """Of every rule, the divergence of every text, set by set."""
+    return {
+        rule: [np.array(ledger.get(followed_key(*text, rule, budget))["kl_by_text"]) for text in texts]
+        for rule in plan.rules
+    }
+
+
+def _accept_length(texts: _Subject, under: tuple[str, int] | None, ledger: Ledger) -> float:
+    """Tokens a round gains, every set counting as much as another."""
+    keys = [exact_key(*text) if under is None else followed_key(*text, *under) for text in texts]
+    return round(float(np.mean([ledger.get(key)["accept_length"] for key in keys])), 3)

@@ -1,0 +1,172 @@
+"""The figures of a study, each drawn onto given matplotlib axes from plain arrays."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from moespec_jax.study.demand import least_budget, uniform_union
+from moespec_jax.study.style import GREY, LOOKS, SETS, End, label_ends, line_style, look, open_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+
+def draw_unions(
+    axes: "Axes", curves: Mapping[str, Float[np.ndarray, " sizes"]], experts: int, active: int, label: bool = True
+) -> None:
+    """Distinct experts by number of nodes verified together, a curve for each set, beside choice by lot."""
+    ends, nodes = [], np.arange(1, 1 + max(len(curve) for curve in curves.values()))
+    uniform = uniform_union(experts, active, nodes)
+    axes.plot(nodes, uniform, color=GREY, linestyle="--", linewidth=1.4)
+    axes.axhline(experts, color=GREY, linestyle=":", linewidth=1)
+    for colour, (name, curve) in zip(_cycle(len(curves)), curves.items(), strict=True):
+        axes.plot(np.arange(1, 1 + len(curve)), curve, color=colour, linewidth=2)
+        ends.append(End(curve[-1], name, colour))
+    axes.set(xlabel="nodes verified together, the best-scored first", ylabel="distinct experts a layer, mean of layers")
+    axes.set(xlim=(1, len(nodes)), ylim=(0, experts * 1.04))
+    open_axes(axes)
+    ends += [End(uniform[-1], "choice by lot", GREY), End(experts, f"all {experts}", GREY)]
+    if label:
+        label_ends(axes, ends)
+
+
+def draw_kept_mass(axes: "Axes", curves: Mapping[str, Float[np.ndarray, " experts"]], share: float = 0.9) -> None:
+    """Share of the router's probability by budget, a curve for each set, and the least budget that holds `share`."""
+    experts = max(len(curve) for curve in curves.values())
+    axes.axhline(share, color=GREY, linestyle=":", linewidth=1)
+    axes.plot([0, experts], [0, 1], color=GREY, linestyle="--", linewidth=1)
+    for number, (colour, (name, curve)) in enumerate(zip(_cycle(len(curves)), curves.items(), strict=True)):
+        least = int(least_budget(curve, share))
+        axes.plot(np.arange(len(curve) + 1), [0, *curve], color=colour, linewidth=2)
+        axes.plot(least, curve[least - 1], color=colour, marker="o", markersize=6, markeredgecolor="white", zorder=4)
+        # Curves lie close together: their names form a list in the empty corner.
+        axes.text(
+            0.97, 0.06 + 0.075 * (len(curves) - 1 - number), f"{name}: B = {least}", color=colour, ha="right",
+            transform=axes.transAxes, fontsize=9, parse_math=False,
+        )  # fmt: skip
+    axes.text(
+        0.97, 0.06 + 0.075 * len(curves), f"least B that holds {share:.0%}", color=GREY, ha="right",
+        transform=axes.transAxes, fontsize=9,
+    )  # fmt: skip
+    axes.text(experts * 0.02, share + 0.015, f"{share:.0%}", color=GREY, fontsize=8.5)
+    axes.set(xlabel=f"B, the heaviest experts of {experts}", ylabel="share of router probability over a tree")
+    axes.set(xlim=(0, experts), ylim=(0, 1.02))
+    open_axes(axes)
+
+
+def draw_least_budget(axes: "Axes", by_layer: Mapping[str, Int[np.ndarray, " layers"]], experts: int) -> None:
+    """The least budget that holds the share, layer by layer."""
+    for number, (colour, (_, least)) in enumerate(zip(_cycle(len(by_layer)), by_layer.items(), strict=True)):
+        # Equal budgets would hide each other.
+        shift = (number - (len(by_layer) - 1) / 2) * 0.09
+        axes.plot(np.arange(len(least)) + shift, least, color=colour, marker="o", linewidth=1, markersize=5)
+    _whole_numbers(axes)
+    axes.set(xlabel="sparse layer", ylabel="least B that holds 90 %", ylim=(0, experts * 1.02))
+    open_axes(axes)
+
+
+def draw_by_budget(
+    axes: "Axes", lines: Mapping[str, Mapping[str, Sequence[Any]]], column: str, logarithmic: bool = False
+) -> list[End]:
+    """A figure by budget, a line for each rule with its interval where there is one (`column_low`, `column_high`).
+
+    `lines` holds columns by rule, `budget` among them. Returns the lines' ends, to be labelled when limits are final.
+    """
+    ends, floor = [], 0.0 if logarithmic else -np.inf
+    for rule, columns in lines.items():
+        values = np.array(columns[column], float)
+        values = np.where(values > floor, values, np.nan)
+        axes.plot(columns["budget"], values, **line_style(rule))
+        if rule in LOOKS and f"{column}_low" in columns:
+            low, high = (np.array(columns[f"{column}_{end}"], float) for end in ("low", "high"))
+            inside = (low > floor) & np.isfinite(values)
+            axes.fill_between(
+                columns["budget"], low, high, where=inside.tolist(), color=look(rule).colour, alpha=0.09, linewidth=0
+            )
+        if rule in LOOKS and np.isfinite(values[-1]):
+            ends.append(End(float(values[-1]), look(rule).label, look(rule).colour))
+    if logarithmic:
+        axes.set_yscale("log")
+    budgets = sorted({b for columns in lines.values() for b in columns["budget"]})
+    axes.set_xticks(budgets, [str(b) for b in budgets])
+    open_axes(axes)
+    return ends
+
+
+def draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], column: str, scale: float = 1.0) -> list[End]:
+    """A column of `rows.throughput_rows` of one set by budget: a line for each rule, a level for plain decoding and for
+    the tree without a budget. Returns their ends, to be labelled when limits are final."""
+    rules = dict.fromkeys(row["rule"] for row in rows if row["budget"] is not None)
+    lines = {}
+    for rule in rules:
+        own = [row for row in rows if row["rule"] == rule]
+        lines[rule] = {"budget": [row["budget"] for row in own], "value": [row[column] * scale for row in own]}
+        for end in ("low", "high"):
+            bound = column.replace("median", {"low": "min", "high": "max"}[end])
+            lines[rule][f"value_{end}"] = [row[bound] * scale for row in own]
+    ends = draw_by_budget(axes, lines, "value")
+    for rule, label in {"plain": "plain, exact", "exact": "no budget, exact"}.items():
+        level = next(row[column] for row in rows if row["rule"] == rule) * scale
+        axes.axhline(level, color="black", linestyle="--" if rule == "plain" else ":", linewidth=1)
+        ends.append(End(level, label, "black"))
+    return ends
+
+
+def draw_lift(axes: "Axes", lifted: Float[np.ndarray, "experts experts"], order: Sequence[int]) -> "AxesImage":
+    """How many times as often as independent choices would every pair is chosen, as a heat map with experts in an
+    order; white is as often, of violet and orange the darkest is 8 times rarer and 8 times more frequent."""
+    shown = lifted[np.ix_(order, order)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = np.clip(np.log2(shown), -3, 3)
+    axes.set_facecolor("0.75")
+    image = axes.imshow(values, cmap="PuOr_r", vmin=-3, vmax=3, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set(xlabel=f"{len(order)} experts")
+    return image
+
+
+def draw_acceptance(axes: "Axes", curves: Mapping[str, Float[np.ndarray, "3 depths"]]) -> None:
+    """Share of rounds that commit a node of each depth, its low and high bounds, by text."""
+    ends = []
+    for number, (name, (share, low, high)) in enumerate(curves.items()):
+        colour, depth = SETS[number % len(SETS)], np.arange(1, 1 + len(share))
+        axes.plot(depth, share, color=colour, marker="o", markersize=4, linewidth=1.8)
+        axes.fill_between(depth, low, high, color=colour, alpha=0.15, linewidth=0)
+        ends.append(End(float(share[-1]), f"{name}\n{1 + share.sum():.2f} tokens a round", colour))
+    _whole_numbers(axes)
+    axes.set(xlabel="depth in the tree", ylabel="share of rounds that commit it", ylim=(0, 1))
+    open_axes(axes)
+    label_ends(axes, ends, gap=0.12)
+
+
+def draw_contrasts(axes: "Axes", rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
+    """Divergence relative to MoE-Spec's own rule, with its interval: a row for each rule in `order`. `rows` are those
+    of `conclusion.finding_rows` of one text and budget."""
+    axes.axvline(1, color=look(rows[0]["against"]).colour, linewidth=1.2)
+    least = min((1 / row["times_high"] for row in rows if row["times_high"]), default=0.1)
+    for row in rows:
+        place, colour = order.index(row["rule"]), look(row["rule"]).colour if row["rule"] in LOOKS else GREY
+        if row["times"] is None:
+            axes.text(least, place, "exact: none", va="center", fontsize=8.5, color=colour)
+            continue
+        low, high = 1 / row["times_high"], 1 / row["times_low"]
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot(1 / row["times"], place, color=colour, marker="o" if row["keeps_all_drafts"] else "^", markersize=6)
+    axes.set_yticks(range(len(order)), order, parse_math=False)
+    axes.set(xscale="log", ylim=(len(order) - 0.4, -0.6), xlabel="divergence, MoE-Spec's own rule being 1")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    open_axes(axes)
+
+
+def _cycle(count: int) -> list[str]:
+    return [SETS[number % len(SETS)] for number in range(count)]
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,186 @@
+"""What a study measures, piece by piece: each is kept in a ledger before the next begins."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import TreeConfig
+from moespec_jax.fidelity import Texts, summary
+from moespec_jax.follow import Followed
+from moespec_jax.ledger import Ledger
+from moespec_jax.model import Model
+from moespec_jax.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces
+from moespec_jax.study.coactivation import together
+from moespec_jax.study.demand import kept_mass, unions
+from moespec_jax.study.reconstruction import Loss, loss, outputs
+from moespec_jax.study.routing import TreeRouting, observed_rounds, text_experts
+from moespec_jax.study.rules import RULES, rule_of
+from moespec_jax.timing import Setting, take_turns
+
+# Texts of a set: what the target writes after a prompt, or what was there.
+OWN, GIVEN = "own text", "given text"
+# Of the rounds observed, how many of the last are reconstructed, and how many layers' pairs of experts are counted.
+RECONSTRUCTED, COUNTED = 2, 3
+Piece = tuple[str, Callable[[], Any]]
+
+
+class Plan(NamedTuple):
+    """What is measured: trees of this shape; `tokens` of each text after its prompt, `batch` texts side by side; the
+    routing of so many rounds; `rules` at `budgets`; and of them, `timed` ones on the first `timed_prompts` prompts of
+    each set, for `timed_tokens` tokens and `repeats` turns."""
+
+    tree: TreeConfig
+    tokens: int
+    batch: int
+    rounds: int
+    rules: list[str]
+    budgets: list[int]
+    timed: list[str]
+    timed_budgets: list[int]
+    timed_prompts: int
+    timed_tokens: int
+    repeats: int
+
+
+def measure(model: Model, plan: Plan, sets: Mapping[str, Sequence[Sequence[int]]], ledger: Ledger) -> None:
+    """Every piece that the ledger lacks, then speed, which is measured while nothing else is."""
+    pieces = [
+        piece for name, prompts in sets.items() for piece in SetStudy(model, plan, name, prompts, ledger).pieces()
+    ]
+    with tqdm(total=len(pieces), unit="piece", disable=None) as bar:
+        while pieces:
+            name, make = pieces.pop(0)  # with the last piece of a set goes what they shared
+            bar.set_description(name)
+            ledger.piece(name, make)
+            bar.update()
+    if plan.timed_prompts:
+        for name, prompts in sets.items():
+            timed, ways = prompts[: plan.timed_prompts], timed_settings(plan)
+            take_turns(model, timed, ways, plan.timed_tokens, plan.repeats, ledger, label=f"{name}: turn")
+
+
+class SetStudy:
+    """The pieces of one set of prompts, with what they share."""
+
+    def __init__(self, model: Model, plan: Plan, name: str, prompts: Sequence[Sequence[int]], ledger: Ledger):
+        self._model, self._plan, self._name, self._prompts, self._ledger = model, plan, name, prompts, ledger
+
+    def pieces(self) -> Iterator[Piece]:
+        """Names of pieces, and how each is made."""
+        yield f"{self._name}: continuations", self._continue
+        yield f"{self._name}: demand", self._demand
+        yield f"{self._name}: coactivation", self._coactivation
+        for rule in self._plan.rules:
+            yield reconstruction_key(self._name, rule), partial(self._reconstruct, rule)
+        for kind in kinds(self._name):
+            yield exact_key(self._name, kind), partial(self._follow, kind, None, None)
+            for rule in self._plan.rules:
+                for budget in self._plan.budgets:
+                    yield followed_key(self._name, kind, rule, budget), partial(self._follow, kind, rule, budget)
+
+    def _continue(self) -> list[list[int]]:
+        batch, prompts = self._plan.batch, self._prompts
+        parts = [prompts[first : first + batch] for first in range(0, len(prompts), batch)]
+        return [text for part in parts for text in continued(self._model, part, self._plan.tokens + 1)]
+
+    def _demand(self) -> dict[str, Any]:
+        found = [(unions(seen), kept_mass(seen)) for seen in self._observed]
+        union, mass = (np.concatenate(values, axis=1) for values in zip(*found, strict=True))
+        return {
+            "trees": union.shape[1],
+            "unions": union.mean(axis=1).round(6).tolist(),
+            "kept_mass": mass.mean(axis=1).round(6).tolist(),
+        }
+
+    def _coactivation(self) -> dict[str, Any]:
+        experts = text_experts(self._model, self._ledger.get(f"{self._name}: continuations"), self._plan.batch)
+        count = self._model.config.num_experts
+        return {str(layer): together(experts[layer], count).tolist() for layer in counted_layers(len(experts))}
+
+    def _reconstruct(self, rule: str) -> dict[str, Any]:
+        """Sums over trees, by budget."""
+        config, found = BudgetConfig(self._model.config.num_experts, **RULES[rule]), {}
+        for budget in self._plan.budgets:
+            parts = [loss(self._model, seen, config, budget, exact) for seen, exact in self._last_rounds]
+            sums = {name: sum(np.asarray(getattr(part, name), np.float64) for part in parts) for name in Loss._fields}
+            found[str(budget)] = {name: np.asarray(total).tolist() for name, total in sums.items()}
+        return found
+
+    def _follow(self, kind: str, rule: str | None, budget: int | None) -> dict[str, Any]:
+        config = None if rule is None else BudgetConfig(self._model.config.num_experts, **RULES[rule])
+        return summary(found := self._texts[kind].follow(config, budget)) | _by_text(found)
+
+    @cached_property
+    def _texts(self) -> dict[str, Texts]:
+        own = self._ledger.get(f"{self._name}: continuations")
+        texts, prompts = {OWN: own}, {OWN: [len(prompt) for prompt in self._prompts]}
+        if GIVEN in kinds(self._name):
+            texts[GIVEN] = held_out_pieces(self._model, len(own), PIECE + self._plan.tokens + 1)
+            prompts[GIVEN] = [PIECE] * len(own)
+        plan = self._plan
+        return {kind: Texts(self._model, plan.tree, texts[kind], prompts[kind], plan.batch) for kind in texts}
+
+    @cached_property
+    def _observed(self) -> list[TreeRouting]:
+        """All rounds, of which the last keep their inputs."""
+        plan, found = self._plan, []
+        for number, seen in enumerate(observed_rounds(self._model, plan.tree, self._prompts, plan.rounds, plan.batch)):
+            late = number % plan.rounds >= plan.rounds - RECONSTRUCTED
+            found.append(seen if late else seen._replace(inputs=seen.inputs[..., :0]))
+        return found
+
+    @cached_property
+    def _last_rounds(self) -> list[tuple[TreeRouting, Any]]:
+        late = [seen for seen in self._observed if seen.inputs.size]
+        return [(seen, outputs(self._model, seen)) for seen in late]
+
+
+def timed_settings(plan: Plan) -> dict[str, Setting]:
+    """Ways to decode that are timed, by name."""
+    found = {"plain": Setting(), "exact": Setting(plan.tree)}
+    for rule in plan.timed:
+        for budget in plan.timed_budgets:
+            found[f"{rule}, B = {budget}"] = Setting(plan.tree, rule_of(rule, budget))
+    return found
+
+
+def kinds(name: str) -> list[str]:
+    """Which texts of a set are followed."""
+    return [OWN, GIVEN] if name == HELD_OUT else [OWN]
+
+
+def counted_layers(layers: int) -> list[int]:
+    """Sparse layers whose pairs of experts are counted: the first, the last and what lies between."""
+    return sorted(set(np.linspace(0, layers - 1, COUNTED).round().astype(int).tolist()))
+
+
+def exact_key(name: str, kind: str) -> str:
+    """The piece that follows a set's texts without a budget."""
+    return f"{name}: {kind}, exact"
+
+
+def followed_key(name: str, kind: str, rule: str, budget: int) -> str:
+    """The piece that follows a set's texts under a budget."""
+    return f"{name}: {kind}, {rule}, B = {budget}"
+
+
+def reconstruction_key(name: str, rule: str) -> str:
+    """The piece of a rule's reconstruction errors."""
+    return f"{name}: reconstruction, {rule}"
+
+
+def timed_key(name: str, turn: int, what: str) -> str:
+    """The piece of a timed setting in one of a set's turns."""
+    return f"{name}: turn {turn}, {what}"
+
+
+def _by_text(followed: Followed) -> dict[str, Any]:
+    """Rounds of each text, and how many committed each depth."""
+    return {
+        "rounds_by_text": followed.rounds.astype(int).tolist(),
+        "committed_by_text": followed.committed.astype(int).tolist(),
+    }

@@ -1,0 +1,219 @@
+"""What a study writes: tables, pictures and the page, from what its ledger holds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.ledger import Ledger
+from moespec_jax.study import sheets
+from moespec_jax.study.conclusion import finding_budgets, finding_rows, finding_sentences, subjects
+from moespec_jax.study.measure import OWN, Plan
+from moespec_jax.study.page import Section, page
+from moespec_jax.study.rows import (
+    ALL,
+    HELD,
+    Row,
+    acceptance_rows,
+    coactivation_rows,
+    frontier_rows,
+    mass_rows,
+    pair_counts,
+    reconstruction_rows,
+    throughput_rows,
+    union_rows,
+)
+from moespec_jax.study.rules import PAPER
+from moespec_jax.study.tables import (
+    frontier_table,
+    mass_table,
+    plain_table,
+    speed_table,
+    write_csv,
+    write_whole,
+)
+
+PAGE = "study.html"
+Tables = dict[str, list[Row]]
+
+
+def write_report(
+    config: DecoderConfig,
+    plan: Plan,
+    sets: Sequence[str],
+    ledger: Ledger,
+    about: Mapping[str, str],
+    command: str,
+    directory: Path,
+) -> str:
+    """Write everything into `directory`; returns what is printed: the finding, and the frontier as a table."""
+    tables = all_rows(config, plan, sets, ledger)
+    for name, rows in tables.items():
+        write_csv(directory / f"{name}.csv", rows, about)
+    draw_all(config, plan, sets, ledger, tables, about, directory)
+    said = finding_sentences(config, plan, sets, ledger)
+    facts = _facts(config, plan, sets, tables, about, command)
+    sections = _sections(config, plan, sets, tables)
+    write_whole(directory / PAGE, page("Study of routing, trees and expert budgets", facts, said, sections, directory))
+    over = _first_text(sets, tables["frontier"])
+    return plain_table(frontier_table(over, finding_budgets(config, plan))) + "\n" + "\n\n".join(said)
+
+
+def all_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> Tables:
+    """The rows of every table, by its name."""
+    tables = {
+        "unions": union_rows(config, sets, ledger),
+        "kept_mass": mass_rows(sets, ledger),
+        "frontier": frontier_rows(config, plan, sets, ledger),
+        "reconstruction": reconstruction_rows(config, plan, sets, ledger),
+        "coactivation": coactivation_rows(sets, ledger),
+        "acceptance": acceptance_rows(sets, ledger),
+    }
+    if len(plan.rules) > 1:
+        tables["finding"] = finding_rows(config, plan, sets, ledger)
+    return tables | ({"throughput": throughput_rows(plan, sets, ledger)} if plan.timed_prompts else {})
+
+
+def draw_all(
+    config: DecoderConfig,
+    plan: Plan,
+    sets: Sequence[str],
+    ledger: Ledger,
+    tables: Tables,
+    about: Mapping[str, str],
+    directory: Path,
+) -> None:
+    """Every picture, with what it was measured on at its foot."""
+    first = _first_text(sets, tables["frontier"])
+    trees, texts = tables["unions"][0]["trees"], first[0]["texts"]
+    each = f"{len(sets)} set{'s' * (len(sets) > 1)}"
+    tokens = f"{texts} texts of {plan.tokens} tokens, {first[0]['set']}"
+    layers = pair_counts(sets, ledger)
+    counted = int(next(iter(layers.values())).diagonal().sum()) // config.num_experts_per_tok
+    seen = f"{trees} trees a set; {each}; exact"
+    drawn = {
+        "unions": (sheets.unions_sheet(config, tables["unions"]), seen),
+        "kept_mass": (sheets.mass_sheet(config, tables["kept_mass"]), seen),
+        "frontier": (sheets.frontier_sheet(first, _title(first)), f"{tokens}; shaded: 95 % of a bootstrap; lossy"),
+        "frontier_by_text": (
+            sheets.texts_sheet([row for row in tables["frontier"] if row["set"] != ALL]),
+            f"{plan.tokens} tokens a text; shaded: 95 % of a bootstrap over texts; lossy",
+        ),
+        "reconstruction": (sheets.reconstruction_sheet(tables["reconstruction"]), f"{each}; lossy"),
+        "coactivation": (sheets.coactivation_sheet(layers), f"{counted} tokens of {each}; exact"),
+        "acceptance": (sheets.acceptance_sheet(tables["acceptance"]), "shaded: 95 % of a bootstrap over texts; exact"),
+    }
+    if "finding" in tables:
+        over = next(iter(subjects(sets)))
+        rows = [row for row in tables["finding"] if row["over"] == over]
+        drawn["finding"] = (sheets.finding_sheet(rows, PAPER), f"{tokens}; lines: 95 % of a paired bootstrap; lossy")
+    if "throughput" in tables:
+        some = f"{plan.timed_prompts} prompts a set, {plan.timed_tokens} tokens each"
+        drawn["throughput"] = (
+            sheets.speed_sheet(tables["throughput"]), f"{some}; median and range of {plan.repeats} turns, batch 1"
+        )  # fmt: skip
+    for name, (figure, sample) in drawn.items():
+        sheets.save(figure, directory / f"{name}.png", f"{sample}\n{_stamp(about)}")
+
+
+def _stamp(about: Mapping[str, str]) -> str:
+    return (
+        f"{about['model']}, {about['draft_model']}, trees {about['tree']}; {about['device']}, {about['dtype']};"
+        f" moespec_jax {about['moespec_jax']}, jax {about['jax']}"
+    )
+
+
+def _first_text(sets: Sequence[str], frontier: Sequence[Row]) -> list[Row]:
+    """Rows of the own texts of all sets, or of the only one."""
+    over = ALL if len(sets) > 1 else sets[0]
+    return [row for row in frontier if row["set"] == over and row["text"] == OWN]
+
+
+def _title(rows: Sequence[Row]) -> str:
+    return f"{rows[0]['set']}, {rows[0]['text']}"
+
+
+def _facts(
+    config: DecoderConfig, plan: Plan, sets: Sequence[str], tables: Tables, about: Mapping[str, str], command: str
+) -> dict[str, str]:
+    experts = f"{config.num_experts} experts in each of {config.num_sparse_layers} layers, {config.num_experts_per_tok}"
+    texts = {row["set"]: row["texts"] for row in tables["frontier"] if row["text"] == OWN}
+    return {
+        "model": f"{about['model']} ({config.model_type}); {experts} a token",
+        "draft head": f"{about['draft_model']}; trees {about['tree']} (size/depth/top-k)",
+        "device": f"{about['device']}, {about['dtype']}",
+        "prompts": ", ".join(f"{name} ({texts[name]})" for name in sets),
+        "versions": f"moespec_jax {about['moespec_jax']}, jax {about['jax']}",
+        "made by": command,
+    }
+
+
+def _sections(config: DecoderConfig, plan: Plan, sets: Sequence[str], tables: Tables) -> list[Section]:
+    budgets = finding_budgets(config, plan)
+    texts = {}
+    for row in tables["frontier"]:
+        texts.setdefault((row["set"], row["text"]), []).append(row)
+    followed = [(_title(rows), frontier_table(rows, budgets)) for rows in texts.values()]
+    least = f"least_budget_for_{HELD:.0%}"
+    found = [
+        Section("Rules against MoE-Spec's own", _FINDING, "finding.png"),
+        Section("Divergence and acceptance by budget", _FRONTIER, "frontier.png", followed),
+        Section("Every text by itself", _TEXTS, "frontier_by_text.png"),
+        Section("Speed and agreement", _SPEED, "throughput.png", _speed_tables(tables)),
+        Section("Experts by size of the tree", _UNIONS, "unions.png"),
+        Section(
+            "Mass kept by budget",
+            _MASS,
+            "kept_mass.png",
+            [("", mass_table(tables["kept_mass"], least, config.num_experts))],
+        ),
+        Section("What is lost of the experts' output", _RECONSTRUCTION, "reconstruction.png"),
+        Section("Experts that go together", _COACTIVATION, "coactivation.png"),
+        Section("Acceptance by depth", _ACCEPTANCE, "acceptance.png"),
+    ]
+    absent = {f"{name}.png" for name in ("finding", "throughput") if name not in tables}
+    return [section for section in found if section.picture not in absent]
+
+
+def _speed_tables(tables: Tables) -> list[tuple[str, list[list[str]]]]:
+    rows = tables.get("throughput", [])
+    return [
+        (name, speed_table([r for r in rows if r["set"] == name])) for name in dict.fromkeys(r["set"] for r in rows)
+    ]
+
+
+_FINDING = (
+    "The divergence of each rule over that of MoE-Spec's own rule on the same texts; a bar is 95 % of a bootstrap that"
+    " draws texts, the same for both. Circles keep every drafted token, triangles give up those that lost their experts"
+    " and gain fewer tokens a round for it."
+)
+_FRONTIER = (
+    "Texts are followed token by token through verifications under the budget; KL(exact || budgeted) of the next token,"
+    " in nats, against the exact target on the same prefix. Own text is the target's exact greedy continuation of the"
+    " prompts. All rows are lossy but where they say exact; a rule that is exact has no place on a logarithmic axis."
+)
+_TEXTS = "Given text is what follows in the held-out modules, which the target would not always have written."
+_SPEED = (
+    "Whole generations in turns in one process, greedy, one prompt at a time; shaded is the range of the turns. The"
+    " same tokens: the share of plain decoding's tokens before the first that differs."
+)
+_UNIONS = (
+    "Distinct experts that the nodes of a draft tree choose together, mean of trees and layers. Smaller trees of equal"
+    " depth and top-k are the best-scored nodes of the big one. By lot: what independent uniform choices would need."
+)
+_MASS = (
+    "Router probability summed over the nodes of a tree: the share that the heaviest B experts hold, mean of trees and"
+    " layers."
+)
+_RECONSTRUCTION = (
+    "The squared distance between the routed experts' output under a budget and without, over the squared output, at"
+    " the inputs of exact verifications: every layer by itself. Nodes that a rule gives up are left out. MoE-Spec's"
+    " score counts all nodes alike; only committed nodes matter for what comes out."
+)
+_COACTIVATION = (
+    "How many times as often as independent choices would (at each expert's own frequency) a pair of experts is chosen"
+    " by the same token, in plain passes over the texts. Experts are ordered by hierarchical clustering."
+)
+_ACCEPTANCE = (
+    "The share of rounds that commit a node of each depth, without a budget: on own text what greedy decoding accepts,"
+    " on given text how well the head guesses it."
+)

@@ -1,0 +1,176 @@
+"""What routers chose: in the draft trees of exact speculative decoding, and in texts."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.attention import causal_mask
+from moespec_jax.cache import empty_cache
+from moespec_jax.config import TreeConfig
+from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder, ForwardInfo, forward
+from moespec_jax.model import Model, RequestError
+from moespec_jax.rounds import RoundInfo
+from moespec_jax.run import Batch, Run
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, speculation_round
+
+
+class TreeRouting(NamedTuple):
+    """Verified trees of a number of texts, and what each sparse layer's router saw and chose.
+
+    `text` numbers the texts that trees belong to. `parents` and `scores` are as in `tree.Tree`; `committed` marks the
+    nodes that became text, the root included. `reached[t, d]` is the share of rounds before that committed a node of
+    depth d. `inputs` are what router and experts were given; empty where they were not kept.
+    """
+
+    text: Int[np.ndarray, " trees"]
+    parents: Int[np.ndarray, "trees nodes"]
+    scores: Float[np.ndarray, "trees nodes"]
+    committed: Bool[np.ndarray, "trees nodes"]
+    reached: Float[np.ndarray, "trees depths"]
+    probabilities: Float[np.ndarray, "layers trees nodes experts"]
+    experts: Int[np.ndarray, "layers trees nodes active"]
+    inputs: Float[np.ndarray, "layers trees nodes model"]
+
+
+class _Seen(NamedTuple):
+    """What a round's verification told, with all trees' rows in one axis."""
+
+    happened: RoundInfo
+    reached: Float[Array, " depths"]
+    probabilities: Float[Array, "layers rows experts"]
+    experts: Int[Array, "layers rows active"]
+    inputs: Float[Array, "layers rows model"]
+
+
+def check_studied(model: Model) -> None:
+    """Refuse a model whose verification reads no experts, or that drafts nothing.
+
+    Raises:
+        RequestError: it is such a model.
+    """
+    if model.draft is None:
+        raise RequestError(f"expected a draft head to draft trees with; {model.directory} was loaded without one")
+    if not model.config.num_sparse_layers:
+        raise RequestError(f"expected a model with experts to study; {model.directory} has none")
+
+
+def tree_routing(
+    model: Model, tree: TreeConfig, prompts: Sequence[Sequence[int]], rounds: int = 8, batch: int | None = None
+) -> TreeRouting:
+    """All trees of the first `rounds` rounds of every prompt, decoded exactly and greedily; without `inputs`.
+
+    Raises:
+        RequestError: the model has no draft head, or no experts.
+    """
+    parts = [
+        seen._replace(inputs=seen.inputs[..., :0]) for seen in observed_rounds(model, tree, prompts, rounds, batch)
+    ]
+    return join(parts)
+
+
+def join(parts: Sequence[TreeRouting]) -> TreeRouting:
+    """Trees of several rounds as one."""
+    axes = TreeRouting(0, 0, 0, 0, 0, 1, 1, 1)  # pyright: ignore[reportArgumentType]
+    return TreeRouting(*(np.concatenate(v, axis=a) for v, a in zip(zip(*parts, strict=True), axes, strict=True)))
+
+
+def observed_rounds(
+    model: Model, tree: TreeConfig, prompts: Sequence[Sequence[int]], rounds: int, batch: int | None = None
+) -> Iterator[TreeRouting]:
+    """The trees of each round in turn, of `batch` prompts at a time (None: of all): exact greedy speculative decoding
+    that does not stop before the context does.
+
+    Raises:
+        RequestError: the model has no draft head, or no experts.
+    """
+    check_studied(model)
+    method = model.method(SamplingConfig(), tree)
+    every = len(prompts) if batch is None else batch
+    for first in range(0, len(prompts), every):
+        part = [list(prompt) for prompt in prompts[first : first + every]]
+        limits = [min(len(p) + 1 + rounds * tree.longest_path, model.config.context_length) for p in part]
+        state = Run(model.programs, method, Batch(part, limits, (), 0)).state_after(0)
+        for _ in range(rounds):
+            state, seen = model.programs.run(observed_round, method.settings, method.params, state, donate=(1,))
+            yield _by_tree(jax.tree.map(np.asarray, seen), tree, first)
+
+
+def observed_round(
+    settings: SpeculationSettings, params: Speculator, state: SpeculationState
+) -> tuple[SpeculationState, _Seen]:
+    """`speculation_round`, with what its verification told."""
+    told: list[ForwardInfo] = []
+
+    def verify(*arguments: Any, **named: Any) -> Any:
+        found = settings.verify(*arguments, **named)
+        told.append(found[2])
+        return found
+
+    reached = state.reached / state.reached[0]
+    state, happened = speculation_round(settings._replace(verify=verify), params, state)
+    routers = told[0].routers
+    probabilities, experts, inputs = (
+        jnp.stack([getattr(router, name) for router in routers]) for name in ("probabilities", "experts", "inputs")
+    )
+    return state, _Seen(happened, reached, probabilities, experts, inputs)
+
+
+def text_experts(
+    model: Model, texts: Sequence[Sequence[int]], batch: int | None = None
+) -> Int[np.ndarray, "layers tokens active"]:
+    """The experts that every token of some texts goes to, in one plain pass over `batch` of them at a time."""
+    settings, every = model.method(SamplingConfig()).settings, len(texts) if batch is None else batch
+    longest, found = max(len(text) for text in texts), []
+    for first in range(0, len(texts), every):
+        part = texts[first : first + every]
+        tokens = np.zeros((len(part), longest), np.int32)
+        for row, text in zip(tokens, part, strict=True):
+            row[: len(text)] = text
+        lengths = jnp.asarray([len(text) for text in part], jnp.int32)
+        chosen = np.asarray(model.programs.run(experts_of, settings, model.params, jnp.asarray(tokens), lengths))
+        found.append(chosen[:, chosen[0, :, 0] < model.config.num_experts])
+    return np.concatenate(found, axis=1)
+
+
+def experts_of(
+    settings: Settings, params: Decoder, tokens: Int[Array, "texts tokens"], lengths: Int[Array, " texts"]
+) -> Int[Array, "layers rows active"]:
+    """Experts of all rows; rows past the end of a text go to none."""
+    config = settings.config
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    cache = empty_cache(config, tokens.shape[0], tokens.shape[1], params.embed.dtype, stacked=params.stacked)
+    _, _, info = forward(
+        config, params, tokens, positions, causal_mask(positions, tokens.shape[1]), cache, settings.compute,
+        valid=positions < lengths[:, None], longest=jnp.broadcast_to(lengths[:, None], tokens.shape),
+        attention=settings.attention,
+    )  # fmt: skip
+    return jnp.stack([router.experts for router in info.routers])
+
+
+def _by_tree(seen: Any, tree: TreeConfig, first: int) -> TreeRouting:
+    """Of the sequences that took part, the rows tree by tree."""
+    happened = seen.happened
+    active, path, count = happened.active, happened.accepted.path, happened.accepted.count
+    committed = np.zeros((len(active), tree.size), bool)
+    taken = np.arange(path.shape[1])[None, :] < count[:, None]
+    committed[np.nonzero(taken)[0], path[taken]] = True
+
+    def split(rows: np.ndarray) -> np.ndarray:
+        return rows.reshape(len(rows), len(active), tree.size, -1)[:, active]
+
+    return TreeRouting(
+        first + np.nonzero(active)[0],
+        happened.tree.parents[active],
+        happened.tree.scores[active],
+        committed[active],
+        np.repeat(seen.reached[None], active.sum(), axis=0),
+        split(seen.probabilities),
+        split(seen.experts),
+        split(seen.inputs),
+    )

@@ -1,0 +1,190 @@
+"""What was measured as rows: a table for each figure, a mapping from column to value for each row."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moespec_jax.compare import agreement
+from moespec_jax.config import DecoderConfig
+from moespec_jax.fidelity import DRAWS
+from moespec_jax.ledger import Ledger
+from moespec_jax.study.coactivation import lift
+from moespec_jax.study.demand import least_budget, uniform_union
+from moespec_jax.study.finding import mean_interval
+from moespec_jax.study.measure import (
+    OWN,
+    Plan,
+    exact_key,
+    followed_key,
+    kinds,
+    reconstruction_key,
+    timed_key,
+    timed_settings,
+)
+from moespec_jax.study.rules import mark
+from moespec_jax.timing import speed, spread
+
+Row = dict[str, Any]
+HELD = 0.9  # the share of the mass that a budget is asked to hold
+ALL = "all sets"  # what sets are called together
+_MEANS = ("nll", "perplexity", "accept_length", "experts_wanted", "experts_read", "tokens_replaced")
+
+
+def union_rows(config: DecoderConfig, sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Distinct experts by number of nodes, of each layer and of their mean."""
+    rows = []
+    for name in sets:
+        told = ledger.get(f"{name}: demand")
+        for layer, curve in _by_layer(told["unions"]):
+            nodes = np.arange(1, len(curve) + 1)
+            uniform = uniform_union(config.num_experts, config.num_experts_per_tok, nodes)
+            for n, experts, expected in zip(nodes.tolist(), curve, uniform, strict=True):
+                row = {"set": name, "layer": layer, "nodes": n, "experts": _round(experts)}
+                rows.append(row | {"uniform": _round(expected), "trees": told["trees"]})
+    return rows
+
+
+def mass_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Share of the router's probability by budget, and the least budget that holds `HELD` of it."""
+    rows = []
+    for name in sets:
+        told = ledger.get(f"{name}: demand")
+        for layer, curve in _by_layer(told["kept_mass"]):
+            least = int(least_budget(curve, HELD))
+            for budget, mass in enumerate(curve.tolist(), 1):
+                row = {"set": name, "layer": layer, "budget": budget, "mass": _round(mass)}
+                rows.append(row | {f"least_budget_for_{HELD:.0%}": least, "trees": told["trees"]})
+    return rows
+
+
+def frontier_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Divergence, agreement and acceptance by rule and budget, of each set's texts; and means over all sets' own texts,
+    if there are several."""
+    rows = []
+    together = [[(name, OWN) for name in sets]] if len(sets) > 1 else []
+    for texts in together + [[(name, kind)] for name in sets for kind in kinds(name)]:
+        under: list[tuple[str, int] | None] = [None, *((rule, b) for rule in plan.rules for b in plan.budgets)]
+        for what in under:
+            keys = [exact_key(*text) if what is None else followed_key(*text, *what) for text in texts]
+            row = {"set": texts[0][0] if len(texts) == 1 else ALL, "text": texts[0][1]}
+            row |= {"rule": what[0] if what else "no budget", "budget": what[1] if what else None}
+            row |= {"output": mark(*what, config) if what else "exact"}
+            rows.append(row | _followed([ledger.get(key) for key in keys]))
+    return rows
+
+
+def throughput_rows(plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Speed in turns with plain decoding, and the share of its tokens up to the first that differs."""
+    rows = []
+    for name in sets:
+        turns = range(plan.repeats)
+        plain = [ledger.get(timed_key(name, turn, "plain")) for turn in turns]
+        for what, setting in timed_settings(plan).items():
+            told = [ledger.get(timed_key(name, turn, what)) for turn in turns]
+            rule, _, budget = what.rpartition(", B = ")
+            row = {"set": name, "rule": rule or what, "budget": int(budget) if rule else None}
+            row |= {"output": "exact" if told[-1]["exact"] else "lossy"}
+            for column, values in {
+                "tokens_per_s": [speed(one) for one in told],
+                "over_plain": [speed(one) / speed(other) for one, other in zip(told, plain, strict=True)],
+            }.items():
+                row |= {f"{column}_{key}": _round(value) for key, value in spread(values).items()}
+            same = agreement(plain[-1]["token_ids"], told[-1]["token_ids"])
+            row |= {"agreement": _round(same), "accept_length": _round(told[-1]["accept_length"])}
+            row |= {"experts_read": _round(told[-1]["experts_loaded"]), "compile_s": _round(told[-1]["compile_s"])}
+            batch = {"prompts": len(told[-1]["token_ids"]), "tokens": plan.timed_tokens, "repeats": plan.repeats}
+            rows.append(row | batch | ({} if setting.tree else {"accept_length": 1.0}))
+    return rows
+
+
+def reconstruction_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """||y_budget - y||^2 / ||y||^2 by rule, budget and layer, of all rows and of those that were committed."""
+    rows = []
+    for name in sets:
+        for rule in plan.rules:
+            told = ledger.get(reconstruction_key(name, rule))
+            for budget in plan.budgets:
+                sums = {key: np.array(value) for key, value in told[str(budget)].items()}
+                for layer in ["mean", *range(len(sums["rows"]))]:
+                    rows.append(
+                        {"set": name, "rule": rule, "budget": budget, "output": mark(rule, budget, config)}
+                        | {"layer": layer} | _losses(sums, layer)
+                    )  # fmt: skip
+    return rows
+
+
+def coactivation_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """Every pair of experts of the layers that were counted, over all sets."""
+    rows = []
+    for layer, pairs in pair_counts(sets, ledger).items():
+        lifted = lift(pairs)
+        for a in range(len(pairs)):
+            for b in range(a + 1, len(pairs)):
+                row = {"layer": layer, "expert_a": a, "expert_b": b, "tokens_a": int(pairs[a, a])}
+                row |= {"tokens_b": int(pairs[b, b]), "together": int(pairs[a, b])}
+                rows.append(row | {"times_independent": _round(lifted[a, b])})
+    return rows
+
+
+def pair_counts(sets: Sequence[str], ledger: Ledger) -> dict[int, np.ndarray]:
+    """How many tokens of all sets chose each pair of experts, by layer."""
+    told = [ledger.get(f"{name}: coactivation") for name in sets]
+    return {int(layer): np.sum([one[layer] for one in told], axis=0) for layer in told[0]}
+
+
+def acceptance_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
+    """The share of rounds that commit a node of each depth, without a budget."""
+    rows = []
+    for name in sets:
+        for kind in kinds(name):
+            told = ledger.get(exact_key(name, kind))
+            committed, rounds = np.array(told["committed_by_text"]), np.array(told["rounds_by_text"])
+            low, high = _ratio_interval(committed, rounds)
+            for depth, share in enumerate(committed.sum(axis=0) / rounds.sum(), 1):
+                row = {"set": name, "text": kind, "depth": depth, "accepted": _round(share)}
+                row |= {"accepted_low": _round(low[depth - 1]), "accepted_high": _round(high[depth - 1])}
+                rows.append(row | {"rounds": int(rounds.sum()), "texts": len(rounds)})
+    return rows
+
+
+def _by_layer(curves: Sequence[Sequence[float]]) -> list[tuple[str | int, np.ndarray]]:
+    layers = np.array(curves)
+    return [("mean", layers.mean(axis=0)), *enumerate(layers)]
+
+
+def _losses(sums: Mapping[str, np.ndarray], layer: str | int) -> Row:
+    """Of one layer, or the mean of layers."""
+    ratio = sums["errors"] / np.where(sums["outputs"] > 0, sums["outputs"], np.nan)
+    lost = sums["given_up"] / sums["rows"]
+    chosen = slice(None) if layer == "mean" else slice(int(layer), int(layer) + 1)
+    every, committed = ratio[chosen].mean(axis=0)
+    row = {"error_all": _round(every), "error_committed": _round(committed), "given_up": _round(lost[chosen].mean())}
+    return row | {"rows": int(sums["rows"][0])}
+
+
+def _followed(told: Sequence[Mapping[str, Any]]) -> Row:
+    """Means over sets, every set counting as much as another, and sums of what is counted."""
+    row = {}
+    for column in ("kl", "top1"):
+        by_text = [np.array(one[f"{column}_by_text"]) for one in told]
+        low, high = mean_interval(by_text)
+        row |= {column: float(np.mean([values.mean() for values in by_text]))}
+        row |= {f"{column}_low": low, f"{column}_high": high}
+    row |= {column: float(np.mean([one[column] for one in told])) for column in _MEANS}
+    row = {column: _round(value) for column, value in row.items()}
+    row |= {column: sum(one[column] for one in told) for column in ("rounds", "positions")}
+    return row | {"texts": sum(len(one["kl_by_text"]) for one in told)}
+
+
+def _ratio_interval(committed: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % of a bootstrap over texts of each depth's share of rounds."""
+    drawn = np.random.default_rng(0).integers(0, len(rounds), (DRAWS, len(rounds)))
+    shares = committed[drawn].sum(axis=1) / rounds[drawn].sum(axis=1)[:, None]
+    low, high = np.percentile(shares, [2.5, 97.5], axis=0)
+    return low, high
+
+
+def _round(value: float) -> float | None:
+    """None where it is not a number."""
+    return round(float(value), 6) if np.isfinite(value) else None

@@ -1,0 +1,82 @@
+"""Rules of an expert budget by name: what a study compares."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from moespec_jax.budget_config import BudgetConfig, is_exact, resolve
+from moespec_jax.config import DecoderConfig
+from moespec_jax.model import RequestError
+
+# MoE-Spec's own rule, which others are measured against.
+PAPER = "MoE-Spec (probability, all)"
+_UNIFORM = dict(score="probability", credit="all")
+_WHOLE: dict[str, Any] = dict(coverage="guarantee", guarantee=0.0)
+# What each sets in `BudgetConfig`; the rest is the default.
+RULES: dict[str, dict[str, Any]] = {
+    PAPER: _UNIFORM,
+    "MoE-Spec, truncate": _UNIFORM | dict(coverage="truncate"),
+    "probability, hits": dict(score="probability", credit="hits"),
+    "path, all": dict(score="path", credit="all"),
+    "path, hits": dict(score="path", credit="hits"),
+    "path, hits, anchor root": dict(score="path", credit="hits", anchor="root"),
+    "depth, hits, anchor root (AcceptMoE)": dict(score="depth", credit="hits", anchor="root"),
+    "path, hits, guarantee 0.5 (OEA)": dict(score="path", credit="hits", coverage="guarantee"),
+    "path, squares (default)": {},
+    "path, squares, truncate": dict(coverage="truncate"),
+    "path, squares, faithfulness 0.3": dict(anchor="root", faithfulness=0.3),
+    "path, squares, faithfulness 0.5": dict(anchor="root", faithfulness=0.5),
+    "path, squares, guarantee 0, faithfulness 0.5": _WHOLE | dict(faithfulness=0.5),
+    "path, squares, guarantee 0, faithfulness 1 (exact)": _WHOLE | dict(faithfulness=1.0),
+}
+# Rules whose size follows the text: the budget is their most.
+SIZED: dict[str, dict[str, Any]] = {
+    "MoE-Spec, mass 0.6": _UNIFORM | dict(size="mass", mass=0.6),
+    "path, squares, mass 0.9": dict(size="mass", mass=0.9),
+    "path, squares, rank": dict(size="rank"),
+}
+# What is studied, and what is timed, where nothing else is asked for.
+FEW = [
+    PAPER,
+    "depth, hits, anchor root (AcceptMoE)",
+    "path, hits, guarantee 0.5 (OEA)",
+    "path, squares (default)",
+    "path, squares, faithfulness 0.5",
+    "path, squares, guarantee 0, faithfulness 1 (exact)",
+]
+TIMED = [PAPER, "path, squares (default)", "path, squares, faithfulness 0.5"]
+# Budgets where nothing else is asked for, as shares of the experts.
+SHARES = (3 / 16, 1 / 4, 3 / 8, 1 / 2)
+
+
+def named_rules(names: Sequence[str], few: Sequence[str]) -> list[str]:
+    """Names of rules in the order of `RULES`, MoE-Spec's own among them; `few` and `all` stand for several.
+
+    Raises:
+        RequestError: there is no such rule.
+    """
+    groups = {"few": list(few), "all": list(RULES)}
+    wanted = {PAPER}.union(*(groups.get(name, [name]) for name in names))
+    if unknown := wanted - set(RULES):
+        raise RequestError(f"expected rules of few, all, {', '.join(map(repr, RULES))}; got {sorted(unknown)[0]!r}")
+    return [name for name in RULES if name in wanted]
+
+
+def rule_of(name: str, budget: int) -> BudgetConfig:
+    """The rule of that name with at most `budget` experts a layer."""
+    return BudgetConfig(budget, **RULES[name])
+
+
+def mark(name: str, budget: int, config: DecoderConfig) -> str:
+    """`exact` or `lossy`: what comes out of a sequence under that rule and budget."""
+    return "exact" if is_exact(resolve(rule_of(name, budget), config), config, 1) else "lossy"
+
+
+def keeps_all(name: str) -> bool:
+    """Whether a rule gives up no drafted token."""
+    return not rule_of(name, 1).gives_up
+
+
+def default_budgets(config: DecoderConfig) -> list[int]:
+    """`SHARES` of a model's experts, none below what one token needs."""
+    experts = config.num_experts
+    return sorted({max(config.num_experts_per_tok, round(share * experts)) for share in SHARES})

@@ -1,0 +1,68 @@
+"""Rows as CSV files, and as tables for people."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], stamp: Mapping[str, Any]) -> None:
+    """A line for each row under one of column names, each with the columns of `stamp`; whole or not there."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*rows[0], *stamp], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **stamp} for row in rows)
+    write_whole(file, text.getvalue())
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Text into a file that is whole or not there."""
+    temporary = file.with_name(file.name + ".incomplete")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text side by side, the first row their names."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+
+
+def frontier_table(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int]) -> list[list[str]]:
+    """Of one text, every rule at some budgets, as cells: its mark, divergence with its interval, agreement, tokens a
+    round."""
+    table = [["rule", "B", "output", "divergence, nats (95 %)", "first choices", "tokens a round"]]
+    for row in rows:
+        if row["budget"] is None or row["budget"] in budgets:
+            span = f"{row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})"
+            size = "" if row["budget"] is None else str(row["budget"])
+            table.append([row["rule"], size, row["output"], span, f"{row['top1']:.1%}", f"{row['accept_length']:.2f}"])
+    return table
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of one set, every timed setting as cells."""
+    table = [["rule", "B", "output", "over plain (range)", "tokens/s", "same tokens", "tokens a round"]]
+    for row in rows:
+        ratio = f"{row['over_plain_median']:.2f}x ({row['over_plain_min']:.2f} to {row['over_plain_max']:.2f})"
+        size = "" if row["budget"] is None else str(row["budget"])
+        table.append(
+            [row["rule"], size, row["output"], ratio, f"{row['tokens_per_s_median']:.0f}"]
+            + [f"{row['agreement']:.1%}", f"{row['accept_length']:.2f}"]
+        )  # fmt: skip
+    return table
+
+
+def mass_table(rows: Sequence[Mapping[str, Any]], column: str, experts: int) -> list[list[str]]:
+    """The least budget that holds 90 % of the mass, and what half and a quarter of the experts hold, by set."""
+    half, quarter = experts // 2, experts // 4
+    table = [["set", "least B for 90 %", f"held by B = {half}", f"held by B = {quarter}", "trees"]]
+    means = [row for row in rows if row["layer"] == "mean"]
+    for name in dict.fromkeys(row["set"] for row in means):
+        held = {row["budget"]: row for row in means if row["set"] == name}
+        at = [f"{held[b]['mass']:.1%}" if b in held else "" for b in (half, quarter)]
+        table.append([name, str(held[1][column]), *at, str(held[1]["trees"])])
+    return table
