@@ -13,7 +13,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Tests compile many tiny programs; the second run of the suite finds them here. Every worker has a cache of its own, for
+# Tests compile many tiny programs; the second run of the suite finds them here. Every worker has its own cache, for
 # one must not read what another has written half.
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
