@@ -129,7 +129,7 @@ def draw_text(axes: "Axes", tokens: Sequence[str], marked: Sequence[bool], colum
             axes.add_patch(Rectangle((column, -2 * last - 0.7), len(piece), 2, facecolor="#f4b6ae", linewidth=0))
         if piece.strip():
             outline = TextPath((column, -2 * last), piece.replace("$", r"\$"), size=1 / 0.602, prop=font)
-            axes.add_patch(PathPatch(outline, facecolor="black", linewidth=0.1))
+            axes.add_patch(PathPatch(outline, facecolor="black", linewidth=0.1, snap=False))
     axes.set(xlim=(0, columns), ylim=(-2 * max(last + 1, lines) + 1, 2), aspect="equal", anchor="NW")
     axes.axis("off")
 
