@@ -36,7 +36,7 @@ from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import Speculator
 
 # How skewed routing is: fitted to the published figures above (tests/test_bench_random.py measures what comes of it).
-EXPONENTS = {"OLMoE-1B-7B": 0.9, "Qwen3-30B-A3B": 0.63, "Mixtral-8x7B": 0.9, "toy": 0.8}
+EXPONENTS = {"OLMoE-1B-7B": 0.9, "Qwen3-30B-A3B": 0.67, "Mixtral-8x7B": 0.9, "toy": 0.8}
 SHARPNESS = 1.5
 # Standard deviation of the embedding, beside which what layers add is small, and the constant over its whole norm.
 _STREAM, _CONSTANT = 10.0, 0.15
