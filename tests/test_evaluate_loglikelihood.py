@@ -166,8 +166,8 @@ def test_ways_that_cannot_be_gone(model: Model, tree: Any, budget: BudgetConfig,
 def test_a_way_tells_what_it_is(model: Model, tmp_path: Path) -> None:
     way = way_of(model, TREES["chain"], TIGHT)
     about = way.about()
-    assert about["way"] == "B = 2/3/2, 4/2/1" and about["exact"] is False and about["budget"]["experts"] == (2, 3, 2)
-    assert way_of(model, "default", None).name == "exact 4/2/1" and PLAIN == way_of(model, None, None)
+    assert about["way"] == "4/2/1, B = 2/3/2" and about["exact"] is False and about["budget"]["experts"] == (2, 3, 2)
+    assert way_of(model, "default", None).name == "4/2/1" and PLAIN == way_of(model, None, None)
     with pytest.raises(RequestError, match="draft head"):
         way_of(load(str(model.directory), backend=DENSE), TREES["chain"], None)
     assert way_of(load(str(model.directory), backend=DENSE), "default", None) == PLAIN

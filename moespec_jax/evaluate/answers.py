@@ -48,10 +48,10 @@ def answered_number(text: str) -> Decimal | None:
     return numbers[-1] if numbers else None
 
 
-def read_questions(path: Path, run_code: bool) -> tuple[list[Question], dict[str, int]]:
-    """Questions of JSON lines with `turns` (the first is asked) and `reference`, and for how many lines there is
-    nothing to check an answer by, by reason. Code is asked for where the prompt holds a function; it must pass `test`
-    (with `entry_point`) or the prompt's own examples, which its reference must pass too.
+def read_questions(path: Path, run_code: bool, most: int | None = None) -> tuple[list[Question], dict[str, int]]:
+    """Questions of JSON lines with `turns` (the first is asked) and `reference`, of the first `most` lines if given;
+    and for how many lines there is nothing to check an answer by, by reason. Code is asked for where the prompt holds a
+    function; it must pass `test` (with `entry_point`) or the prompt's own examples, which its reference must pass too.
 
     Raises:
         RequestError: there is no such file, it is not of this kind, or none of its lines can be checked.
@@ -61,7 +61,7 @@ def read_questions(path: Path, run_code: bool) -> tuple[list[Question], dict[str
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RequestError(f"expected a file of questions at {path}; {reason}") from None
-    rows = [_read_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_read_row(line, f"line {number} of {path}") for number, line in enumerate(lines, 1) if line.strip()][:most]
     questions: list[Question] = []
     left_out: Counter[str] = Counter()
     for row in tqdm(rows, desc=path.name, unit="question", disable=not run_code, leave=False):

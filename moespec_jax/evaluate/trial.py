@@ -116,14 +116,24 @@ def _preamble(trial: Trial) -> str:
 
 def _examples(code: str, name: str) -> str | None:
     """A program that runs the examples of a function's docstring."""
+    text = _docstring(code, name) or ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of somebody's backslashes
-            nodes = ast.walk(ast.parse(code))
-        functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == name]
-        text = ast.get_docstring(functions[-1]) or ""
-        if not doctest.DocTestParser().get_examples(text):
-            return None
-    except (SyntaxError, ValueError, IndexError):
+        found = doctest.DocTestParser().get_examples(text)
+    except ValueError:
         return None
-    return _RUN_EXAMPLES.replace("TEXT", repr(text))
+    return _RUN_EXAMPLES.replace("TEXT", repr(text)) if found else None
+
+
+def _docstring(code: str, name: str) -> str | None:
+    """Of a function, whose last lines may break off anywhere."""
+    lines = code.split("\n")
+    for end in range(len(lines), 0, -1):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of somebody's backslashes
+                nodes = ast.walk(ast.parse("\n".join(lines[:end])))
+        except (SyntaxError, ValueError):
+            continue
+        functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) and n.name == name]
+        return ast.get_docstring(functions[-1]) if functions else None
+    return None

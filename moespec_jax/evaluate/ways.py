@@ -69,14 +69,14 @@ def way_of(model: Model, tree: AskedTree, budget: BudgetConfig | None) -> Way:
     try:
         check_draft_vocabulary(tree, model.draft.config.draft_vocab_size)
         if budget is None:
-            return Way(f"exact {shape}", tree, None, True)
+            return Way(shape, tree, None, True)
         check_names(budget)
         resolved = resolve(budget, model.config)
     except ValueError as error:
         raise RequestError(str(error)) from None
     if warning := caution(resolved, model.config):
         warnings.warn(warning, BudgetWarning, stacklevel=2)
-    return Way(f"B = {_count(resolved)}, {shape}", tree, resolved, is_exact(resolved, model.config, 1))
+    return Way(f"{shape}, B = {_count(resolved)}", tree, resolved, is_exact(resolved, model.config, 1))
 
 
 def restrict_alone(
