@@ -15,6 +15,7 @@ from tiny import CONFIG, tiny_tensors
 from tiny_pair import write_pair
 
 import moespec_jax.study.__main__ as study
+from moespec_jax.backend import BACKENDS
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
 from moespec_jax.fidelity import Texts
@@ -110,6 +111,16 @@ def test_reconstruction_error_is_what_numpy_says(model: Model, seen: TreeRouting
     assert (found.errors[:, 0] > 0).all()
 
 
+def test_stacked_layers_route_and_lose_the_same(flags: list[str], model: Model, seen: TreeRouting) -> None:
+    rule, programs = BudgetConfig(EXPERTS, **RULES[PAPER]), model.programs
+    stacked = dataclasses.replace(load(flags[1], flags[3], backend=BACKENDS["slots"]), programs=programs)
+    again = list(observed_rounds(stacked, TREE, PROMPTS, 2))[1]
+    np.testing.assert_array_equal(again.parents, seen.parents)
+    np.testing.assert_array_equal(again.experts, seen.experts)
+    for one, other in zip(loss(stacked, seen, rule, 3), loss(model, seen, rule, 3), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)  # another order of sums
+
+
 def by_numpy(
     tensors: dict[str, np.ndarray], seen: TreeRouting, layer: int, tree: int, budget: int, rule: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -187,7 +198,7 @@ def test_the_least_divergence_stands_first_and_says_how_sure_that_is() -> None:
     found = standing(by_rule, PAPER, list(by_rule))
     assert (found.best, found.runner_up) == ("a", "b")
     said = standing_sentence(found, PAPER)
-    assert "“a” is best" in said and "2.0 times" in said and "do not tell apart" in said
+    assert "“a” is best" in said and "diverges 2.0 times as much" in said and "do not tell apart" in said
 
 
 def test_texts_followed_in_parts_are_the_same(model: Model) -> None:
@@ -218,7 +229,7 @@ def test_cut_off_and_continued_it_writes_the_same_bytes(
     monkeypatch.setattr(study, "load_asked", lambda arguments: model)
     assert study.main([*run, "--output", str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr()
-    assert "B = 4 of 8 experts" in printed.out and "lossy" in printed.out
+    assert "B = 4 of 8 experts" in printed.out and "is best" in printed.out and "lossy" in printed.out
 
     cut = tmp_path / "cut"
     for allowed in (1, 3, 4):  # pieces before each kill: in the middle of different kinds
@@ -271,7 +282,7 @@ def check_files(directory: Path, machine: str) -> None:
     [
         (["--rules", "none such"], "expected rules of few, all"),
         (["--rounds", "1"], "--rounds of at least 2"),
-        (["--budgets", "1"], "expected budgets from 2 to 8"),
+        (["--budgets", "1"], "expert budget from 2 to 8"),
         (["--tokens", "90"], "fit the model's context of 96"),
         (["--draft-model", "none"], "expected a draft head"),
     ],

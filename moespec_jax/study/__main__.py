@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from moespec_jax.arguments import add_model_flags, add_tree_flags, load_asked, tree_of
+from moespec_jax.arguments import add_model_flags, add_tree_flags, load_asked, parse_budget, tree_of
+from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.ledger import Ledger
@@ -55,15 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     add_model_flags(parser.add_argument_group("model"))
     add_tree_flags(parser.add_argument_group("tree (default: EAGLE's)"))
     group = parser.add_argument_group("prompts")
-    add_prompt_set_flags(group, count=24)
+    add_prompt_set_flags(group, count=16)
     group.add_argument("--tokens", type=int, default=96, help="followed of each text after its prompt (96)")
     group.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompts")
     group = parser.add_argument_group("what is measured")
     group.add_argument(
         "--rules", nargs="+", default=["few"], metavar="RULE", help="names of rules, few (default) or all; see below"
     )
-    group.add_argument("--budgets", nargs="+", type=int, metavar="B", help="experts a layer (3/16, 1/4, 3/8, 1/2)")
-    group.add_argument("--rounds", type=int, default=8, help="of which the trees' routing is looked at (8)")
+    group.add_argument(
+        "--budgets", nargs="+", metavar="B", help="experts a layer, or shares of them (0.1875 0.25 0.375 0.5)"
+    )
+    group.add_argument("--rounds", type=int, default=8, help="rounds after each prompt whose routing is recorded (8)")
     group.add_argument(
         "--batch", type=int, default=8, metavar="N", help="texts side by side: less takes less memory (8)"
     )
@@ -71,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--timed", nargs="+", metavar="RULE", help="rules to time: names, few or all (default: few; --rules if given)"
     )
-    group.add_argument("--timed-budgets", nargs="+", type=int, metavar="B", help="(default: 1/4 and 1/2; --budgets)")
+    group.add_argument("--timed-budgets", nargs="+", metavar="B", help="(default: 0.25 0.5; --budgets if given)")
     group.add_argument("--timed-prompts", type=int, default=4, help="of each set; 0 times nothing (4)")
     group.add_argument("--timed-tokens", type=int, default=64, help="decoded of each (64)")
     group.add_argument("--repeats", type=int, default=3, help="turns (3)")
@@ -106,21 +109,27 @@ def plan_of(arguments: argparse.Namespace, config: DecoderConfig, tree: TreeConf
     Raises:
         RequestError: a budget is not one that this model can have.
     """
-    budgets = sorted(set(arguments.budgets or default_budgets(config)))
-    asked = arguments.rules != ["few"]
-    timed = named_rules(arguments.timed or (arguments.rules if asked else ["few"]), TIMED)
+    budgets = _counts(arguments.budgets, config) or default_budgets(config)
+    asked = arguments.rules != ["few"] or arguments.budgets is not None
+    timed = named_rules(arguments.timed or arguments.rules, TIMED)
     some = sorted({max(config.num_experts_per_tok, config.num_experts // part) for part in (2, 4)} & set(budgets))
-    timed_budgets = sorted(set(arguments.timed_budgets or (budgets if asked or not some else some)))
-    for budget in [*budgets, *timed_budgets]:
-        if not config.num_experts_per_tok <= budget <= config.num_experts:
-            raise RequestError(
-                f"expected budgets from {config.num_experts_per_tok} to {config.num_experts}, what one token needs and"
-                f" what a layer of this model has; got {budget}"
-            )
+    timed_budgets = _counts(arguments.timed_budgets, config) or (some if some and not asked else budgets)
     return Plan(
         tree, arguments.tokens, arguments.batch, arguments.rounds, rules, budgets, timed, timed_budgets,
         arguments.timed_prompts, arguments.timed_tokens, arguments.repeats,
     )  # fmt: skip
+
+
+def _counts(given: Sequence[str] | None, config: DecoderConfig) -> list[int]:
+    """Numbers of experts from numbers or shares of them, the smallest first."""
+    counts = set()
+    for text in given or []:
+        asked = parse_budget(text)
+        try:
+            counts |= set(resolve(BudgetConfig(asked), config).experts)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    return sorted(counts)
 
 
 def command_line(given: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What a study found, as rows and as sentences: the best rule at half and a quarter of the experts."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,13 +9,12 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.ledger import Ledger
 from moespec_jax.study.finding import (
     ByText,
-    Contrast,
     Standing,
     contrast,
     contrast_row,
+    more,
     standing,
     standing_sentence,
-    times_less,
 )
 from moespec_jax.study.measure import OWN, Plan, exact_key, followed_key, kinds
 from moespec_jax.study.rows import ALL, Row
@@ -55,25 +55,28 @@ def finding_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger:
     return rows
 
 
-def finding_sentences(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[str]:
-    """For each budget: the whole finding over all sets, or the only one, then a line for every text."""
+class Finding(NamedTuple):
+    """Of one budget: what was found over all sets, or the only one, and on every text, in words."""
+
+    whole: str
+    each: list[str]
+
+
+def findings(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Finding]:
+    """One for each budget."""
+    return [_finding(config, plan, sets, budget, ledger) for budget in finding_budgets(config, plan)]
+
+
+def _finding(config: DecoderConfig, plan: Plan, sets: Sequence[str], budget: int, ledger: Ledger) -> Finding:
     said = []
-    whole, *rest = subjects(sets).items()
-    for budget in finding_budgets(config, plan):
-        over, texts = whole
+    for over, texts in subjects(sets).items():
         by_rule = _divergences(plan, texts, budget, ledger)
         found = _standing_of_keepers(plan, by_rule)
-        head = f"B = {budget} of {config.num_experts} experts, {over} ({found.against_paper.texts} texts)"
-        said.append(
-            f"{head}: of the rules that keep every drafted token, {standing_sentence(found, PAPER)}"
-            f"{_giving_up(config, plan, texts, budget, by_rule, ledger)}"
-        )
-        for over, texts in rest:
-            by_rule = _divergences(plan, texts, budget, ledger)
-            found = _standing_of_keepers(plan, by_rule)
-            head = f"B = {budget}, {over} ({found.against_paper.texts} texts)"
-            said.append(f"{head}: {standing_sentence(found, PAPER)}")
-    return said
+        said.append(f"{over} ({found.against_paper.texts} texts): {standing_sentence(found, PAPER)}")
+        if len(said) == 1:
+            said[0] += _giving_up(config, plan, texts, budget, by_rule, ledger)
+    head = f"B = {budget} of {config.num_experts} experts, rules that keep every drafted token, "
+    return Finding(head + said[0], said[1:])
 
 
 def _standing_of_keepers(plan: Plan, by_rule: Mapping[str, ByText]) -> Standing:
@@ -91,19 +94,13 @@ def _giving_up(
         found = standing(by_rule, PAPER, lossy)
         length = _accept_length(texts, (found.best, budget), ledger)
         said += (
-            f" Giving up drafted tokens that lost their experts, “{found.best}” diverges"
-            f" {found.against_paper.kl:.4f} nats{_less(found.against_paper)}, and gains {length:.2f} tokens a round"
-            f" where no budget gains {without:.2f}."
+            f" Of the rules that give up drafted tokens, “{found.best}” diverges {found.against_paper.kl:.4f} nats:"
+            f" {more(found.against_paper)}. It gains {length:.2f} tokens a round, no budget {without:.2f}."
         )
     for rule in plan.rules:
         if not keeps_all(rule) and mark(rule, budget, config) == "exact":
-            said += f" “{rule}” loses nothing, and gains {_accept_length(texts, (rule, budget), ledger):.2f}."
+            said += f" “{rule}” loses nothing and gains {_accept_length(texts, (rule, budget), ledger):.2f}."
     return said
-
-
-def _less(found: Contrast) -> str:
-    times = times_less(found)
-    return "" if times is None else f", MoE-Spec's own rule {times}"
 
 
 def _divergences(plan: Plan, texts: _Subject, budget: int, ledger: Ledger) -> dict[str, ByText]:

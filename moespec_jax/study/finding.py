@@ -71,28 +71,26 @@ def standing(divergences: Mapping[str, ByText], paper: str, among: Sequence[str]
 
 def standing_sentence(found: Standing, paper: str) -> str:
     """What a standing says, in words."""
+    c = found.against_paper
     if found.best == paper:
-        said = f"MoE-Spec's own rule is best: it diverges {found.against_paper.kl:.4f} nats from the exact target"
+        said = f"MoE-Spec's own rule is best, and diverges {c.kl:.4f} nats from the exact target."
     else:
-        c = found.against_paper
-        times = times_less(c)
-        said = (
-            f"“{found.best}” is best: it diverges {c.kl:.4f} nats from the exact target, MoE-Spec's own rule"
-            f" {c.kl_against:.4f}{'' if times is None else f', {times}'}; the difference is {c.difference:.4f} nats"
-            f" ({_span(c.difference_95)})"
-        )
+        said = f"“{found.best}” is best, and diverges {c.kl:.4f} nats from the exact target: {more(c)}."
     if found.against_runner_up is None:
-        return said + "."
+        return said
     c = found.against_runner_up
     sure = "" if c.told_apart else ", which these texts do not tell apart"
-    return f"{said}. Next is “{found.runner_up}” with {c.difference:.4f} nats more ({_span(c.difference_95)}){sure}."
+    return (
+        f"{said} The next, “{found.runner_up}”, diverges {c.difference:.4f} nats more ({_span(c.difference_95)}){sure}."
+    )
 
 
-def times_less(found: Contrast) -> str | None:
-    """How many times as much the second rule diverges, in words."""
+def more(found: Contrast) -> str:
+    """By how much MoE-Spec's own rule, where it is the second, diverges more, in words."""
+    nats = f"{found.difference:.4f} nats more ({_span(found.difference_95)})"
     if found.times is None or found.times_95 is None:
-        return None
-    return f"{found.times:.1f} times as much ({_span(found.times_95, 1)})"
+        return f"MoE-Spec's own rule diverges {nats}"
+    return f"MoE-Spec's own rule diverges {found.times:.1f} times as much ({_span(found.times_95, 1)}), {nats}"
 
 
 def _drawn_means(by_text: ByText) -> np.ndarray:

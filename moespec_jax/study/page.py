@@ -10,13 +10,15 @@ _STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.finding { border-left: 4px solid #0072B2; padding: .1rem 0 .1rem 1rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; font-size: .9rem; }
+dt { opacity: .75; } dd { margin: 0; overflow-wrap: anywhere; }
+.finding { border-left: 4px solid #0072B2; padding: .1rem 0 .1rem 1rem; margin: 1rem 0; }
+.finding ul { font-size: .9rem; padding-left: 1.2rem; }
 .wide { overflow-x: auto; }
 img { display: block; width: 100%; min-width: 34rem; max-width: 58rem; background: #fff; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .86rem; white-space: nowrap; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); }
 td.exact { font-weight: 600; } td.lossy { font-style: italic; }
-code { font-size: .86rem; overflow-wrap: anywhere; }
 .note { opacity: .75; font-size: .9rem; }
 """
 
@@ -31,13 +33,18 @@ class Section(NamedTuple):
 
 
 def page(
-    title: str, facts: Mapping[str, str], findings: Sequence[str], sections: Sequence[Section], directory: Path
+    title: str,
+    facts: Mapping[str, str],
+    findings: Sequence[tuple[str, Sequence[str]]],
+    sections: Sequence[Section],
+    directory: Path,
 ) -> str:
-    """The whole page; pictures are read from `directory` and put into it."""
-    head, *more = findings or ["No rules were compared."]
-    parts = [f"<h1>{_text(title)}</h1>", _table("", [["measured on", ""], *([k, v] for k, v in facts.items())])]
-    parts.append(f'<h2>The finding</h2><div class="finding"><p>{_text(head)}</p></div>')
-    parts.append("<ul>" + "".join(f"<li>{_text(line)}</li>" for line in more) + "</ul>" if more else "")
+    """The whole page; pictures are read from `directory` and put into it. A finding is a paragraph and a list."""
+    about = "".join(f"<dt>{_text(name)}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items())
+    parts = [f"<h1>{_text(title)}</h1>", f"<dl>{about}</dl>", "<h2>The finding</h2>" if findings else ""]
+    for whole, each in findings:
+        lines = "".join(f"<li>{_text(line)}</li>" for line in each)
+        parts.append(f'<div class="finding"><p>{_text(whole)}</p>{f"<ul>{lines}</ul>" if each else ""}</div>')
     for section in sections:
         parts.append(f"<h2>{_text(section.title)}</h2><p>{_text(section.text)}</p>")
         if section.picture is not None:

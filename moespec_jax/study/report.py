@@ -6,7 +6,7 @@ from pathlib import Path
 from moespec_jax.config import DecoderConfig
 from moespec_jax.ledger import Ledger
 from moespec_jax.study import sheets
-from moespec_jax.study.conclusion import finding_budgets, finding_rows, finding_sentences, subjects
+from moespec_jax.study.conclusion import Finding, finding_budgets, finding_rows, findings, subjects
 from moespec_jax.study.measure import OWN, Plan
 from moespec_jax.study.page import Section, page
 from moespec_jax.study.rows import (
@@ -23,6 +23,7 @@ from moespec_jax.study.rows import (
     union_rows,
 )
 from moespec_jax.study.rules import PAPER
+from moespec_jax.study.style import LOOKS
 from moespec_jax.study.tables import (
     frontier_table,
     mass_table,
@@ -50,12 +51,20 @@ def write_report(
     for name, rows in tables.items():
         write_csv(directory / f"{name}.csv", rows, about)
     draw_all(config, plan, sets, ledger, tables, about, directory)
-    said = finding_sentences(config, plan, sets, ledger)
+    found = findings(config, plan, sets, ledger)
     facts = _facts(config, plan, sets, tables, about, command)
     sections = _sections(config, plan, sets, tables)
-    write_whole(directory / PAGE, page("Study of routing, trees and expert budgets", facts, said, sections, directory))
+    write_whole(directory / PAGE, page("Study of routing, trees and expert budgets", facts, found, sections, directory))
     over = _first_text(sets, tables["frontier"])
-    return plain_table(frontier_table(over, finding_budgets(config, plan))) + "\n" + "\n\n".join(said)
+    return (
+        plain_table(frontier_table(over, finding_budgets(config, plan)))
+        + "\n"
+        + "\n\n".join(_printed(one) for one in found)
+    )
+
+
+def _printed(found: Finding) -> str:
+    return "\n".join([found.whole, *(f"  - {line}" for line in found.each)])
 
 
 def all_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> Tables:
@@ -111,7 +120,9 @@ def draw_all(
         drawn["throughput"] = (
             sheets.speed_sheet(tables["throughput"]), f"{some}; median and range of {plan.repeats} turns, batch 1"
         )  # fmt: skip
+    pale = "; pale: other rules" if set(plan.rules) - set(LOOKS) else ""
     for name, (figure, sample) in drawn.items():
+        sample += pale if name in ("frontier", "frontier_by_text", "reconstruction") else ""
         sheets.save(figure, directory / f"{name}.png", f"{sample}\n{_stamp(about)}")
 
 

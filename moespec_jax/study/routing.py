@@ -97,7 +97,8 @@ def observed_rounds(
         limits = [min(len(p) + 1 + rounds * tree.longest_path, model.config.context_length) for p in part]
         state = Run(model.programs, method, Batch(part, limits, (), 0)).state_after(0)
         for _ in range(rounds):
-            state, seen = model.programs.run(observed_round, method.settings, method.params, state, donate=(1,))
+            # Not donated: a stacked cache has a layout of its own, which only a loop's carry may hand on in place.
+            state, seen = model.programs.run(observed_round, method.settings, method.params, state)
             yield _by_tree(jax.tree.map(np.asarray, seen), tree, first)
 
 
