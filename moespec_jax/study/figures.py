@@ -146,6 +146,8 @@ def draw_acceptance(axes: "Axes", curves: Mapping[str, Float[np.ndarray, "3 dept
 def draw_contrasts(axes: "Axes", rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
     """Divergence relative to MoE-Spec's own rule, with its interval: a row for each rule in `order`. `rows` are those
     of `conclusion.finding_rows` of one text and budget."""
+    from matplotlib.ticker import LogLocator
+
     axes.axvline(1, color=look(rows[0]["against"]).colour, linewidth=1.2)
     least = min((1 / row["times_high"] for row in rows if row["times_high"]), default=0.1)
     for row in rows:
@@ -158,7 +160,9 @@ def draw_contrasts(axes: "Axes", rows: Sequence[Mapping[str, Any]], order: Seque
         axes.plot(1 / row["times"], place, color=colour, marker="o" if row["keeps_all_drafts"] else "^", markersize=6)
     axes.set_yticks(range(len(order)), order, parse_math=False)
     axes.set(xscale="log", ylim=(len(order) - 0.4, -0.6), xlabel="divergence, MoE-Spec's own rule being 1")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.tick_params(axis="x", labelsize=8)
     open_axes(axes)
 
 

@@ -48,8 +48,9 @@ def write_report(
 ) -> str:
     """Write everything into `directory`; returns what is printed: the finding, and the frontier as a table."""
     tables = all_rows(config, plan, sets, ledger)
+    stamp = {name: about[name] for name in ("model", "device", "dtype", "jax", "moespec_jax")}
     for name, rows in tables.items():
-        write_csv(directory / f"{name}.csv", rows, about)
+        write_csv(directory / f"{name}.csv", rows, stamp)
     draw_all(config, plan, sets, ledger, tables, about, directory)
     found = findings(config, plan, sets, ledger)
     facts = _facts(config, plan, sets, tables, about, command)

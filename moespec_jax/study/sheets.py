@@ -31,10 +31,10 @@ def save(figure: Figure, file: Path, stamp: str) -> None:
     """With what it was measured on at its foot; the file is whole or not there."""
     figure.supxlabel(stamp, fontsize=7, color="0.45", x=0.01, ha="left", parse_math=False)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=140, format="png")
+    figure.savefig(drawn, dpi=120, format="png")
     temporary = file.with_name(file.name + ".incomplete")
-    # 256 colours are enough for lines and text, and a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
+    # So many colours are enough for lines and text, and take a third of the bytes.
+    Image.open(drawn).convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
     os.replace(temporary, file)
 
 
