@@ -39,7 +39,8 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
         for axes, panel in zip(line, [*asked, *[None] * (3 - len(asked))], strict=True):
             axes.axis("off") if panel is None else draw(axes, part, *panel)
         line[0].set_yticks(range(len(part)), [f"{row['way']} ({output_word(row)})" for row in part], fontsize=8)
-        line[0].set_title(f"{part[0]['set']}, {part[0]['kind']}", fontsize=9, loc="left")
+        what = part[0]["kind"] if part[0]["measured"] == "texts" else f"{part[0]['questions']} questions"
+        line[0].set_title(f"{part[0]['set']}, {what}", fontsize=9, loc="left")
     figure.suptitle(f"{heading(rows[0])}; lines: 95 %", fontsize=9)
     temporary = path.with_name(path.name + ".incomplete")
     # Without its date: the same results are the same bytes.

@@ -8,7 +8,7 @@ Versions of lm-eval that look for plug-ins find it without us: `lm_eval run --mo
 Texts are generated in the way that is asked for: plainly (`tree=none`), speculating, or under a budget. Log-likelihoods
 come from a direct forward pass where nothing is budgeted, which is the distribution that exact speculation draws from,
 and from verifying passes under the budget where something is (see `loglikelihood`). Every text is a batch of its own to
-a budget, so that no score depends on `batch_size`.
+a budget, so that scores do not depend on `batch_size` (but by score `depth`, which counts what others committed).
 """
 # pyright: reportMissingImports=false
 
