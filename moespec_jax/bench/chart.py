@@ -1,7 +1,7 @@
 """The rows as a picture: speed by setting, with its range, exact and lossy apart."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,19 +54,24 @@ def draw_speeds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
             f"{median:.0f}" if median >= 100 else f"{median:.3g}", (high, place), (4, 0), va="center", fontsize=8,
             textcoords="offset points",
         )  # fmt: skip
-    by_name = {row["setting"]: row["output_throughput"]["median"] for row in rows}
-    for name in dict.fromkeys((rows[0]["setting"], rows[0]["best_exact"])):
-        called = "plain" if name == rows[0]["setting"] else "best exact"
-        axes.axvline(by_name[name], color="0.3", linewidth=1, linestyle=":" if called == "plain" else "--", zorder=0)
+    told = draw_baselines(axes, {row["setting"]: row["output_throughput"]["median"] for row in rows}, rows[0])
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     batch = f", {rows[0]['batch_size']} at a time" if rows[0]["batch_size"] > 1 else ""
     axes.set_title(f"{rows[0]['prompts']}, {rows[0]['count']} prompts{batch}", fontsize=9, loc="left")
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(
-        f"tokens a second (dotted: plain decoding; dashed: best exact setting, {rows[0]['best_exact']})", fontsize=8
-    )
+    axes.set_xlabel(f"tokens a second ({told})", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_baselines(axes: "Axes", speeds: Mapping[str, float], row: dict[str, Any]) -> str:
+    """Lines at plain decoding, which comes first, and at the best exact setting if that is another; which is which."""
+    plain, best = row["setting"], row["best_exact"]
+    axes.axvline(speeds[plain], color="0.3", linewidth=1, linestyle=":", zorder=0)
+    if best == plain:
+        return "dotted: plain decoding, the best exact setting"
+    axes.axvline(speeds[best], color="0.3", linewidth=1, linestyle="--", zorder=0)
+    return f"dotted: plain decoding; dashed: the best exact setting, {best}"
 
 
 def label(row: dict[str, Any]) -> str:
