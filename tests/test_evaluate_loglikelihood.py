@@ -66,10 +66,9 @@ def assert_same_scores(found: list[Scored], expected: list[Scored], tolerance: f
             assert abs(a[0] - b[0]) < tolerance and a[1] == b[1]
 
 
-@pytest.mark.parametrize("chunk", [16, 512])
-def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk or several, side by side with other texts, filled up to the batch."""
-    monkeypatch.setattr(decode, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decode, "PREFILL_CHUNK", 16)
     texts = random_texts()
     # The most probable tokens, so that `best` is not always false.
     texts.append(Text([5, *continue_batch(model, PLAIN, [[5]], 30)[0]], 1, [1]))
