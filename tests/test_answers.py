@@ -120,7 +120,7 @@ def test_code_passes_if_it_is_right(answer: str, right: bool, test: str | None) 
     [
         "while True: pass",
         "import time; time.sleep(60)",
-        "block = bytearray(1 << 32); return 2 * x",
+        "block = bytes(1 << 32); return 2 * x",
         "open('large', 'wb').write(bytes(1 << 22)); return 2 * x",
         "while True: print('x' * 10000)",
         "import os; assert os.environ.get('SECRET') == 'seen'; return 2 * x",
