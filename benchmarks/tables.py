@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import device_tables
+from benchmarks import choosing_tables, device_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("budgets", "extending", "gpu", "tpu"))]
+DOCS = ("budgets", "choosing", "extending", "gpu", "tpu")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 
 def main() -> int:
@@ -206,7 +207,7 @@ def real_shapes() -> str:
 
 
 # What makes the tables of other files, and of which results.
-MADE = device_tables.TABLES
+MADE = device_tables.TABLES | choosing_tables.TABLES
 
 
 def made(name: str) -> str:

@@ -57,11 +57,12 @@ def main() -> int:
         "device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})", "dtype": "float32",
         "versions": versions(),
     }  # fmt: skip
+    about = dict(report)
     with TemporaryDirectory() as temporary:
         for name, bound in {"exact": Bound(), "lossy": Bound(max_kl=MAX_KL)}.items():
             trees = grid(DEPTH, TOP_KS, SIZES) if bound.exact else LOSSY_TREES
             asked = Asked(bound, trees, BUDGETS, options.tokens, options.repeats)
-            ledger = Ledger((options.ledger or Path(temporary)) / f"{name}.jsonl", {"check": name} | report)
+            ledger = Ledger((options.ledger or Path(temporary)) / f"{name}.jsonl", {"check": name} | about)
             outcome = search(model, prompts, asked, ledger)
             report[name] = compare(model, prompts, asked, outcome, ledger)
     text = json.dumps(report, indent=1) + "\n"
