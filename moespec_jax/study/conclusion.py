@@ -13,6 +13,7 @@ from moespec_jax.study.finding import (
     contrast,
     contrast_row,
     more,
+    nats,
     standing,
     standing_sentence,
 )
@@ -94,7 +95,7 @@ def _giving_up(
         found = standing(by_rule, PAPER, lossy)
         length = _accept_length(texts, (found.best, budget), ledger)
         said += (
-            f" Of the rules that give up drafted tokens, “{found.best}” diverges {found.against_paper.kl:.4f} nats:"
+            f" Of the rules that give up drafted tokens, “{found.best}” diverges {nats(found.against_paper.kl)}:"
             f" {more(found.against_paper)}. It gains {length:.2f} tokens a round, no budget {without:.2f}."
         )
     for rule in plan.rules:

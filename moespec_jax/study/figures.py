@@ -129,14 +129,18 @@ def draw_lift(axes: "Axes", lifted: Float[np.ndarray, "experts experts"], order:
     return image
 
 
-def draw_acceptance(axes: "Axes", curves: Mapping[str, Float[np.ndarray, "3 depths"]]) -> None:
-    """Share of rounds that commit a node of each depth, its low and high bounds, by text."""
-    ends = []
-    for number, (name, (share, low, high)) in enumerate(curves.items()):
-        colour, depth = SETS[number % len(SETS)], np.arange(1, 1 + len(share))
-        axes.plot(depth, share, color=colour, marker="o", markersize=4, linewidth=1.8)
-        axes.fill_between(depth, low, high, color=colour, alpha=0.15, linewidth=0)
-        ends.append(End(float(share[-1]), f"{name}\n{1 + share.sum():.2f} tokens a round", colour))
+def draw_acceptance(axes: "Axes", curves: Mapping[tuple[str, str], Float[np.ndarray, "3 depths"]]) -> None:
+    """Share of rounds that commit a node of each depth, its low and high bounds, by set and kind of text: a colour for
+    each set, as in the other figures, and a second text of a set dashed."""
+    sets, ends = list(dict.fromkeys(name for name, _ in curves)), []
+    drawn: set[str] = set()
+    for (name, kind), (share, low, high) in curves.items():
+        colour, depth = SETS[sets.index(name) % len(SETS)], np.arange(1, 1 + len(share))
+        dashes = "--" if name in drawn else "-"
+        axes.plot(depth, share, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle=dashes)
+        axes.fill_between(depth, low, high, color=colour, alpha=0.13, linewidth=0)
+        ends.append(End(float(share[-1]), f"{name}, {kind}\n{1 + share.sum():.2f} tokens a round", colour))
+        drawn.add(name)
     _whole_numbers(axes)
     axes.set(xlabel="depth in the tree", ylabel="share of rounds that commit it", ylim=(0, 1))
     open_axes(axes)

@@ -73,24 +73,27 @@ def standing_sentence(found: Standing, paper: str) -> str:
     """What a standing says, in words."""
     c = found.against_paper
     if found.best == paper:
-        said = f"MoE-Spec's own rule is best, and diverges {c.kl:.4f} nats from the exact target."
+        said = f"MoE-Spec's own rule is best, and diverges {nats(c.kl)} from the exact target."
     else:
-        said = f"“{found.best}” is best, and diverges {c.kl:.4f} nats from the exact target: {more(c)}."
+        said = f"“{found.best}” is best, and diverges {nats(c.kl)} from the exact target: {more(c)}."
     if found.against_runner_up is None:
         return said
     c = found.against_runner_up
     sure = "" if c.told_apart else ", which these texts do not tell apart"
-    return (
-        f"{said} The next, “{found.runner_up}”, diverges {c.difference:.4f} nats more ({_span(c.difference_95)}){sure}."
-    )
+    return f"{said} The next, “{found.runner_up}”, diverges {nats(c.difference)} more ({_span(c.difference_95)}){sure}."
 
 
 def more(found: Contrast) -> str:
     """By how much MoE-Spec's own rule, where it is the second, diverges more, in words."""
-    nats = f"{found.difference:.4f} nats more ({_span(found.difference_95)})"
+    difference = f"{nats(found.difference)} more ({_span(found.difference_95)})"
     if found.times is None or found.times_95 is None:
-        return f"MoE-Spec's own rule diverges {nats}"
-    return f"MoE-Spec's own rule diverges {found.times:.1f} times as much ({_span(found.times_95, 1)}), {nats}"
+        return f"MoE-Spec's own rule diverges {difference}"
+    return f"MoE-Spec's own rule diverges {found.times:.1f} times as much ({_span(found.times_95, 1)}), {difference}"
+
+
+def nats(value: float) -> str:
+    """As tables say it, which are rounded to six digits before."""
+    return f"{round(value, 6):.4f} nats"
 
 
 def _drawn_means(by_text: ByText) -> np.ndarray:

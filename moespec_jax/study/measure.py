@@ -75,7 +75,8 @@ class SetStudy:
         yield f"{self._name}: demand", self._demand
         yield f"{self._name}: coactivation", self._coactivation
         for rule in self._plan.rules:
-            yield reconstruction_key(self._name, rule), partial(self._reconstruct, rule)
+            for budget in self._plan.budgets:
+                yield reconstruction_key(self._name, rule, budget), partial(self._reconstruct, rule, budget)
         for kind in kinds(self._name):
             yield exact_key(self._name, kind), partial(self._follow, kind, None, None)
             for rule in self._plan.rules:
@@ -101,14 +102,12 @@ class SetStudy:
         count = self._model.config.num_experts
         return {str(layer): together(experts[layer], count).tolist() for layer in counted_layers(len(experts))}
 
-    def _reconstruct(self, rule: str) -> dict[str, Any]:
-        """Sums over trees, by budget."""
-        config, found = BudgetConfig(self._model.config.num_experts, **RULES[rule]), {}
-        for budget in self._plan.budgets:
-            parts = [loss(self._model, seen, config, budget, exact) for seen, exact in self._last_rounds]
-            sums = {name: sum(np.asarray(getattr(part, name), np.float64) for part in parts) for name in Loss._fields}
-            found[str(budget)] = {name: np.asarray(total).tolist() for name, total in sums.items()}
-        return found
+    def _reconstruct(self, rule: str, budget: int) -> dict[str, Any]:
+        """Sums over trees."""
+        config = BudgetConfig(self._model.config.num_experts, **RULES[rule])
+        parts = [loss(self._model, seen, config, budget, exact) for seen, exact in self._last_rounds]
+        sums = {name: sum(np.asarray(getattr(part, name), np.float64) for part in parts) for name in Loss._fields}
+        return {name: np.asarray(total).tolist() for name, total in sums.items()}
 
     def _follow(self, kind: str, rule: str | None, budget: int | None) -> dict[str, Any]:
         config = None if rule is None else BudgetConfig(self._model.config.num_experts, **RULES[rule])
@@ -168,9 +167,9 @@ def followed_key(name: str, kind: str, rule: str, budget: int) -> str:
     return f"{name}: {kind}, {rule}, B = {budget}"
 
 
-def reconstruction_key(name: str, rule: str) -> str:
-    """The piece of a rule's reconstruction errors."""
-    return f"{name}: reconstruction, {rule}"
+def reconstruction_key(name: str, rule: str, budget: int) -> str:
+    """The piece of a rule's reconstruction errors under a budget."""
+    return f"{name}: reconstruction, {rule}, B = {budget}"
 
 
 def timed_key(name: str, turn: int, what: str) -> str:

@@ -94,23 +94,29 @@ def draw_all(
 ) -> None:
     """Every picture, with what it was measured on at its foot."""
     first = _first_text(sets, tables["frontier"])
-    trees, texts = tables["unions"][0]["trees"], first[0]["texts"]
     each = f"{len(sets)} set{'s' * (len(sets) > 1)}"
-    tokens = f"{texts} texts of {plan.tokens} tokens, {first[0]['set']}"
+    tokens = f"{first[0]['texts']} texts of {plan.tokens} tokens, {first[0]['set']}"
     layers = pair_counts(sets, ledger)
     counted = int(next(iter(layers.values())).diagonal().sum()) // config.num_experts_per_tok
-    seen = f"{trees} trees a set; {each}; exact"
+    count, nodes = _span(tables["acceptance"], "texts"), _span(tables["reconstruction"], "rows")
+    seen = f"{_span(tables['unions'], 'trees')} trees a set; {each}; exact"
     drawn = {
         "unions": (sheets.unions_sheet(config, tables["unions"]), seen),
         "kept_mass": (sheets.mass_sheet(config, tables["kept_mass"]), seen),
         "frontier": (sheets.frontier_sheet(first, _title(first)), f"{tokens}; shaded: 95 % of a bootstrap; lossy"),
         "frontier_by_text": (
             sheets.texts_sheet([row for row in tables["frontier"] if row["set"] != ALL]),
-            f"{plan.tokens} tokens a text; shaded: 95 % of a bootstrap over texts; lossy",
+            f"{plan.tokens} tokens of {count} texts each; shaded: 95 % of a bootstrap over texts; lossy",
         ),
-        "reconstruction": (sheets.reconstruction_sheet(tables["reconstruction"]), f"{each}; lossy"),
+        "reconstruction": (
+            sheets.reconstruction_sheet(tables["reconstruction"]),
+            f"{nodes} nodes of each of {each}; lossy",
+        ),
         "coactivation": (sheets.coactivation_sheet(layers), f"{counted} tokens of {each}; exact"),
-        "acceptance": (sheets.acceptance_sheet(tables["acceptance"]), "shaded: 95 % of a bootstrap over texts; exact"),
+        "acceptance": (
+            sheets.acceptance_sheet(tables["acceptance"]),
+            f"{count} texts each; shaded: 95 % of a bootstrap over texts; exact",
+        ),
     }
     if "finding" in tables:
         over = next(iter(subjects(sets)))
@@ -125,6 +131,12 @@ def draw_all(
     for name, (figure, sample) in drawn.items():
         sample += pale if name in ("frontier", "frontier_by_text", "reconstruction") else ""
         sheets.save(figure, directory / f"{name}.png", f"{sample}\n{_stamp(about)}")
+
+
+def _span(rows: Sequence[Row], column: str) -> str:
+    """`24`, or `8 to 24` where sets differ."""
+    counts = [row[column] for row in rows]
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _stamp(about: Mapping[str, str]) -> str:
@@ -206,7 +218,8 @@ _FRONTIER = (
 _TEXTS = "Given text is what follows in the held-out modules, which the target would not always have written."
 _SPEED = (
     "Whole generations in turns in one process, greedy, one prompt at a time; shaded is the range of the turns. The"
-    " same tokens: the share of plain decoding's tokens before the first that differs."
+    " same tokens: the share of plain decoding's tokens before the first that differs, so that one early difference"
+    " weighs much where prompts are few."
 )
 _UNIONS = (
     "Distinct experts that the nodes of a draft tree choose together, mean of trees and layers. Smaller trees of equal"

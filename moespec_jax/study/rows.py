@@ -103,9 +103,9 @@ def reconstruction_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], 
     rows = []
     for name in sets:
         for rule in plan.rules:
-            told = ledger.get(reconstruction_key(name, rule))
             for budget in plan.budgets:
-                sums = {key: np.array(value) for key, value in told[str(budget)].items()}
+                told = ledger.get(reconstruction_key(name, rule, budget))
+                sums = {key: np.array(value) for key, value in told.items()}
                 for layer in ["mean", *range(len(sums["rows"]))]:
                     rows.append(
                         {"set": name, "rule": rule, "budget": budget, "output": mark(rule, budget, config)}

@@ -31,10 +31,10 @@ def save(figure: Figure, file: Path, stamp: str) -> None:
     """With what it was measured on at its foot; the file is whole or not there."""
     figure.supxlabel(stamp, fontsize=7, color="0.45", x=0.01, ha="left", parse_math=False)
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
+    figure.savefig(drawn, dpi=110, format="png")
     temporary = file.with_name(file.name + ".incomplete")
     # So many colours are enough for lines and text, and take a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(128).save(temporary, format="png", optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
     os.replace(temporary, file)
 
 
@@ -81,10 +81,13 @@ def texts_sheet(rows: Sequence[Row]) -> Figure:
     wide = min(2, len(texts))
     tall = -(-len(texts) // wide)
     figure, panels = _sheet(len(texts), (5.2 * wide, 3.6 * tall), columns=wide, sharey=True)
+    ends = []
     for axes, (name, own) in zip(panels, texts.items(), strict=True):
         lines = {rule: _columns(one) for rule, one in _by(own, "rule").items() if rule != "no budget"}
         axes.set_title(name, loc="left", fontsize=10, parse_math=False)
-        _labelled(axes, draw_by_budget(axes, lines, "kl", logarithmic=True), "KL, nats")
+        ends.append(draw_by_budget(axes, lines, "kl", logarithmic=True))
+    for axes, found in zip(panels, ends, strict=True):  # the last panel may have moved the limits of all
+        _labelled(axes, found, "KL, nats")
     return figure
 
 
@@ -143,7 +146,7 @@ def coactivation_sheet(counts: Mapping[int, np.ndarray]) -> Figure:
 def acceptance_sheet(rows: Sequence[Row]) -> Figure:
     """Acceptance by depth, of every text."""
     figure, (axes,) = _sheet(1, (8.2, 4.2))
-    texts = {f"{name}, {kind}": own for name, by in _by(rows, "set").items() for kind, own in _by(by, "text").items()}
+    texts = {(name, kind): own for name, by in _by(rows, "set").items() for kind, own in _by(by, "text").items()}
     columns = ("accepted", "accepted_low", "accepted_high")
     axes.set_title("Rounds that commit a node of each depth, no budget (exact)", loc="left", fontsize=11)
     draw_acceptance(axes, {name: np.stack([_column(own, c) for c in columns]) for name, own in texts.items()})
