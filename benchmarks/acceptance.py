@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.prompt_sets import held_out_pieces
 from moespec_jax.prompts import read_prompt_file
 from moespec_jax.results import RunResult

@@ -19,7 +19,8 @@ import numpy as np
 from moespec_jax.attention import causal_mask
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.prompt_sets import held_out_pieces
 
 NEW = 128

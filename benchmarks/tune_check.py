@@ -21,7 +21,8 @@ from moespec_jax.command import use_compilation_cache
 from moespec_jax.config import TreeConfig
 from moespec_jax.fidelity import Texts, summary
 from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.prompt_sets import continued, held_out_pieces
 from moespec_jax.results import versions
 from moespec_jax.timing import Setting, speed, spread, take_turns, tree_name

@@ -21,7 +21,8 @@ from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
 from moespec_jax.draft_checkpoint import LoadedDraft
 from moespec_jax.files import CheckpointError, parse_numbers
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
 
 _LONGEST = 512

@@ -9,14 +9,16 @@ from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.files import parse_numbers
-from moespec_jax.model import DEMO_DRAFT, DEMO_TARGET, Model, RequestError, load
+from moespec_jax.loading import DEMO_DRAFT, DEMO_TARGET, load
+from moespec_jax.mesh import MeshConfig, parse_mesh
+from moespec_jax.model import Model, RequestError
 from moespec_jax.profile import read_profile
 
 # Flags of a budget's rule, and the setting each is about.
 _RULE = {
     "budget_policy": "coverage", "budget_score": "score", "budget_credit": "credit", "budget_anchor": "anchor",
     "budget_size": "size", "budget_mass": "mass", "budget_guarantee": "guarantee",
-    "budget_faithfulness": "faithfulness",
+    "budget_faithfulness": "faithfulness", "budget_groups": "groups",
 }  # fmt: skip
 
 
@@ -40,9 +42,22 @@ def load_asked(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> 
         draft_boundaries=boundaries_of(arguments),
         offline=arguments.offline,
         dtype=arguments.dtype,
+        mesh=mesh_of(arguments),
         progress=sys.stderr.isatty(),
         check=check,
     )
+
+
+def mesh_of(arguments: argparse.Namespace) -> MeshConfig | None:
+    """The mesh of `--mesh`, None without one, or where a command line has no such flag.
+
+    Raises:
+        RequestError: it is no mesh.
+    """
+    try:
+        return parse_mesh(text) if (text := getattr(arguments, "mesh", None)) is not None else None
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def chosen(arguments: argparse.Namespace) -> tuple[TreeConfig | Literal["default"] | None, BudgetConfig | None]:
@@ -228,4 +243,11 @@ def add_rule_flags(group: argparse._ArgumentGroup) -> None:
         metavar="F",
         help="give up drafted tokens of which a layer keeps less than this share of their own experts' weight; 1 is"
         f" exact ({rule.faithfulness:g})",
+    )
+    group.add_argument(
+        "--budget-groups",
+        type=int,
+        metavar="N",
+        help="divide the budget evenly among so many groups of consecutive experts: with as many as --mesh expert=, no"
+        f" device reads more than its share (balanced); {rule.groups} ranks all together (global, default)",
     )

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import AttentionConfig
 from moespec_jax.layers import apply_rope, rms_norm
+from moespec_jax.mesh import Axes, total
 
 
 @struct.dataclass
@@ -29,9 +30,15 @@ class Attention:
 
 
 def project_qkv(
-    config: AttentionConfig, weights: Attention, x: Float[Array, "batch tokens model"], cos: Array, sin: Array
+    config: AttentionConfig,
+    weights: Attention,
+    x: Float[Array, "batch tokens model"],
+    cos: Array,
+    sin: Array,
+    axes: Axes = (),
 ) -> tuple[Array, Array, Array]:
     """Rotated queries `[batch, tokens, heads, head]`, rotated keys and plain values `[batch, tokens, kv_heads, head]`.
+    Where heads are split over `axes` of a mesh, this device's.
 
     Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate.
     """
@@ -45,7 +52,7 @@ def project_qkv(
         if bias is not None:
             y = y + bias[None, None, :]
         if norm is not None and config.qk_norm == "flat":
-            y = rms_norm(y, norm, config.rms_norm_eps)
+            y = rms_norm(y, norm, config.rms_norm_eps, axes)
         if config.clip_qkv is not None:
             y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
         y = y.reshape(*y.shape[:2], -1, config.head_dim)
@@ -99,9 +106,11 @@ def attend_layer(
     return attend(q, k[layer], v[layer], mask)
 
 
-def output_projection(weights: Attention, x: Float[Array, "batch tokens q_out"]) -> Float[Array, "batch tokens model"]:
-    """Mix the heads back into the residual stream."""
-    y = x @ weights.o
+def output_projection(
+    weights: Attention, x: Float[Array, "batch tokens q_out"], axes: Axes = ()
+) -> Float[Array, "batch tokens model"]:
+    """Mix the heads back into the residual stream; all of them, where they are split over `axes` of a mesh."""
+    y = total(x @ weights.o, axes)
     return y if weights.o_bias is None else y + weights.o_bias[None, None, :]
 
 

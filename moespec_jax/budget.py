@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.mesh import largest, over_data, total
 from moespec_jax.routing import Routing, combine_weights, normalise
 
 
@@ -84,20 +85,24 @@ def restrict_to(
 ) -> Restricted:
     """As `restrict`, with at most `bound` experts; the largest of `rule.experts` is how many slots there are."""
     assert isinstance(rule.experts, tuple)
-    nobody, k, slots = probabilities.shape[1], natural.experts.shape[1], max(rule.experts)
+    nobody, k, slots = probabilities.shape[1], natural.experts.shape[1], rule.slots
     weights = combine_weights(natural, jnp.arange(nobody, dtype=jnp.int32))
     hit = weights > 0
     say = jnp.where(valid, SCORES[rule.score](nodes).reshape(-1), 0.0)
-    scores = jnp.sum(say[:, None] * CREDITS[rule.credit](probabilities, hit, weights), axis=0)
-    order = rank(scores, _precedence(rule, nodes, hit))
+    scores = total(jnp.sum(say[:, None] * CREDITS[rule.credit](probabilities, hit, weights), axis=0), over_data())
+    precedence = _precedence(rule, nodes, hit)
+    order = rank(scores, precedence)
     count = jnp.clip(SIZES[rule.size](rule, scores[order]), k, bound)
+    if rule.groups > 1:
+        order = rank_in_groups(rule.groups, scores, precedence)
+        count = -(-count // rule.groups) * rule.groups
     shortlist = jnp.where(jnp.arange(slots, dtype=jnp.int32) < count, order[:slots], nobody)
     inside = jnp.any(shortlist[:, None] == jnp.arange(nobody, dtype=jnp.int32)[None, :], axis=0)
     live = valid & _faithful(rule, nodes, weights, hit, inside)
     routing = COVERAGES[rule.coverage](probabilities, k, inside)
     routing = _within(routing, live, nobody, norm_topk_prob)
     return Restricted(
-        dataclasses.replace(routing, max_distinct=slots),
+        dataclasses.replace(routing, max_distinct=slots, groups=rule.groups),
         shortlist,
         _share(jnp.sum(jnp.where(inside, scores, 0.0)), jnp.sum(scores)),
         jnp.any(hit & ~inside[None, :], axis=1),
@@ -112,6 +117,16 @@ def rank(
     if precedence is None:
         return jax.lax.top_k(scores, scores.shape[0])[1].astype(jnp.int32)
     return jnp.lexsort((-scores, -precedence)).astype(jnp.int32)
+
+
+def rank_in_groups(
+    groups: int, scores: Float[Array, " experts"], precedence: Float[Array, " experts"] | None
+) -> Int[Array, " experts"]:
+    """The best of every group of consecutive experts, group by group, then the second best of each, and so on."""
+    parts = scores.reshape(groups, -1)
+    first = [None] * groups if precedence is None else list(precedence.reshape(groups, -1))
+    within = jnp.stack([rank(parts[g], first[g]) + g * parts.shape[1] for g in range(groups)])
+    return within.T.reshape(-1)
 
 
 def committed_share(nodes: Nodes) -> Float[Array, "batch nodes"]:
@@ -194,7 +209,7 @@ def _precedence(rule: BudgetConfig, nodes: Nodes, hit: Bool[Array, "tokens exper
         # A draft that is certain of itself has a chance of 1; the root, which is there in any case, comes before it.
         own = nodes.chance + (nodes.depth == 0).astype(jnp.float32)
         rows = jnp.maximum(rows, jnp.where(nodes.chance >= rule.guarantee, own, 0.0))
-    return jnp.max(jnp.where(hit, rows.reshape(-1)[:, None], 0.0), axis=0)
+    return largest(jnp.max(jnp.where(hit, rows.reshape(-1)[:, None], 0.0), axis=0), over_data())
 
 
 def _faithful(rule: BudgetConfig, nodes: Nodes, weights: Array, hit: Array, inside: Array) -> Bool[Array, " tokens"]:

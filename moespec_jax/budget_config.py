@@ -22,6 +22,9 @@ class BudgetConfig:
       the scores that size `mass` keeps;
     - `coverage`: what becomes of tokens whose experts are not read; under `guarantee`, tokens whose chance of being
       accepted is at least `guarantee` keep theirs as far as the budget goes.
+    - `groups`: the budget is divided evenly, rounded up, among so many groups of consecutive experts, each ranked by
+      itself. 1 ranks all together (global). As many as there are shards of experts on a mesh make it balanced: no
+      device reads more than its share.
     - `faithfulness`: a drafted token is given up, with all that follow from it, where a layer keeps less than this
       share of the weight of its own experts. 0 gives up none; at 1 what comes out is the target's own, exactly.
 
@@ -38,11 +41,19 @@ class BudgetConfig:
     mass: float = 0.9
     guarantee: float = 0.5
     faithfulness: float = 0.0
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for name in ("mass", "guarantee", "faithfulness"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"expected a budget's {name} from 0 to 1, got {getattr(self, name)}")
+        if self.groups < 1:
+            raise ValueError(f"expected a budget of at least one group of experts, got {self.groups}")
+
+    @property
+    def slots(self) -> int:
+        """The most experts that a layer reads under a resolved budget."""
+        return -(-max(_counts(self)) // self.groups) * self.groups
 
     @property
     def gives_up(self) -> bool:
@@ -59,6 +70,8 @@ def resolve(budget: BudgetConfig, config: DecoderConfig) -> BudgetConfig:
     layers, total, k = config.num_sparse_layers, config.num_experts, config.num_experts_per_tok
     if layers == 0:
         raise ValueError("expected a model with experts to budget; it has none")
+    if total % budget.groups:
+        raise ValueError(f"expected a budget's groups to divide the {total} experts; got {budget.groups}")
     given = budget.experts if isinstance(budget.experts, tuple) else (budget.experts,) * layers
     if len(given) != layers:
         raise ValueError(f"expected one expert budget, or one for each of {layers} sparse layers; got {len(given)}")
@@ -92,7 +105,8 @@ def is_exact(budget: BudgetConfig, config: DecoderConfig, batch: int) -> bool:
     least = min(_counts(budget))
     if budget.size == "fixed" and least == config.num_experts:
         return True
-    if budget.faithfulness < 1 or (budget.anchor == "none" and budget.coverage != "guarantee"):
+    # In groups, what precedes all others may still not fit its own group.
+    if budget.faithfulness < 1 or budget.groups > 1 or (budget.anchor == "none" and budget.coverage != "guarantee"):
         return False
     # A size that follows the text is at least one token's experts.
     surely = least if budget.size == "fixed" else config.num_experts_per_tok

@@ -17,8 +17,9 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.families import UnsupportedConfig, read_config
 from moespec_jax.files import CheckpointError, listing, read_json
-from moespec_jax.leaves import HostBuffer, Placement, Source, load_source
+from moespec_jax.leaves import HostBuffer, Source, load_source
 from moespec_jax.orbax_io import is_orbax, open_orbax
+from moespec_jax.placement import Placement
 from moespec_jax.tensors import is_ignorable, tensor_table
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

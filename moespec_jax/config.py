@@ -36,6 +36,10 @@ class AttentionConfig(Protocol):
     """What attention needs to know of a decoder, or of a draft head."""
 
     @property
+    def num_attention_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_key_value_heads(self) -> int: ...  # noqa: D102
+    @property
     def head_dim(self) -> int: ...  # noqa: D102
     @property
     def rms_norm_eps(self) -> float: ...  # noqa: D102

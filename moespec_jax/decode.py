@@ -18,6 +18,7 @@ from moespec_jax.attention import LayerAttention, attend_layer, causal_mask
 from moespec_jax.cache import Cache, empty_cache
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
+from moespec_jax.mesh import largest, over_data
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.sample import SamplingConfig, draw
 from moespec_jax.tree import Tree
@@ -154,12 +155,13 @@ def begin(
 
 
 class DecodeInfo(NamedTuple):
-    """Of one call: forward passes run, in how many of them each sequence took part, and the sum over them of the mean
-    number of distinct experts a layer wanted."""
+    """Of one call: forward passes run, in how many of them each sequence took part, and the sums over them of the mean
+    number of distinct experts that a layer wanted, and that the busiest device read."""
 
     rounds: Int[Array, ""]
     active: Int[Array, " batch"]
     experts_wanted: Float[Array, ""]
+    experts_slowest: Float[Array, ""]
 
 
 def decode_steps(
@@ -168,20 +170,26 @@ def decode_steps(
     """Up to `steps` tokens for every unfinished sequence."""
 
     def unfinished(carry: tuple[DecodeState, DecodeInfo]) -> Array:
-        return (carry[1].rounds < steps) & ~jnp.all(carry[0].done)
+        return (carry[1].rounds < steps) & any_left(carry[0])
 
     def step(carry: tuple[DecodeState, DecodeInfo]) -> tuple[DecodeState, DecodeInfo]:
         before, info = carry
         state, wanted = _decode_one(settings, params, before)
         active = info.active + (~before.done).astype(jnp.int32)
-        return state, DecodeInfo(info.rounds + 1, active, info.experts_wanted + wanted)
+        mean, most = mean_distinct_experts(wanted), mean_experts_of_busiest(wanted, params.split.experts)
+        return state, DecodeInfo(info.rounds + 1, active, info.experts_wanted + mean, info.experts_slowest + most)
 
-    nothing = DecodeInfo(jnp.int32(0), jnp.zeros_like(state.length), jnp.float32(0.0))
+    nothing = DecodeInfo(jnp.int32(0), jnp.zeros_like(state.length), jnp.float32(0.0), jnp.float32(0.0))
     return jax.lax.while_loop(unfinished, step, (state, nothing))
 
 
-def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tuple[DecodeState, Float[Array, ""]]:
-    """One forward pass over the newest token of every sequence."""
+def any_left(state: DecodeState) -> Bool[Array, ""]:
+    """Whether any sequence of the whole batch is unfinished: devices that share it must loop equally often."""
+    return largest(~jnp.all(state.done), over_data())
+
+
+def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tuple[DecodeState, Bool[Array, "..."]]:
+    """One forward pass over the newest token of every sequence, and what `experts_wanted` says of it."""
     positions = (state.length - 1)[:, None]
     newest = jnp.take_along_axis(state.tokens, positions, axis=1)
     hidden, cache, info = forward(
@@ -197,7 +205,7 @@ def _decode_one(settings: Settings, params: Decoder, state: DecodeState) -> tupl
         attention=settings.attention,
     )
     assert cache is not None
-    wanted = mean_distinct_experts(experts_wanted(settings.config, info, len(newest)))
+    wanted = experts_wanted(settings.config, info, len(newest))
     return _append(settings, dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), wanted
 
 
@@ -221,8 +229,16 @@ def _any_row(config: DecoderConfig, ids: list[Array], batch: int) -> Bool[Array,
 
 
 def mean_distinct_experts(hit: Bool[Array, "layers batch experts"]) -> Float[Array, ""]:
-    """Distinct experts routed to in a pass, averaged over sparse layers; 0 without any."""
-    return jnp.sum(jnp.any(hit, axis=1), dtype=jnp.float32) / max(hit.shape[0], 1)
+    """Distinct experts routed to in a pass over the whole batch, averaged over sparse layers; 0 without any."""
+    return jnp.sum(largest(jnp.any(hit, axis=1), over_data()), dtype=jnp.float32) / max(hit.shape[0], 1)
+
+
+def mean_experts_of_busiest(hit: Bool[Array, "layers batch experts"], shards: int) -> Float[Array, ""]:
+    """The most distinct experts that one device reads in a pass, of `shards` that share a layer's experts and all that
+    share the batch, averaged over sparse layers."""
+    each = jnp.any(hit, axis=1).reshape(hit.shape[0], shards, -1)
+    most = jnp.max(jnp.sum(each, axis=2, dtype=jnp.int32), axis=1)
+    return jnp.sum(largest(most, over_data()), dtype=jnp.float32) / max(hit.shape[0], 1)
 
 
 def append_path(decoding: DecodeState, trees: Tree, accepted: Accepted) -> DecodeState:

@@ -25,6 +25,7 @@ from moespec_jax.attention import (
 from moespec_jax.cache import Cache, write_rows
 from moespec_jax.config import DecoderConfig
 from moespec_jax.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
+from moespec_jax.mesh import WHOLE, Split, joined, part_index, total
 from moespec_jax.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
 
 
@@ -44,6 +45,7 @@ class Decoder:
 
     `layers` is one entry a layer, or, if `stacked`, one entry for each run of consecutive layers of equal kind with a
     leading axis over the run. `experts` is in the layout of the expert back-end. `lm_head` is None where it is tied.
+    On a mesh, `split` says what of it is split, and the program runs on every device (`jax.shard_map`).
     """
 
     embed: Float[Array, "vocab model"]
@@ -52,6 +54,7 @@ class Decoder:
     norm: Float[Array, " model"]
     lm_head: Float[Array, "vocab model"] | None
     stacked: bool = struct.field(pytree_node=False, default=False)
+    split: Split = struct.field(pytree_node=False, default=WHOLE)
 
 
 class ForwardInfo(NamedTuple):
@@ -74,6 +77,7 @@ class _Pass(NamedTuple):
     boundaries: tuple[int, ...]
     restrict: Restrict | None
     attention: LayerAttention
+    split: Split
 
 
 def forward(
@@ -104,7 +108,7 @@ def forward(
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
-    shared = _share(config, positions, mask, cache, longest, boundaries, restrict, attention)
+    shared = _share(config, positions, mask, cache, longest, boundaries, restrict, attention, params.split)
     run = _scanned_layers if params.stacked else _unrolled_layers
     x, cache, info = run(config, params, x, valid.reshape(-1), shared, cache, compute)
     return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
@@ -112,8 +116,12 @@ def forward(
 
 def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
     """Logits in float32."""
-    head = params.embed if params.lm_head is None else params.lm_head
-    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+    axes, head = params.split.vocabulary, params.lm_head
+    if head is None:
+        # The embedding is whole on every device, which multiplies by its part of it.
+        size = len(params.embed) // jax.lax.axis_size(axes) if axes else len(params.embed)
+        head = jax.lax.dynamic_slice_in_dim(params.embed, part_index(axes) * size, size) if axes else params.embed
+    return joined(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
 
 
 def layer_runs(config: DecoderConfig) -> list[range]:
@@ -136,6 +144,7 @@ def _share(
     boundaries: tuple[int, ...],
     restrict: Restrict | None,
     attention: LayerAttention,
+    split: Split,
 ) -> _Pass:
     batch, count = positions.shape
     start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
@@ -146,7 +155,7 @@ def _share(
         (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
     )
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
-    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict, attention)
+    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict, attention, split)
 
 
 def _attention_block(
@@ -160,7 +169,7 @@ def _attention_block(
 ) -> tuple[Array, tuple[Array, Array] | None]:
     """`kv` is this layer's cache, or with `index` that of all layers, of which layer `index` is written and read."""
     h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-    q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin)
+    q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin, shared.split.heads)
     mask = shared.mask
     if any(config.sliding_windows):
         mask = mask & within_window(shared.positions, shared.slot_positions, window)
@@ -170,7 +179,7 @@ def _attention_block(
         # Written into the whole cache first and read after: the other order copies the layer's cache twice.
         kv = write_rows(kv[0], k, shared.start, index), write_rows(kv[1], v, shared.start, index)
         mixed = attend(q, *kv, mask) if index is None else shared.attention(q, *kv, index, mask)
-    return x + output_projection(layer.attention, mixed), kv
+    return x + output_projection(layer.attention, mixed, shared.split.heads), kv
 
 
 def _mlp_block(
@@ -186,10 +195,11 @@ def _mlp_block(
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
     info = None
     if isinstance(layer.mlp, SparseMlp):
-        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, valid, compute, shared.restrict)
+        split, experts = shared.split, params.experts
+        y, info = sparse_mlp(config, layer.mlp, experts, index, rows, valid, compute, shared.restrict, split)
         valid = valid if info.restricted is None else info.restricted.live
     else:
-        y = gated_mlp(rows, layer.mlp, config.hidden_act)
+        y = total(gated_mlp(rows, layer.mlp, config.hidden_act), shared.split.ffn)
     return x + y.reshape(x.shape), valid, info
 
 

@@ -15,6 +15,7 @@ from moespec_jax.attention import Attention, attend, output_projection, project_
 from moespec_jax.cache import Cache, write_rows
 from moespec_jax.config import DraftConfig
 from moespec_jax.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
+from moespec_jax.mesh import WHOLE, Split, joined, largest, over_data, total
 
 
 @struct.dataclass
@@ -45,6 +46,7 @@ class DraftHead:
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
     embed: Float[Array, "vocab model"] | None = None
+    split: Split = struct.field(pytree_node=False, default=WHOLE)
 
 
 def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
@@ -83,15 +85,15 @@ def draft_forward(
     `length` itself is left to the caller, who knows how many rows count.
     """
     # Angles are made for the positions at hand: whatever context the head was trained on, there is no table to leave.
-    longest = jnp.max(positions) + 1
+    longest = largest(jnp.max(positions) + 1, over_data())
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
     x, keys, values = features, [], []
     for layer, k_store, v_store in zip(head.layers, cache.k, cache.v, strict=True):
         h, x = layer_input(config, layer, embedded, x)
-        q, k, v = project_qkv(config, layer.attention, h, cos, sin)
+        q, k, v = project_qkv(config, layer.attention, h, cos, sin, head.split.heads)
         keys.append(write_rows(k_store, k, cache.length))
         values.append(write_rows(v_store, v, cache.length))
-        x = finish_layer(config, layer, x, attend(q, keys[-1], values[-1], mask))
+        x = finish_layer(config, layer, x, attend(q, keys[-1], values[-1], mask), head.split)
     return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 
@@ -104,11 +106,11 @@ def layer_input(config: DraftConfig, layer: DraftLayer, embedded: Array, x: Arra
     return both, hidden if config.norm_before_residual else x
 
 
-def finish_layer(config: DraftConfig, layer: DraftLayer, x: Array, attended: Array) -> Array:
+def finish_layer(config: DraftConfig, layer: DraftLayer, x: Array, attended: Array, split: Split = WHOLE) -> Array:
     """The residual stream after attention's output and the MLP."""
-    x = x + output_projection(layer.attention, attended)
+    x = x + output_projection(layer.attention, attended, split.heads)
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
-    return x + gated_mlp(rows, layer.mlp, config.hidden_act).reshape(x.shape)
+    return x + total(gated_mlp(rows, layer.mlp, config.hidden_act), split.ffn).reshape(x.shape)
 
 
 def next_features(config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]) -> Array:
@@ -121,4 +123,5 @@ def draft_logits(
 ) -> Float[Array, "*batch draft_vocab"]:
     """Logits over the draft vocabulary, float32."""
     hidden = rms_norm(outputs, head.norm, config.rms_norm_eps)
-    return jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
+    return joined(logits, head.split.vocabulary)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from moespec_jax.arguments import chosen, load_asked
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
 from moespec_jax.generate_arguments import build_parser, refuse_flags
+from moespec_jax.processes import is_first_process, join_processes
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
 from moespec_jax.statistics import statistics_table
@@ -27,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     refuse_flags(arguments)
+    join_processes(arguments)
     tree, budget = chosen(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load_asked(arguments, budget)
-    if model.draft is not None and arguments.draft_model is not None and not arguments.json:
+    speaks = is_first_process()
+    if speaks and model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
     if arguments.chat:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
@@ -50,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         simulate_accept_length=arguments.simulate_accept_length,
     )
-    with tracing(arguments.trace) as on_round:
+    with tracing(arguments.trace if speaks or arguments.trace is None else os.devnull) as on_round:
         result = generate(tree=tree, budget=budget, on_tokens=streams, on_round=on_round)
     comparison = compare(generate, tree, budget) if arguments.compare else None
     if arguments.json:
@@ -58,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
         return
     streams.finish() if streams else _print_batch(texts, result)
-    print(statistics_table(model, result, comparison), file=sys.stderr)
+    if speaks:
+        print(statistics_table(model, result, comparison), file=sys.stderr)
 
 
 class _Printer:

@@ -4,10 +4,10 @@ import argparse
 
 from moespec_jax.arguments import add_budget_flags, add_model_flags, add_tree_flags
 from moespec_jax.command import Parser
-from moespec_jax.model import DEMO_TARGET, RequestError
+from moespec_jax.loading import DEMO_TARGET
+from moespec_jax.model import RequestError
+from moespec_jax.processes import add_process_flags
 
-# Flags of the command-line contract whose features are not built yet: accepted by name, refused in words.
-_LATER = {"several devices": ("mesh",)}
 # Flags that say nothing where nothing is drafted.
 _DRAFTING = (
     "draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size", "simulate_accept_length", "trace",
@@ -24,10 +24,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _add_drafting_flags(parser.add_argument_group("speculative decoding"))
     add_budget_flags(parser.add_argument_group("expert budget of the verification (lossy)"))
     _add_output_flags(parser.add_argument_group("output"))
-    later = parser.add_argument_group("not part of this version yet")
-    for flags in _LATER.values():
-        for flag in flags:
-            later.add_argument(f"--{flag}", help=argparse.SUPPRESS)
+    _add_device_flags(parser.add_argument_group("several devices"))
     return parser
 
 
@@ -43,10 +40,6 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
         for flag in _DRAFTING:
             if getattr(arguments, flag) not in (None, False, "none"):
                 raise RequestError(f"--{flag.replace('_', '-')} is about a draft head; expected --draft-model with it")
-    for feature, flags in _LATER.items():
-        for flag in flags:
-            if getattr(arguments, flag.replace("-", "_")) not in (None, "none"):
-                raise RequestError(f"--{flag} belongs to {feature}, which is not part of this version yet")
 
 
 def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
@@ -84,6 +77,16 @@ def _add_drafting_flags(group: argparse._ArgumentGroup) -> None:
         help="accept X tokens a round on average, whatever the model says: for timing only",
     )
     group.add_argument("--compare", action="store_true", help="decode plainly as well, and tell the speed-up")
+
+
+def _add_device_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--mesh",
+        metavar="data=1,expert=4,tensor=2",
+        help="spread sequences (data), each layer's experts (expert) and each expert's width (tensor) over devices;"
+        " attention and output head over expert and tensor together (default: one device)",
+    )
+    add_process_flags(group)
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:

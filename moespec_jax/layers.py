@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import RopeConfig
+from moespec_jax.mesh import Axes, average
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -29,10 +30,11 @@ class GatedMlp:
     down: Float[Array, "ffn model"]
 
 
-def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float) -> Array:
-    """Root-mean-square norm in float32, scaled in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467)."""
+def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float, axes: Axes = ()) -> Array:
+    """Root-mean-square norm in float32, scaled in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467). `axes` say
+    over which axes of a mesh `x` is split, in equal parts."""
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    scale = jax.lax.rsqrt(average(jnp.mean(wide * wide, axis=-1, keepdims=True), axes) + eps)
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 

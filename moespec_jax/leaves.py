@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
@@ -17,11 +16,13 @@ from moespec_jax.backend import Backend
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.files import CheckpointError
-from moespec_jax.parameters import build_decoder, leaf_shapes, place_of
+from moespec_jax.mesh import WHOLE
+from moespec_jax.parameters import Place, build_decoder, final_shape, leaf_shapes, place_of
+from moespec_jax.placement import Placement, repeat_heads, with_repeated_heads
 from moespec_jax.tensors import Path, Tensor, tensor_table
 
-# Gives the sharding of a leaf from its path and shape; None leaves the choice to JAX.
-Placement = Callable[[Path, tuple[int, ...]], Any]
+# A part of an array: a slice of every dimension.
+Index = tuple[slice, ...]
 
 
 class Source(NamedTuple):
@@ -44,10 +45,12 @@ def load_source(
     placement: Placement | None = None,
     progress: bool = False,
 ) -> Decoder:
-    """The parameters, every tensor converted to `dtype` and put where the back-end wants it."""
+    """The parameters, every tensor converted to `dtype` and put where the back-end wants it: on a mesh, straight to the
+    devices that hold it, and read only where this process has one of them."""
     table = tensor_table(config)
     store = LeafStore(config, backend, dtype, placement)
-    for name, array in counted(source.read(table), len(table), "loading", progress):
+    wanted = [name for name, tensor in table.items() if store.wants(tensor)]
+    for name, array in counted(source.read(wanted), len(wanted), "loading", progress):
         store.put(table[name], array)
     return store.finish()
 
@@ -102,54 +105,89 @@ class HostBuffer:
 
 
 class LeafStore:
-    """Takes tensors in any order and puts each into its leaf on the device."""
+    """Takes tensors in any order and puts each into its leaf, or into every device's part of it.
+
+    `config` is the checkpoint's. On a mesh the parameters are those of `with_repeated_heads`.
+    """
 
     def __init__(self, config: DecoderConfig, backend: Backend, dtype: DTypeLike, placement: Placement | None = None):
-        self._config, self._backend, self._dtype = config, backend, jnp.dtype(dtype)
-        self._placement = placement or (lambda path, shape: None)
-        self._shapes = leaf_shapes(config, backend)
-        self._leaves: dict[Path, jax.Array] = {}
+        self._backend, self._dtype, self._placement = backend, jnp.dtype(dtype), placement
+        self._split = WHOLE if placement is None else placement.split
+        self._config = config if placement is None else with_repeated_heads(config, placement)
+        self._shapes = leaf_shapes(self._config, backend)
+        self._parts = {path: self._devices(path, shape) for path, shape in self._shapes.items()}
+        self._leaves: dict[tuple[Path, Any], jax.Array] = {}
+
+    def wants(self, tensor: Tensor) -> bool:
+        """Whether any device of this process holds a part of a tensor of the table."""
+        place = self._place(tensor)
+        return any(_row(place, index) is not None for index in self._parts[place.leaf].values())
 
     def put(self, tensor: Tensor, array: np.ndarray) -> None:
         """Convert one published tensor to its final dtype and orientation, in place."""
-        place = place_of(self._config, self._backend, tensor.path)
-        sharding = _buildable(self._placement(place.leaf, self._shapes[place.leaf]))
-        value = _converted(array, self._dtype, tensor.transpose)
-        if place.row is None:
-            leaf = value if sharding is None else jax.device_put(value, sharding)
-        else:
-            leaf = self._leaves.pop(place.leaf, None)
-            if leaf is None:
-                leaf = jnp.zeros(self._shapes[place.leaf], self._dtype, device=sharding)
-            leaf = _row_writer(sharding)(leaf, value, np.int32(place.row), jax.default_backend() == "cpu")
-        # Wait: the source's memory may be used again, and a queue of pending copies would hold many tensors at once.
-        self._leaves[place.leaf] = leaf.block_until_ready()
+        place = self._place(tensor)
+        rows = final_shape(tensor)[0] if tensor.transpose else self._shapes[place.leaf][place.row is not None]
+        array = array if tensor.transpose else repeat_heads(array, rows, self._config.head_dim)
+        for device, index in self._parts[place.leaf].items():
+            row = _row(place, index)
+            if row is None:
+                continue
+            own = index if place.row is None else index[1:]
+            value = _converted(array[own[::-1] if tensor.transpose else own], self._dtype, tensor.transpose, device)
+            if place.row is not None:
+                value = self._write_row(place.leaf, device, index, value, row)
+            # Wait: the source's memory may be used again, and pending copies would hold many tensors at once.
+            self._leaves[place.leaf, device] = value.block_until_ready()
 
     def finish(self) -> Decoder:
         """The parameters, once every tensor of the table has been put."""
-        for path, shape in self._shapes.items():
-            if (sharding := self._placement(path, shape)) is not None:
-                self._leaves[path] = jax.device_put(self._leaves[path], sharding)
-        return build_decoder(self._config, self._backend, self._leaves)
+        leaves = {path: self._leaf(path, shape) for path, shape in self._shapes.items()}
+        return build_decoder(self._config, self._backend, leaves, self._split)
+
+    def _place(self, tensor: Tensor) -> Place:
+        return place_of(self._config, self._backend, tensor.path, self._split)
+
+    def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
+        """This process's devices that hold a part of a leaf, and which; None is wherever JAX puts it."""
+        if self._placement is None:
+            return {None: tuple(slice(0, size) for size in shape)}
+        held = self._placement.sharding(path, shape).addressable_devices_indices_map(shape)
+        return {
+            device: tuple(slice(*one.indices(size)[:2]) for one, size in zip(index or (), shape, strict=True))
+            for device, index in held.items()
+        }
+
+    def _write_row(self, leaf: Path, device: Any, index: Index, value: jax.Array, row: int) -> jax.Array:
+        stack = self._leaves.pop((leaf, device), None)
+        if stack is None:
+            stack = jnp.zeros(tuple(one.stop - one.start for one in index), self._dtype, device=device)
+        return _put_row(stack, value, np.int32(row), jax.default_backend() == "cpu")
+
+    def _leaf(self, path: Path, shape: tuple[int, ...]) -> jax.Array:
+        parts = [self._leaves.pop((path, device)) for device in self._parts[path]]
+        if self._placement is None:
+            return parts[0]
+        return jax.make_array_from_single_device_arrays(shape, self._placement.sharding(path, shape), parts)
 
 
-def _buildable(sharding: Any) -> Any:
-    """The same sharding with the compiler free to place what lies between: a row and its leaf are sharded differently,
-    which a mesh of explicit axes would not let pass."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)  # pyright: ignore[reportArgumentType]
-    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+def _row(place: Place, index: Index) -> int | None:
+    """The row, in a device's part of the leaf, that a tensor goes to; None where the device does not hold it."""
+    if place.row is None:
+        return 0
+    return place.row - index[0].start if index[0].start <= place.row < index[0].stop else None
 
 
-def _converted(array: np.ndarray, dtype: Any, transpose: bool) -> jax.Array:
+def _converted(array: np.ndarray, dtype: Any, transpose: bool, device: Any) -> jax.Array:
     """The tensor on the device, in memory of its own."""
     if not array.flags.c_contiguous:
         array, transpose = array.T, not transpose
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
     if array.dtype == dtype and not transpose:
-        return jnp.array(array, copy=True)
+        value = jnp.array(array, copy=True)
+        return value if device is None else jax.device_put(value, device)
     # On CPU, device_put takes host memory as it is; jnp.asarray would copy it.
-    return _convert(jax.device_put(array), dtype, transpose)
+    return _convert(jax.device_put(array, device), dtype, transpose)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -157,6 +195,7 @@ def _convert(array: jax.Array, dtype: Any, transpose: bool) -> jax.Array:
     return (array.T if transpose else array).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _put_row(leaf: jax.Array, value: jax.Array, row: jax.Array, on_cpu: bool) -> jax.Array:
     # XLA:CPU updates bfloat16 by way of float32, which rewrites the whole leaf for every row; integers it leaves alone.
     as_bits = on_cpu and leaf.dtype.itemsize == 2
@@ -164,9 +203,3 @@ def _put_row(leaf: jax.Array, value: jax.Array, row: jax.Array, on_cpu: bool) ->
     leaf_bits, value_bits = (jax.lax.bitcast_convert_type(a, bits) for a in (leaf, value))
     updated = jax.lax.dynamic_update_index_in_dim(leaf_bits, value_bits, row, 0)
     return jax.lax.bitcast_convert_type(updated, leaf.dtype)
-
-
-@functools.lru_cache
-def _row_writer(sharding: Any) -> Callable[..., jax.Array]:
-    # The sharding is pinned: a donated leaf can only be written in place if it stays where it is.
-    return jax.jit(_put_row, static_argnums=3, donate_argnums=0, out_shardings=sharding)

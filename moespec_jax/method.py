@@ -19,6 +19,14 @@ from moespec_jax.speculate import (
     speculation_prefill_chunk,
     speculation_rounds,
 )
+from moespec_jax.state_specs import (
+    decode_info_specs,
+    decode_specs,
+    prefill_specs,
+    speculation_info_specs,
+    speculation_prefill_specs,
+    speculation_specs,
+)
 
 
 class Method(NamedTuple):
@@ -27,7 +35,8 @@ class Method(NamedTuple):
     `empty(batch, slots)` is the state before prefill; `read` takes a chunk of tokens and the `lookahead` tokens after
     it; `begin` draws the first token; `advance` runs a traced number of rounds; `decoding` finds the plain decode state
     in a method's own. `margin` is how many cache slots a round may write behind a sequence's last token. The donated
-    arguments of `begin` count from `params` as 0.
+    arguments of `begin` count from `params` as 0. `specs` say how the results of `read`, `begin` and, with the state,
+    `advance` lie on a mesh.
     """
 
     settings: Hashable
@@ -39,6 +48,7 @@ class Method(NamedTuple):
     advance: Callable[..., Any]
     decoding: Callable[[Any], DecodeState]
     donated: tuple[int, ...]
+    specs: tuple[Any, Any, Any]
     lookahead: int = 0
     margin: int = 0
 
@@ -51,9 +61,12 @@ def plain_method(settings: Settings, params: Decoder, dtype: DTypeLike) -> Metho
 
     # Prefill draws nothing: one program serves every way of sampling.
     reading = settings._replace(sampling=SamplingConfig())
+    split, stacked = params.split, params.stacked
+    specs = prefill_specs(split, stacked=stacked), decode_specs(split, stacked=stacked), decode_info_specs()
     return Method(
-        settings, reading, params, empty, prefill_chunk, begin, decode_steps, lambda state: state, donated=(1, 3)
-    )
+        settings, reading, params, empty,
+        prefill_chunk, begin, decode_steps, lambda state: state, donated=(1, 3), specs=specs,
+    )  # fmt: skip
 
 
 def speculative_method(settings: SpeculationSettings, params: Speculator, dtype: DTypeLike) -> Method:
@@ -64,8 +77,11 @@ def speculative_method(settings: SpeculationSettings, params: Speculator, dtype:
 
     target = settings.target._replace(sampling=SamplingConfig())
     reading = SpeculationSettings(target, settings.draft, TreeConfig(), accept_rule(SamplingConfig(), 2))
+    splits, stacked = (params.target.split, params.draft.split), params.target.stacked
+    prefill, state = speculation_prefill_specs(*splits, stacked=stacked), speculation_specs(*splits, stacked=stacked)
+    specs = prefill, state, speculation_info_specs()
     return Method(
         settings, reading, params, empty,
         speculation_prefill_chunk, begin_speculation, speculation_rounds, lambda state: state.decoding,
-        donated=(1, 3, 5), lookahead=1, margin=cache_margin(settings.tree),
+        donated=(1, 3, 5), specs=specs, lookahead=1, margin=cache_margin(settings.tree),
     )  # fmt: skip

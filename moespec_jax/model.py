@@ -7,36 +7,30 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from moespec_jax.accept import accept_rule
-from moespec_jax.backend import Backend, default_backend
+from moespec_jax.backend import Backend
 from moespec_jax.budget import check_names
 from moespec_jax.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
-from moespec_jax.checkpoint import CheckpointError, Placement, load_config, load_parameters
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
-from moespec_jax.draft_checkpoint import LoadedDraft, load_draft, share_embedding
-from moespec_jax.hub import locate
+from moespec_jax.draft_checkpoint import LoadedDraft
 from moespec_jax.method import Method, plain_method, speculative_method
 from moespec_jax.programs import Programs
 from moespec_jax.results import PromptResult, RunResult, versions
 from moespec_jax.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import Adapt, SpeculationSettings, Speculator
-from moespec_jax.text import load_tokenizer, read_stop_ids
 from moespec_jax.tree import check_draft_vocabulary
 
-DEMO_TARGET = str(Path(__file__).parent / "demo" / "target")
-DEMO_DRAFT = str(Path(__file__).parent / "demo" / "draft")
 # What is drafted where nothing else is asked for. On CPU it measured fastest with the embedded pair (README); elsewhere
 # it is what published heads for MoE targets are served with, until a measurement says better.
 DEFAULT_TREE = TreeConfig(depth=2, top_k=1, size=4)
@@ -251,6 +245,8 @@ class Model:
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,
             tokens_per_s=later / run.decode_s if run.decode_s else 0.0,
+            experts_slowest=mean["experts_slowest"],
+            mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
             device=f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
             dtype=str(self.dtype),
             versions=versions(),
@@ -264,54 +260,3 @@ class Model:
         accept_length = 1.0 + sum(by_depth) if rounds else 0.0
         text = self.decode(new, after=prompt)
         return PromptResult(text, new, len(prompt), len(new), rounds, accept_length, by_depth, reason)
-
-
-def load(
-    model: str = DEMO_TARGET,
-    draft_model: str | None = None,
-    *,
-    revision: str | None = None,
-    draft_revision: str | None = None,
-    draft_boundaries: tuple[int, ...] | None = None,
-    offline: bool = False,
-    dtype: DTypeLike | None = None,
-    backend: Backend | None = None,
-    placement: Placement | None = None,
-    progress: bool = False,
-    check: Callable[[DecoderConfig], object] | None = None,
-) -> Model:
-    """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
-
-    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
-    one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
-    The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
-    `check` is called with the model's settings before anything large is read, and may raise.
-
-    Raises:
-        CheckpointError: there is no such model, or it is not one we can run, or the head does not fit it; the message
-            says what is wrong and where.
-    """
-    directory = locate(model, revision, offline, progress)
-    config = load_config(directory)
-    if check is not None:
-        check(config)
-    backend, device = backend or default_backend(), jax.devices()[0]
-    if device.platform == "gpu" and not backend.supported(device):
-        raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
-    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    if draft_model is None:
-        draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
-    draft = None
-    if draft_model != "none":
-        # First: it is small, and whether it fits is known before the model is read.
-        draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
-        draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
-    tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
-    tokens = 0 if tokenizer is None else tokenizer.get_vocab_size()
-    if tokens > config.vocab_size:
-        raise CheckpointError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
-        )
-    params = load_parameters(directory, config, backend, kind, placement, progress)
-    draft = draft and share_embedding(draft, params.embed)
-    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft)

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.budget import Restricted
 from moespec_jax.config import DecoderConfig
 from moespec_jax.layers import GatedMlp, gated_mlp
-from moespec_jax.routing import Routing, route
+from moespec_jax.mesh import WHOLE, Split, total
+from moespec_jax.routing import Routing, route, routing_here
 
 
 @struct.dataclass
@@ -49,13 +50,24 @@ def sparse_mlp(
     valid: Bool[Array, " tokens"],
     compute: ExpertCompute,
     restrict: Restrict | None = None,
+    split: Split = WHOLE,
 ) -> tuple[Float[Array, "tokens model"], RouterInfo]:
-    """One sparse layer's feed-forward block; `layer` counts sparse layers only, as `experts` does."""
+    """One sparse layer's feed-forward block; `layer` counts sparse layers only, as `experts` does.
+
+    Every device of a mesh routes all tokens alike, runs them through the experts that it holds, and adds up with the
+    others.
+    """
     natural, probabilities = route(config, mlp.router, x, valid)
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
     routing = natural if restricted is None else restricted.routing
-    y = compute(experts, layer, x, routing).astype(x.dtype)
-    if mlp.shared is not None and mlp.shared_gate is not None:
+    here = routing_here(routing, config.num_experts, split.experts)
+    y = compute(experts, layer, x, here).astype(x.dtype)
+    if mlp.shared is None or mlp.shared_gate is None:
+        y = total(y, split.routed)
+    else:
         gate = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate))
-        y = y + gate * gated_mlp(x, mlp.shared, config.hidden_act)
+        common = gate * gated_mlp(x, mlp.shared, config.hidden_act)
+        # One exchange where both are split over the same devices.
+        together = split.routed == split.ffn
+        y = total(y + common, split.ffn) if together else total(y, split.routed) + total(common, split.ffn)
     return y, RouterInfo(x, probabilities, natural.experts, restricted)

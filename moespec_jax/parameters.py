@@ -14,7 +14,9 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder, Layer, layer_runs
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.layers import GatedMlp
+from moespec_jax.mesh import WHOLE, Split
 from moespec_jax.moe import SparseMlp
+from moespec_jax.placement import Placement
 from moespec_jax.tensors import Path, Tensor, tensor_table
 
 
@@ -25,12 +27,15 @@ class Place(NamedTuple):
     row: int | None = None
 
 
-def place_of(config: DecoderConfig, backend: Backend, path: Path) -> Place:
-    """Where the tensor at `path` of the tensor table lies under this back-end."""
+def place_of(config: DecoderConfig, backend: Backend, path: Path, split: Split = WHOLE) -> Place:
+    """Where the tensor at `path` of the tensor table lies under this back-end. Where experts are in shards, the rows of
+    a shard lie together, for each of them is a `Flat` of its own on the devices that hold it."""
     if path[0] == "experts" and backend.layout == "flat":
         _, layer, expert, name = path
         assert isinstance(layer, int) and isinstance(expert, int)
-        return Place(("experts", name), layer * config.num_experts + expert)
+        held = config.num_experts // split.experts
+        shard, within = divmod(expert, held)
+        return Place(("experts", name), (shard * config.num_sparse_layers + layer) * held + within)
     if path[0] == "layers" and backend.stacked:
         _, layer, *rest = path
         assert isinstance(layer, int)
@@ -57,27 +62,32 @@ def final_shape(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape[::-1] if tensor.transpose else tensor.shape
 
 
-def build_decoder(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any]) -> Decoder:
+def build_decoder(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], split: Split = WHOLE) -> Decoder:
     """The parameters made of their leaves (arrays, or abstract shapes)."""
     starts = [run.start for run in layer_runs(config)] if backend.stacked else range(config.num_hidden_layers)
     layers = tuple(_build_layer(config.sparse_layers[start], ("layers", i), leaves) for i, start in enumerate(starts))
     return Decoder(
         embed=leaves[("embed",)],
         layers=layers,
-        experts=_build_experts(config, backend, leaves),
+        experts=_build_experts(config, backend, leaves, split),
         norm=leaves[("norm",)],
         lm_head=leaves.get(("lm_head",)),
         stacked=backend.stacked,
+        split=split,
     )
 
 
-def abstract_decoder(config: DecoderConfig, backend: Backend, dtype: DTypeLike, sharding: Any = None) -> Decoder:
-    """Shapes and dtypes of the parameters without any memory behind them."""
-    leaves = {
-        path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-        for path, shape in leaf_shapes(config, backend).items()
-    }
-    return build_decoder(config, backend, leaves)
+def abstract_decoder(
+    config: DecoderConfig, backend: Backend, dtype: DTypeLike, where: jax.sharding.Sharding | Placement | None = None
+) -> Decoder:
+    """Shapes and dtypes of the parameters without any memory behind them, all on one sharding or spread over a mesh."""
+
+    def leaf(path: Path, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        sharding = where.sharding(path, shape) if isinstance(where, Placement) else where
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+
+    leaves = {path: leaf(path, shape) for path, shape in leaf_shapes(config, backend).items()}
+    return build_decoder(config, backend, leaves, where.split if isinstance(where, Placement) else WHOLE)
 
 
 def random_decoder(config: DecoderConfig, backend: Backend, key: jax.Array, dtype: DTypeLike) -> Decoder:
@@ -105,11 +115,12 @@ def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
     return GatedMlp(*(leaves[(*path, name)] for name in ("gate", "up", "down")))
 
 
-def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any]) -> object:
+def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], split: Split) -> object:
     if config.num_sparse_layers == 0:
         return ()
     if backend.layout == "flat":
-        return Flat(*(leaves[("experts", name)] for name in ("gate", "up", "down")), num_experts=config.num_experts)
+        held = config.num_experts // split.experts
+        return Flat(*(leaves[("experts", name)] for name in ("gate", "up", "down")), num_experts=held)
     layers, experts = range(config.num_sparse_layers), range(config.num_experts)
     return tuple(tuple(_build_mlp(("experts", layer, e), leaves) for e in experts) for layer in layers)
 

@@ -1,18 +1,28 @@
 """Compiled programs of one loaded model, each built once per shape and setting, with the time that took kept apart."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moespec_jax.placement import put_global
 
 
 class Programs:
-    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled."""
+    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled.
 
-    def __init__(self) -> None:
+    With a mesh, whose devices may be those of several processes, a program runs on each of its devices at once, and
+    takes and gives its share of every array.
+    """
+
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.compile_s = 0.0
 
@@ -26,8 +36,10 @@ class Programs:
         params: Any,
         *arguments: Any,
         donate: tuple[int, ...] = (),
+        specs: Any = None,
     ) -> Any:
-        """Call `function(settings, params, *arguments)`, compiled; `donate` counts from `params` as 0.
+        """Call `function(settings, params, *arguments)`, compiled; `donate` counts from `params` as 0. `specs` say how
+        the result lies on a mesh.
 
         All calls of one model share its parameters, so only the other arguments tell programs apart.
         """
@@ -35,10 +47,55 @@ class Programs:
         key = (function, settings, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             started = time.perf_counter()
-            jitted = jax.jit(partial(function, settings), donate_argnums=donate)
+            whole = self._on_every_device(partial(function, settings), (params, *arguments), specs)
             # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
             exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
             with jax.default_matmul_precision("highest" if exact else None):
-                self._compiled[key] = jitted.lower(params, *arguments).compile()
+                self._compiled[key] = jax.jit(whole, donate_argnums=donate).lower(params, *arguments).compile()
             self.compile_s += time.perf_counter() - started
         return self._compiled[key](params, *arguments)
+
+    def put(self, array: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
+        """An argument of a program, whole on every device or as `spec` says: every process gives the whole of it."""
+        if self.mesh is None:
+            return jnp.asarray(array)
+        return put_global(array, NamedSharding(self.mesh, PartitionSpec() if spec is None else spec))
+
+    def key(self, seed: int) -> jax.Array:
+        """The random key of a seed, on every device."""
+        key = jax.random.key(seed)
+        return key if self.mesh is None else jax.random.wrap_key_data(self.put(np.asarray(jax.random.key_data(key))))
+
+    def make(self, key: Hashable, function: Callable[[], Any], specs: Any) -> Any:
+        """What `function` gives, made where it is to lie; equal keys stand for equal functions."""
+        if self.mesh is None:
+            return function()
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(function, out_shardings=_shardings(self.mesh, specs))
+        return self._compiled[key]()
+
+    def _on_every_device(self, function: Callable[..., Any], arguments: Any, specs: Any) -> Callable[..., Any]:
+        if self.mesh is None:
+            return function
+        given = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
+        # What a function gives on every device alike is not checked to be alike.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=specs, check_vma=False)
+
+
+def fetch(array: jax.Array | np.generic) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def agreed(number: int) -> int:
+    """What the first process says, on every process: clocks differ, and programs must be called alike."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _shardings(mesh: Mesh, specs: Any) -> Any:
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)

@@ -32,13 +32,15 @@ class RunResult:
     `simulated_accept_length` the tokens are not the model's and only times mean anything.
 
     `experts_wanted` and `experts_loaded` are distinct experts a layer and forward pass: what its tokens chose, and what
-    was read. Under a `budget`, `mass_kept` is the shortlists' share of the scores they were ranked by, and
-    `tokens_replaced` the share of tokens, over layers, that lost at least one expert of their own. `exact` says whether
-    the output is known to be the model's own (greedy: token for token; sampled: in distribution)."""
+    was read; `experts_slowest` is the most that one device of the `mesh` read. Under a `budget`, `mass_kept` is the
+    shortlists' share of the scores they were ranked by, and `tokens_replaced` the share of tokens, over layers, that
+    lost at least one expert of their own. `exact` says whether the output is known to be the model's own (greedy: token
+    for token; sampled: in distribution)."""
 
     prompts: list[PromptResult]
     experts_wanted: float
     experts_loaded: float
+    experts_slowest: float
     mass_kept: float
     tokens_replaced: float
     exact: bool
@@ -51,6 +53,7 @@ class RunResult:
     prefill_s: float
     decode_s: float
     tokens_per_s: float
+    mesh: dict[str, int] | None
     device: str
     dtype: str
     versions: dict[str, str]

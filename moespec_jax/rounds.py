@@ -8,8 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.accept import Accepted
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import DecoderConfig, TreeConfig
-from moespec_jax.decode import experts_read, experts_wanted, mean_distinct_experts
+from moespec_jax.decode import experts_read, experts_wanted, mean_distinct_experts, mean_experts_of_busiest
 from moespec_jax.decoder import ForwardInfo
+from moespec_jax.mesh import over_data, total
 from moespec_jax.tree import Tree
 
 
@@ -37,14 +38,16 @@ class RoundInfo(NamedTuple):
 
 class SpeculationInfo(NamedTuple):
     """Of one call: rounds run; for each sequence the rounds it took part in and how many of them committed a node of
-    depth 1, 2, ...; sums over rounds of the mean number of distinct experts that a layer wanted and that it read, of
-    the share of the scores that shortlists kept, and of the share of tokens that lost an expert; the last round."""
+    depth 1, 2, ...; sums over rounds of the mean number of distinct experts that a layer wanted, that it read, and that
+    the busiest device read of it, of the share of the scores that shortlists kept, and of the share of tokens that lost
+    an expert; the last round."""
 
     rounds: Int[Array, ""]
     active: Int[Array, " batch"]
     accepted: Int[Array, "batch depths"]
     experts_wanted: Float[Array, ""]
     experts_read: Float[Array, ""]
+    experts_slowest: Float[Array, ""]
     mass_kept: Float[Array, ""]
     replaced: Float[Array, ""]
     last: RoundInfo
@@ -59,8 +62,9 @@ def round_info(
     restricted = [router.restricted for router in info.routers if router.restricted is not None]
     if not restricted:
         return RoundInfo(active, tree, accepted, wanted, wanted, None)
-    tokens = jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1]
+    tokens = total(jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1], over_data())
     lost = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
+    lost = total(jnp.asarray(lost), over_data())
     budget = BudgetInfo(
         jnp.stack([layer.shortlist for layer in restricted]),
         jnp.stack([layer.mass_kept for layer in restricted]),
@@ -78,13 +82,12 @@ def no_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | No
     hit = jnp.zeros((layers, batch, config.num_experts), bool)
     kept = None
     if budget is not None and layers:
-        assert isinstance(budget.experts, tuple)
-        shortlist = jnp.zeros((layers, max(budget.experts)), jnp.int32)
+        shortlist = jnp.zeros((layers, budget.slots), jnp.int32)
         kept = BudgetInfo(shortlist, jnp.zeros((layers,), jnp.float32), nothing)
     accepted = Accepted(jnp.zeros((batch, path), jnp.int32), count, count)
     last = RoundInfo(count > 0, nodes, accepted, hit, hit, kept)
     by_depth = jnp.zeros((batch, path - 1), jnp.int32)
-    return SpeculationInfo(jnp.int32(0), count, by_depth, nothing, nothing, nothing, nothing, last)
+    return SpeculationInfo(jnp.int32(0), count, by_depth, nothing, nothing, nothing, nothing, nothing, last)
 
 
 def committed_depths(happened: RoundInfo) -> Bool[Array, "batch path"]:
@@ -93,8 +96,8 @@ def committed_depths(happened: RoundInfo) -> Bool[Array, "batch path"]:
     return (depth < happened.accepted.count[:, None]) & happened.active[:, None]
 
 
-def add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
-    """One round more."""
+def add_round(info: SpeculationInfo, last: RoundInfo, shards: int = 1) -> SpeculationInfo:
+    """One round more, by devices that share a layer's experts in so many shards."""
     wanted = mean_distinct_experts(last.wanted)
     read, kept, replaced = wanted, jnp.float32(1.0), jnp.float32(0.0)
     if last.budget is not None:
@@ -105,6 +108,7 @@ def add_round(info: SpeculationInfo, last: RoundInfo) -> SpeculationInfo:
         info.accepted + committed_depths(last)[:, 1:].astype(jnp.int32),
         info.experts_wanted + wanted,
         info.experts_read + read,
+        info.experts_slowest + mean_experts_of_busiest(last.read, shards),
         info.mass_kept + kept,
         info.replaced + replaced,
         last,

@@ -6,6 +6,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.mesh import EXPERT
 
 
 @struct.dataclass
@@ -13,12 +14,14 @@ class Routing:
     """Which experts each token goes to and with what weight. An expert id of `num_experts` means none.
 
     `max_distinct` is how many different experts there can be among them, where that is known to be fewer than tokens
-    and experts allow: expert compute then needs no more slots.
+    and experts allow: expert compute then needs no more slots. `groups` is among how many equal groups of consecutive
+    experts these are divided evenly.
     """
 
     experts: Int[Array, "tokens active"]
     weights: Float[Array, "tokens active"]
     max_distinct: int | None = struct.field(pytree_node=False, default=None)
+    groups: int = struct.field(pytree_node=False, default=1)
 
 
 def route(
@@ -41,6 +44,20 @@ def route(
         jnp.where(valid[:, None], experts.astype(jnp.int32), nobody), jnp.where(valid[:, None], weights, 0.0)
     )
     return routing, probabilities
+
+
+def routing_here(routing: Routing, num_experts: int, shards: int) -> Routing:
+    """The same routing for a device of a mesh, which holds one of `shards` equal shards of a layer's experts: ids count
+    from its first one, and tokens go to nobody instead of an expert elsewhere."""
+    if shards == 1:
+        return routing
+    held = num_experts // shards
+    local = routing.experts - jax.lax.axis_index(EXPERT) * held
+    mine = (local >= 0) & (local < held)
+    most = routing.max_distinct
+    if most is not None:
+        most = min(most // shards if routing.groups % shards == 0 else most, held)
+    return Routing(jnp.where(mine, local, held), jnp.where(mine, routing.weights, 0.0), most)
 
 
 def normalise(weights: Float[Array, "tokens active"]) -> Float[Array, "tokens active"]:

@@ -25,6 +25,7 @@ from moespec_jax.decode import (
     DecodeState,
     PrefillState,
     Settings,
+    any_left,
     append_path,
     begin,
     empty_prefill,
@@ -33,6 +34,7 @@ from moespec_jax.decode import (
 )
 from moespec_jax.decoder import Decoder, ForwardInfo, forward, unembed
 from moespec_jax.draft import DraftHead, empty_draft_cache
+from moespec_jax.mesh import first_row, over_data, total
 from moespec_jax.propose import extend_draft, propose_trees
 from moespec_jax.rounds import RoundInfo, SpeculationInfo, add_round, committed_depths, no_rounds, round_info
 from moespec_jax.tree import Tree, ancestors, depths
@@ -156,11 +158,11 @@ def speculation_rounds(
     """Up to `rounds` rounds for every unfinished sequence."""
 
     def unfinished(carry: tuple[SpeculationState, SpeculationInfo]) -> Array:
-        return (carry[1].rounds < rounds) & ~jnp.all(carry[0].decoding.done)
+        return (carry[1].rounds < rounds) & any_left(carry[0].decoding)
 
     def step(carry: tuple[SpeculationState, SpeculationInfo]) -> tuple[SpeculationState, SpeculationInfo]:
         state, last = speculation_round(settings, params, carry[0])
-        return state, add_round(carry[1], last)
+        return state, add_round(carry[1], last, params.target.split.experts)
 
     nothing = no_rounds(settings.target.config, settings.tree, settings.budget, len(state.taps))
     return jax.lax.while_loop(unfinished, step, (state, nothing))
@@ -179,9 +181,9 @@ def speculation_round(
     assert info.taps is not None
     taps = jnp.take_along_axis(info.taps, accepted.path[:, :, None], axis=1)
     happened = round_info(settings.target.config, ~decoding.done, trees, accepted, info)
-    reached = state.reached + jnp.sum(committed_depths(happened), axis=0, dtype=jnp.float32)
+    reached = total(jnp.sum(committed_depths(happened), axis=0, dtype=jnp.float32), over_data())
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-    return SpeculationState(decoding, draft_cache, taps, reached), happened
+    return SpeculationState(decoding, draft_cache, taps, state.reached + reached), happened
 
 
 def draft_trees(settings: SpeculationSettings, params: Speculator, state: SpeculationState) -> tuple[Tree, Cache]:
@@ -236,7 +238,7 @@ def expected_reach(tree: TreeConfig) -> Float[Array, " path"]:
 
 
 def _accept(accept: Accept, decoding: DecodeState, trees: Tree, logits: Array, live: Array | None) -> Accepted:
-    row = jnp.arange(logits.shape[0], dtype=jnp.int32)
+    row = first_row(len(logits)) + jnp.arange(len(logits), dtype=jnp.int32)
     keys = jax.vmap(lambda r: jax.random.fold_in(decoding.key, r))(row)
     accepted = jax.vmap(accept)(trees, logits, keys, decoding.length)
     return accepted if live is None else jax.vmap(cut_path)(trees, accepted, live)

@@ -1,5 +1,7 @@
 """The short table of figures after a run, for people."""
 
+import math
+
 from moespec_jax.compare import Comparison, SpeedUp
 from moespec_jax.model import Model
 from moespec_jax.results import RunResult
@@ -9,7 +11,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     """One figure a line: what ran, how exact it is, and how long each part took."""
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
-        ("device", f"{result.device}, {result.dtype}"),
+        ("device", f"{_devices(result)}, {result.dtype}"),
         ("output", _output(result)),
         *_drafting(result),
         ("compilation", f"{result.compile_s:.2f} s"),
@@ -17,7 +19,8 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
         (
             "experts",
-            f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass{_lost(result)}",
+            f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass{_by_device(result)}"
+            f"{_lost(result)}",
         ),
     ]
     if comparison is not None:
@@ -32,6 +35,17 @@ def _output(result: RunResult) -> str:
         exact = "SIMULATED, not the model's"
     how = "plain decoding" if result.tree is None else "speculative decoding"
     return f"{exact}, {how}; {new} new tokens, ended by {', '.join(sorted(ends))}"
+
+
+def _devices(result: RunResult) -> str:
+    if result.mesh is None:
+        return result.device
+    shape = ", ".join(f"{axis} {size}" for axis, size in result.mesh.items())
+    return f"{math.prod(result.mesh.values())} x {result.device} ({shape})"
+
+
+def _by_device(result: RunResult) -> str:
+    return "" if result.mesh is None else f", at most {result.experts_slowest:.1f} by one device"
 
 
 def _lost(result: RunResult) -> str:

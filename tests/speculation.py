@@ -17,6 +17,7 @@ from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
 from moespec_jax.draft_tensors import random_head
 from moespec_jax.method import Method, plain_method, speculative_method
+from moespec_jax.programs import Programs
 from moespec_jax.run import Batch, Run
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.speculate import SpeculationSettings, Speculator
@@ -46,14 +47,23 @@ def small_head(config: DraftConfig, params: Decoder, seed: int = 0) -> DraftHead
     return random_head(config, params, jnp.asarray(ids, jnp.int32), jax.random.key(seed))
 
 
-class FastPrograms:
-    """Stands in for `Programs`: compiles quickly, and counts how often each function was traced."""
+class FastPrograms(Programs):
+    """Compiles quickly, and counts how often each function was traced."""
 
     def __init__(self) -> None:
-        self.compile_s, self.traces = 0.0, {}
+        super().__init__()
+        self.traces: dict[str, int] = {}
         self._jitted = cache(self._jit)
 
-    def run(self, function: Any, settings: Any, params: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+    def run(
+        self,
+        function: Any,
+        settings: Any,
+        params: Any,
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+        specs: Any = None,
+    ) -> Any:
         return self._jitted(function, settings, donate)(params, *arguments)
 
     def _jit(self, function: Any, settings: Any, donate: tuple[int, ...]) -> Any:

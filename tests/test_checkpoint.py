@@ -144,18 +144,26 @@ def test_placement_decides_where_leaves_live(tmp_path: Path) -> None:
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pathlib import Path
+from moespec_jax.mesh import EXPERT, MeshConfig, Split, make_mesh
+from moespec_jax.placement import Placement
 from moespec_jax.backend import BACKENDS
 from moespec_jax.checkpoint import load_config, load_parameters
 directory = Path({str(tmp_path)!r})
-mesh = jax.make_mesh((4,), ("expert",))
-spread, everywhere = NamedSharding(mesh, P("expert")), NamedSharding(mesh, P())
-place = lambda path, shape: spread if path[0] == "experts" else everywhere
+mesh = make_mesh(MeshConfig(expert=4))
+place = Placement(mesh, Split(experts=4))
+spread, everywhere = NamedSharding(mesh, P(EXPERT)), NamedSharding(mesh, P())
 for dtype in ("float32", "bfloat16"):
     load = lambda *args: load_parameters(directory, load_config(directory), BACKENDS["slots"], dtype, *args)
     plain, placed = load(), load(place)
     assert placed.experts.gate.sharding.is_equivalent_to(spread, 3), placed.experts.gate.sharding
     assert placed.embed.sharding.is_equivalent_to(everywhere, 2)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), plain, placed))
+    # Each device has a shard of every layer's experts, layer after layer.
+    layers = len(plain.experts.gate) // 4
+    order = np.arange(4 * layers).reshape(layers, 4).T.reshape(-1)
+    for name in ("gate", "up", "down"):
+        assert np.array_equal(getattr(placed.experts, name), getattr(plain.experts, name)[order])
+    rest = lambda params: jax.tree.leaves((params.layers, params.embed, params.norm, params.lm_head))
+    assert all(np.array_equal(a, b) for a, b in zip(rest(plain), rest(placed), strict=True))
 """
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     run = subprocess.run([sys.executable, "-c", script], env=os.environ | flags, capture_output=True, text=True)

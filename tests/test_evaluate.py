@@ -26,7 +26,8 @@ from moespec_jax.evaluate.__main__ import main
 from moespec_jax.evaluate.report import within
 from moespec_jax.experts.dense import dense_experts
 from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.profile import write_profile
 
 pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.budget_config.BudgetWarning")

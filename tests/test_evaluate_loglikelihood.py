@@ -20,7 +20,8 @@ from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Scored, Text, score_batch
 from moespec_jax.evaluate.ways import Way, way_of
 from moespec_jax.experts.dense import dense_experts
-from moespec_jax.model import Model, RequestError, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model, RequestError
 
 pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.budget_config.BudgetWarning")
 

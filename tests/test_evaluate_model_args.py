@@ -8,7 +8,8 @@ from moespec_jax.arguments import chosen
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
 from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
-from moespec_jax.model import DEMO_TARGET, RequestError
+from moespec_jax.loading import DEMO_TARGET
+from moespec_jax.model import RequestError
 
 
 def test_arguments_are_flags_without_dashes() -> None:

@@ -9,7 +9,8 @@ from tiny_pair import run_json, write_pair
 
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.generate import main
-from moespec_jax.model import RequestError, load
+from moespec_jax.loading import load
+from moespec_jax.model import RequestError
 
 NEW = 24
 PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]

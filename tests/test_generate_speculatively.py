@@ -10,7 +10,7 @@ from tiny_pair import run_json, write_pair
 from moespec_jax.backend import BACKENDS
 from moespec_jax.config import TreeConfig
 from moespec_jax.generate import main
-from moespec_jax.model import DEMO_DRAFT, load
+from moespec_jax.loading import DEMO_DRAFT, load
 
 NEW = 24
 PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]

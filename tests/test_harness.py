@@ -17,7 +17,8 @@ from tiny_pair import write_pair
 from moespec_jax import arguments
 from moespec_jax.backend import Backend
 from moespec_jax.experts.dense import dense_experts
-from moespec_jax.model import RequestError, load
+from moespec_jax.loading import load
+from moespec_jax.model import RequestError
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = [

@@ -19,7 +19,8 @@ from moespec_jax.config import DraftConfig
 from moespec_jax.draft_export import export_draft
 from moespec_jax.draft_tensors import random_head
 from moespec_jax.experts.dense import dense_experts
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 
 LAYERS, TRUE = 4, (1, 2, 4)
 DENSE = Backend("dense", "flat", False, dense_experts)

@@ -20,7 +20,8 @@ from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
 from moespec_jax.fidelity import Texts
 from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 from moespec_jax.study.coactivation import lift, order, together
 from moespec_jax.study.demand import kept_mass, least_budget, uniform_union, unions
 from moespec_jax.study.finding import contrast, standing, standing_sentence

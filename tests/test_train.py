@@ -22,7 +22,8 @@ from moespec_jax.draft import DraftHead
 from moespec_jax.draft_checkpoint import load_draft
 from moespec_jax.draft_tensors import random_head
 from moespec_jax.experts.dense import dense_experts
-from moespec_jax.model import Model, RequestError, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model, RequestError
 from moespec_jax.train import run, trainer
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.records import Sample

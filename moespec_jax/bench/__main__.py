@@ -29,7 +29,8 @@ from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import TreeConfig
 from moespec_jax.files import write_text
 from moespec_jax.ledger import Ledger
-from moespec_jax.model import DEMO_TARGET, Model, RequestError
+from moespec_jax.loading import DEMO_TARGET
+from moespec_jax.model import Model, RequestError
 from moespec_jax.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.results import versions
 from moespec_jax.text import chat_prompt

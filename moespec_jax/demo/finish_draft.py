@@ -17,7 +17,8 @@ from moespec_jax.command import Parser, run_command
 from moespec_jax.demo.train_draft import RESPONSES, TEXT_ROWS, recipe
 from moespec_jax.draft_export import export_draft
 from moespec_jax.files import write_json
-from moespec_jax.model import DEMO_DRAFT, Model, load
+from moespec_jax.loading import DEMO_DRAFT, load
+from moespec_jax.model import Model
 from moespec_jax.train.rows import Rows, draft_vocabulary
 from moespec_jax.train.run import draw_training, last_state
 from moespec_jax.train.trainer import finished_head

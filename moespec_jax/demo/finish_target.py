@@ -32,7 +32,8 @@ from moespec_jax.demo.train_target import CONFIG, Recipe, init_params, optimizer
 from moespec_jax.export import export
 from moespec_jax.files import write_json
 from moespec_jax.layers import GatedMlp
-from moespec_jax.model import Model, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model
 
 WINDOW, STRIDE = 1024, 512
 TREE_ROWS = 60

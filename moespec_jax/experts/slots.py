@@ -43,7 +43,7 @@ def run_distinct(
     """All tokens through every expert that any of them goes to, once; float32. Tokens that do not go there take nothing
     from it."""
     ids, active = distinct_experts(routing, num_experts)
-    combine = combine_weights(routing, ids)
+    combine = jnp.where(jnp.arange(len(ids))[None, :] < active, combine_weights(routing, ids), 0.0)
 
     def body(slot: Array, total: Array) -> Array:
         weight = jax.lax.dynamic_index_in_dim(combine, slot, axis=1)

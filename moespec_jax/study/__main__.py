@@ -22,7 +22,8 @@ from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.ledger import Ledger
-from moespec_jax.model import DEMO_DRAFT, DEMO_TARGET, Model, RequestError
+from moespec_jax.loading import DEMO_DRAFT, DEMO_TARGET
+from moespec_jax.model import Model, RequestError
 from moespec_jax.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.results import versions
 from moespec_jax.study.measure import RECONSTRUCTED, Plan, measure

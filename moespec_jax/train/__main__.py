@@ -8,7 +8,6 @@ DIR/head is what SGLang or vLLM, and `--draft-model` here, load.
 import argparse
 import hashlib
 import importlib.util
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.draft_export import FORMATS, check_exportable, export_draft
 from moespec_jax.files import parse_numbers
-from moespec_jax.model import Model, RequestError, load
+from moespec_jax.loading import load
+from moespec_jax.model import Model, RequestError
+from moespec_jax.orbax_io import quiet_orbax
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
@@ -42,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("expected matplotlib, which draws the run: pip install moespec_jax[train]")
-    # orbax advises its own developers.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()
     held_out = [] if arguments.held_out is None else [arguments.held_out]
     source = {
         "model": _shown_name(arguments.model),

@@ -14,7 +14,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from moespec_jax.command import Parser, run_command
-from moespec_jax.model import DEMO_TARGET, Model, RequestError, load
+from moespec_jax.files import writing
+from moespec_jax.loading import DEMO_TARGET, load
+from moespec_jax.model import Model, RequestError
 from moespec_jax.text import render_chat
 from moespec_jax.train.records import chat_turns, read_records
 
@@ -89,7 +91,11 @@ def regenerate(
         done = _resume(output, prompts, batch)
     except OSError as error:
         raise RequestError(f"expected to write to {output}; {error.strerror}") from None
-    with output.open("a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=done, unit="prompt") as bar:
+    with (
+        writing(output),
+        output.open("a", encoding="utf-8") as file,
+        tqdm(total=len(prompts), initial=done, unit="prompt") as bar,
+    ):
         for start in range(done, len(prompts), batch):
             part = prompts[start : start + batch]
             # One batch size: a smaller last one would compile anew.

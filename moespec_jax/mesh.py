@@ -1,0 +1,208 @@
+"""Meshes of devices: how many in each direction, what of a model is split over which, and what crosses between them.
+
+A program runs on every device of a mesh at once, on its share of everything (`jax.shard_map`), and exchanges in the
+few places that call the functions at the end of this file. `data` splits the sequences of a batch; `expert` the experts
+of every layer; `tensor` every expert's ffn dimension. Attention heads, dense MLPs and the output head are split over
+`expert` and `tensor` together where they can be, for each device reads its share of them in every pass.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from moespec_jax.config import AttentionConfig, DecoderConfig, DraftConfig
+
+DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices there are in each direction of a mesh.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise ValueError(f"expected a mesh of at least one device in each direction; got {self}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """In the order of `AXES`."""
+        return self.data, self.expert, self.tensor
+
+    @property
+    def devices(self) -> int:
+        """How many there are in all."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in zip(AXES, self.shape, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Over which axes of a mesh the parts of some parameters are split; without any, they are whole on every device.
+
+    `heads` is about attention, queries and keys alike; `vocabulary` about the output head (an embedding is whole on
+    every device: its rows are looked up, not read); `ffn` about dense MLPs and shared experts. Each layer's experts are
+    in `experts` shards, and each expert's ffn dimension is split over `expert_ffn`.
+    """
+
+    heads: Axes = ()
+    vocabulary: Axes = ()
+    ffn: Axes = ()
+    experts: int = 1
+    expert_ffn: Axes = ()
+
+    @property
+    def routed(self) -> Axes:
+        """Over which axes the outputs of routed experts are summed."""
+        return ((EXPERT,) if self.experts > 1 else ()) + self.expert_ffn
+
+
+WHOLE = Split()
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """`data=2,expert=4`: what is not named is 1.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or not size.isdecimal() or not 0 < int(size) <= 2**20:
+            raise ValueError(f"expected a mesh as data=1,expert=4,tensor=2, each at most once; got {text!r}")
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The first devices there are, or those given, as a mesh.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    there = jax.devices() if devices is None else list(devices)
+    if len(there) < config.devices:
+        raise ValueError(f"expected {config.devices} devices for a mesh of {config}; there are {len(there)}")
+    return Mesh(np.array(there[: config.devices]).reshape(config.shape), AXES)
+
+
+def split_decoder(config: DecoderConfig, mesh: MeshConfig) -> Split:
+    """How a decoder lies on a mesh.
+
+    Raises:
+        ValueError: its experts or its heads cannot be split so many ways.
+    """
+    if config.num_experts % mesh.expert:
+        raise ValueError(f"expected expert= to divide the model's {config.num_experts} experts; got {mesh.expert}")
+    heads = _heads(config, mesh)
+    if mesh.tensor > 1 and not heads:
+        raise ValueError(
+            f"expected tensor= to divide the model's {config.num_attention_heads} attention heads, and to divide its"
+            f" {config.num_key_value_heads} key/value heads or be a multiple of them; got {mesh.tensor}"
+        )
+    dense = [config.shared_expert_intermediate_size, *(() if all(config.sparse_layers) else [config.intermediate_size])]
+    return Split(
+        heads=heads,
+        vocabulary=_widest(mesh, config.vocab_size),
+        ffn=_widest(mesh, *dense),
+        experts=mesh.expert,
+        expert_ffn=(TENSOR,) if mesh.tensor > 1 and config.moe_intermediate_size % mesh.tensor == 0 else (),
+    )
+
+
+def split_head(config: DraftConfig, mesh: MeshConfig) -> Split:
+    """How a draft head lies on a mesh: as much of it as can be over all devices that share a sequence. It is read once
+    for every level of a tree."""
+    return Split(
+        heads=_heads(config, mesh),
+        vocabulary=_widest(mesh, config.draft_vocab_size),
+        ffn=_widest(mesh, config.intermediate_size),
+    )
+
+
+def ways(mesh: MeshConfig, axes: Axes) -> int:
+    """In how many parts these axes split something."""
+    return math.prod(getattr(mesh, axis) for axis in axes)
+
+
+def repeated_heads(config: AttentionConfig, mesh: MeshConfig, split: Split) -> int:
+    """How many times each key/value head is kept, so that every device has those that its queries share."""
+    return max(ways(mesh, split.heads) // config.num_key_value_heads, 1)
+
+
+def _heads(config: AttentionConfig, mesh: MeshConfig) -> Axes:
+    def fits(count: int) -> bool:
+        kv = config.num_key_value_heads
+        return config.num_attention_heads % count == 0 and (kv % count == 0 or count % kv == 0)
+
+    return _first(mesh, fits)
+
+
+def _widest(mesh: MeshConfig, *sizes: int) -> Axes:
+    return _first(mesh, lambda count: all(size % count == 0 for size in sizes))
+
+
+def _first(mesh: MeshConfig, fits: Any) -> Axes:
+    """The axes that split into most parts and fit; none where there is nothing to split."""
+    for axes in ((EXPERT, TENSOR), (TENSOR,)):
+        if ways(mesh, axes) > 1 and fits(ways(mesh, axes)):
+            return axes
+    return ()
+
+
+# What a program that runs on every device of a mesh at once exchanges. Without axes, nothing.
+
+
+def total(x: Array, axes: Axes) -> Array:
+    """The sum of what each device has."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def average(x: Array, axes: Axes) -> Array:
+    """The mean of what each device has."""
+    return jax.lax.pmean(x, axes) if axes else x
+
+
+def joined(x: Array, axes: Axes) -> Array:
+    """Each device's part of the last dimension, side by side."""
+    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+
+
+def part_index(axes: Axes) -> Array | int:
+    """The number of this device's part of what is split over these axes."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def over_data() -> Axes:
+    """The axes that the sequences of a batch are split over, in the program that is being traced."""
+    return (DATA,) if DATA in jax.sharding.get_abstract_mesh().manual_axes else ()
+
+
+def first_row(batch: int) -> Array | int:
+    """The number, in the whole batch, of the first of this device's `batch` sequences."""
+    axes = over_data()
+    return jax.lax.axis_index(axes) * batch if axes else 0
+
+
+def largest(x: Array, axes: Axes) -> Array:
+    """The largest of what each device has; of booleans, whether any is true."""
+    if not axes:
+        return x
+    return jax.lax.pmax(x.astype(np.int32), axes) > 0 if x.dtype == bool else jax.lax.pmax(x, axes)

@@ -1,0 +1,69 @@
+"""Several processes, on one host or many, as one program: how they find each other, and who speaks for all.
+
+Every process runs the same command. Only the first prints and writes; the others say nothing but errors.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from moespec_jax.model import RequestError
+
+_ENVIRONMENT = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
+}
+
+
+def add_process_flags(group: argparse._ArgumentGroup) -> None:
+    """How a command line's process finds the others."""
+    variables = ", ".join(_ENVIRONMENT.values())
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help=f"where the first of several processes listens (also: {variables})"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many processes run this command")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--distributed", action="store_true", help="find the other processes as Cloud TPU, Slurm or MPI tell of them"
+    )
+
+
+def join_processes(arguments: argparse.Namespace) -> None:
+    """Connect with the processes that flags or environment name, if they do, before anything asks JAX for devices.
+
+    Raises:
+        RequestError: they are named in part, or cannot be reached.
+    """
+    named = {name: _asked(arguments, name) for name in _ENVIRONMENT}
+    given = {name: value for name, value in named.items() if value is not None}
+    if not given and not arguments.distributed:
+        return
+    if given and len(given) < len(named):
+        missing = [f"--{name.replace('_', '-')}" for name in named if name not in given]
+        raise RequestError(f"expected --coordinator, --processes and --process-id together; {', '.join(missing)} lack")
+    try:
+        if given:
+            count, number = int(given["processes"]), int(given["process_id"])
+            if not 0 <= number < count or ":" not in given["coordinator"]:
+                raise ValueError(f"process {number} of {count} at {given['coordinator']}")
+            jax.distributed.initialize(given["coordinator"], count, number)
+        else:
+            jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise RequestError(f"expected other processes to run with (--coordinator HOST:PORT); {error}") from None
+    if not is_first_process():
+        sys.stdout = Path(os.devnull).open("w")
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all."""
+    return jax.process_index() == 0
+
+
+def _asked(arguments: argparse.Namespace, name: str) -> str | None:
+    value = getattr(arguments, name)
+    return os.environ.get(_ENVIRONMENT[name]) if value is None else str(value)
