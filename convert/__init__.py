@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import shutil
 import sys
@@ -10,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from moespec_jax.files import CheckpointError, read_json, write_json
+from moespec_jax.files import CheckpointError, read_json, write_json, writing
+from moespec_jax.orbax_io import quiet_orbax
 
 DTYPES = ("float32", "float16", "bfloat16")
 MARK = ".incomplete-conversion"
@@ -38,14 +38,18 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Exit with what `main` returns; with status 2 and one line for anything the caller can fix, 130 for Ctrl-C."""
-    # orbax advises larger chunks than one expert, which is what we read at a time.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    quiet_orbax()  # which advises larger chunks than one expert, which is what we read at a time
     try:
         status = main()
+        sys.stdout.flush()
     except CheckpointError as error:
         status = _complain(2, str(error))
     except OSError as error:
-        status = _complain(2, f"expected to read and write files; {error.strerror or error}: {error.filename}")
+        where = f": {error.filename}" if error.filename else ""
+        if not where:  # standard output, which Python must not complain about once more at exit
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = _complain(2, f"expected to read and write files; {error.strerror or error}{where}")
     except KeyboardInterrupt:
         status = _complain(130, "expected to finish; interrupted, and nothing was kept")
     sys.exit(status)
@@ -67,16 +71,28 @@ def whole_directory(output: Path) -> Iterator[Path]:
     if workplace.exists():
         if not (workplace / MARK).exists() and any(workplace.iterdir()):
             raise CheckpointError(f"expected to write in {workplace}; it holds something else")
-        shutil.rmtree(workplace)
+        _remove(workplace)
     workplace.mkdir(parents=True)
     (workplace / MARK).touch()
     try:
-        yield workplace
+        with writing(output):
+            yield workplace
         os.replace(workplace, output)
         (output / MARK).unlink()
     except BaseException:
-        shutil.rmtree(workplace, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(workplace)
         raise
+
+
+def _remove(workplace: Path) -> None:
+    """The mark goes last: what a kill leaves of this is still known for ours."""
+    for path in workplace.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    shutil.rmtree(workplace)
 
 
 def copy_besides(model: Path, output: Path, dtype: str | None) -> None:

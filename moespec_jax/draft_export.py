@@ -23,7 +23,7 @@ from moespec_jax.draft_config import describe_head
 from moespec_jax.draft_tensors import EMBEDDING, draft_table, layer_number, layer_prefix, leaf_at
 from moespec_jax.draft_vocabulary import vocabulary_maps
 from moespec_jax.export import config_fields
-from moespec_jax.files import CheckpointError, write_json
+from moespec_jax.files import CheckpointError, replacing, write_json, writing
 from moespec_jax.leaves import cast
 
 ExportFormat = Literal["specforge", "speculators"]
@@ -260,13 +260,15 @@ def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[s
     """Both files under other names first. Two files cannot be replaced at once: the config goes before and comes last,
     so that an interruption leaves a directory that does not load, never a mixture."""
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{WHOLE}.incomplete"
+    weights, config, temporary = directory / WHOLE, directory / "config.json", directory / f".{WHOLE}.incomplete"
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        for old in (directory / "config.json", directory / INDEX):
-            old.unlink(missing_ok=True)
-        os.replace(temporary, directory / WHOLE)
-        write_json(directory / "config.json", fields)
+        with writing(weights):
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        with replacing(config) as described:
+            write_json(described, fields)
+            for old in (config, directory / INDEX):
+                old.unlink(missing_ok=True)
+            os.replace(temporary, weights)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,10 +1,16 @@
 """The small files of a checkpoint directory: JSON read with errors in one line, and written whole or not at all."""
 
+import contextlib
+import gc
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# In what orbax's TensorStore and safetensors say when the system refuses to write, the number of the system's error.
+_SYSTEM_ERROR = re.compile(r"os[_ ]error(?:_code='| )(\d+)")
 
 
 class CheckpointError(ValueError):
@@ -43,9 +49,51 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it, so that `path` is never half a file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when the block ends well and vanishes when it does not.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes one kind of error of all that say that the system refuses to write: those of Python may lack the file's
+    name, orbax and safetensors have kinds of their own.
+
+    Raises:
+        OSError: with the error's number, and `path` where no file was named.
+    """
+    try:
+        yield
+        return
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = _SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+    # What orbax was writing beside it is let go of now: at exit it could not close, and would complain.
+    gc.collect()
+    raise OSError(number, os.strerror(number), str(path))
 
 
 def parse_numbers(text: str, place: str) -> tuple[int, ...]:

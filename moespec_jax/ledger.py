@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moespec_jax.files import write_text, writing
 from moespec_jax.model import RequestError
 
 Piece = TypeVar("Piece")
@@ -28,7 +29,7 @@ class Ledger:
         lines = _whole_lines(path)
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"asked": asked}) + "\n", encoding="utf-8")
+            write_text(path, json.dumps({"asked": asked}) + "\n")
             return
         before = lines[0].get("asked")
         if before != asked:
@@ -36,7 +37,8 @@ class Ledger:
                 f"expected {path} to be of this very command, or not to exist; {_difference(before, asked)}"
             )
         self._pieces = {line["piece"]: line["value"] for line in lines[1:] if "piece" in line}
-        _rewrite(path, lines)
+        # Without what was cut off, or the next line would be appended to it.
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __contains__(self, name: str) -> bool:
         return name in self._pieces
@@ -51,7 +53,7 @@ class Ledger:
     def put(self, name: str, value: Any) -> Any:
         """Keep the value of a piece, on disk when this returns; returns it as a continued run would find it."""
         line = json.dumps({"piece": name, "value": value})
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -75,13 +77,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")
     return lines
-
-
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Without what was cut off, or the next line would be appended to it."""
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _difference(before: Any, asked: dict[str, Any]) -> str:

@@ -10,6 +10,9 @@ Names and orientation are those of the parameters, whatever back-end will run th
 `[in, out]`. Any piece can be opened alone with `orbax.checkpoint`.
 """
 
+import functools
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -223,6 +226,20 @@ def _read_leaf(
         raise
     except Exception as error:  # TensorStore names no exceptions of its own
         raise CheckpointError(f"expected {leaf.key} whole in {piece}; {' '.join(str(error).split())[:300]}") from None
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """For a command's process: orbax no longer advises its developers, nor says once more what it also raises."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = sys.unraisablehook
+
+    def hook(told: Any) -> None:
+        # After the first write that failed, the others find nobody who waits for them.
+        if "Event loop is closed" not in str(told.exc_value):
+            before(told)
+
+    sys.unraisablehook = hook
 
 
 def _oriented(array: np.ndarray, tensor: Tensor) -> np.ndarray:

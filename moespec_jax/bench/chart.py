@@ -1,11 +1,11 @@
 """The rows as a picture: speed by setting, with its range, exact and lossy apart."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moespec_jax.bench.table import groups, output_word
+from moespec_jax.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +34,9 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
         f"{marked}{first['model']}, {first['device']}, {first['dtype']};"
         f" median and range of {first['repeats']} turns", fontsize=10,
     )  # fmt: skip
-    temporary = path.with_name(path.name + ".incomplete")
-    figure.savefig(temporary, dpi=130, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     pyplot.close(figure)
-    os.replace(temporary, path)
 
 
 def draw_speeds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:

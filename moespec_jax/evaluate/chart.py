@@ -1,11 +1,11 @@
 """The rows as a picture: divergence, first choices and perplexity of texts, accuracy of answers."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moespec_jax.evaluate.report import groups, heading, output_word
+from moespec_jax.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,11 +42,10 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
         what = part[0]["kind"] if part[0]["measured"] == "texts" else f"{part[0]['questions']} questions"
         line[0].set_title(f"{part[0]['set']}, {what}", fontsize=9, loc="left")
     figure.suptitle(f"{heading(rows[0])}; lines: 95 %", fontsize=9)
-    temporary = path.with_name(path.name + ".incomplete")
-    # Without its date: the same results are the same bytes.
-    figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
+    with replacing(path) as temporary:
+        # Without its date: the same results are the same bytes.
+        figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
     pyplot.close(figure)
-    os.replace(temporary, path)
 
 
 def draw(axes: "Axes", rows: Sequence[dict[str, Any]], name: str, label: str, scale: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.files import write_text
 from moespec_jax.ledger import Ledger
 from moespec_jax.study import sheets
 from moespec_jax.study.conclusion import Finding, finding_budgets, finding_rows, findings, subjects
@@ -30,7 +31,6 @@ from moespec_jax.study.tables import (
     plain_table,
     speed_table,
     write_csv,
-    write_whole,
 )
 
 PAGE = "study.html"
@@ -55,7 +55,7 @@ def write_report(
     found = findings(config, plan, sets, ledger)
     facts = _facts(config, plan, sets, tables, about, command)
     sections = _sections(config, plan, sets, tables)
-    write_whole(directory / PAGE, page("Study of routing, trees and expert budgets", facts, found, sections, directory))
+    write_text(directory / PAGE, page("Study of routing, trees and expert budgets", facts, found, sections, directory))
     over = _first_text(sets, tables["frontier"])
     return (
         plain_table(frontier_table(over, finding_budgets(config, plan)))

@@ -1,7 +1,6 @@
 """The pictures that a study writes: figures with titles and with what they were measured on, from rows."""
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.files import replacing
 from moespec_jax.study.coactivation import lift, order
 from moespec_jax.study.figures import (
     draw_acceptance,
@@ -32,10 +32,9 @@ def save(figure: Figure, file: Path, stamp: str) -> None:
     figure.supxlabel(stamp, fontsize=7, color="0.45", x=0.01, ha="left", parse_math=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
-    temporary = file.with_name(file.name + ".incomplete")
-    # So many colours are enough for lines and text, and take a third of the bytes.
-    Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        # So many colours are enough for lines and text, and take a third of the bytes.
+        Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
 
 
 def unions_sheet(config: DecoderConfig, rows: Sequence[Row]) -> Figure:

@@ -2,10 +2,11 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from moespec_jax.files import write_text
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], stamp: Mapping[str, Any]) -> None:
@@ -14,14 +15,7 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], stamp: Mapping[str,
     writer = csv.DictWriter(text, [*rows[0], *stamp], lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, **stamp} for row in rows)
-    write_whole(file, text.getvalue())
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Text into a file that is whole or not there."""
-    temporary = file.with_name(file.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, text.getvalue())
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from moespec_jax.backend import Backend
 from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
 from moespec_jax.draft_tensors import random_head
-from moespec_jax.files import read_json, write_json
+from moespec_jax.files import read_json, replacing, write_json, write_text, writing
 from moespec_jax.model import Model, RequestError
 from moespec_jax.moe import ExpertCompute
 from moespec_jax.train.records import Sample
@@ -168,9 +167,8 @@ def _prepare(
     if not (keep and file.exists()):
         # One token more than the target reads: the last one is only predicted.
         train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
-        temporary = directory / "rows.incomplete.npz"
-        np.savez(temporary, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
-        temporary.replace(file)
+        with replacing(file) as temporary, temporary.open("wb") as out:
+            np.savez(out, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
     with np.load(file) as kept:
         train, check = Rows(kept["ids"], kept["counts"]), Rows(kept["check_ids"], kept["check_counts"])
     if not train.counts.any():
@@ -180,17 +178,18 @@ def _prepare(
 
 @contextlib.contextmanager
 def _checkpoints(directory: Path) -> Iterator[Any]:
-    """The run's checkpoints; however the block ends, what it began to save is saved."""
+    """The run's checkpoints, without those that a kill left half written; however the block ends, what it began to save
+    is saved."""
     import orbax.checkpoint as ocp
 
-    manager = ocp.CheckpointManager(
-        (directory / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
-    try:
-        yield manager
-    finally:
-        manager.wait_until_finished()
-        manager.close()
+    place = (directory / "checkpoints").absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+    # An error of saving shows in whatever is asked of the manager next.
+    with writing(place), contextlib.closing(ocp.CheckpointManager(place, options=options)) as manager:
+        try:
+            yield manager
+        finally:
+            manager.wait_until_finished()
 
 
 def _begin(manager: Any, recipe: Recipe, target: Decoder, target_ids: jax.Array, mesh: Mesh) -> tuple[TrainState, int]:
@@ -220,13 +219,11 @@ class _Log:
     def __init__(self, path: Path, first: int):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) < first]
-        temporary = path.with_name(path.name + ".incomplete")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         self._path = path
 
     def write(self, row: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -259,4 +256,5 @@ def draw_training(log: Path, picture: Path, tokens_per_step: int) -> None:
         right.legend(fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

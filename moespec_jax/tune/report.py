@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moespec_jax.files import replacing
 from moespec_jax.tune.search import PLAIN, Bound, Finalist, Outcome
 
 
@@ -91,10 +92,9 @@ def draw(outcome: Outcome, file: Path) -> None:
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     axes.spines[["top", "right"]].set_visible(False)
-    temporary = file.with_name(file.name + ".incomplete.png")
-    figure.savefig(temporary, dpi=150, metadata={"Software": ""})
+    with replacing(file) as temporary:
+        figure.savefig(temporary, dpi=150, format="png", metadata={"Software": ""})
     plt.close(figure)
-    temporary.replace(file)
 
 
 def _loss(finalist: Finalist) -> str:
