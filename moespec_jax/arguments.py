@@ -13,6 +13,7 @@ from moespec_jax.loading import DEMO_DRAFT, DEMO_TARGET, load
 from moespec_jax.mesh import MeshConfig, parse_mesh
 from moespec_jax.model import Model, RequestError
 from moespec_jax.profile import read_profile
+from moespec_jax.quantization import QUANTIZATIONS
 
 # Flags of a budget's rule, and the setting each is about.
 _RULE = {
@@ -42,6 +43,7 @@ def load_asked(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> 
         draft_boundaries=boundaries_of(arguments),
         offline=arguments.offline,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         mesh=mesh_of(arguments),
         progress=sys.stderr.isatty(),
         check=check,
@@ -174,6 +176,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--draft-revision", help="the same of the draft head")
     group.add_argument("--offline", action="store_true", help="use the local hub cache only")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
+    group.add_argument("--quantization", choices=QUANTIZATIONS, help="keep routed experts in it: half of bf16, lossy")
     group.add_argument(
         "--compilation-cache",
         metavar="DIR",

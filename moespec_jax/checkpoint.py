@@ -20,6 +20,7 @@ from moespec_jax.files import CheckpointError, listing, read_json
 from moespec_jax.leaves import HostBuffer, Source, load_source
 from moespec_jax.orbax_io import is_orbax, open_orbax
 from moespec_jax.placement import Placement
+from moespec_jax.quantization import Quantization
 from moespec_jax.tensors import is_ignorable, tensor_table
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -67,13 +68,15 @@ def load_parameters(
     dtype: DTypeLike,
     placement: Placement | None = None,
     progress: bool = False,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """Parameters of a directory, whichever of safetensors and orbax it holds.
 
     Raises:
         CheckpointError: as `open_source`; or a tensor turns out damaged while it is read.
     """
-    return load_source(open_source(directory, config), config, backend, dtype, placement, progress)
+    source = open_source(directory, config)
+    return load_source(source, config, backend, dtype, placement, progress, quantization)
 
 
 def open_source(directory: Path, config: DecoderConfig) -> Source:

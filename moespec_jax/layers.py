@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import RopeConfig
 from moespec_jax.mesh import Axes, average
+from moespec_jax.quantization import Matrix, Quantized, product
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -25,9 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class GatedMlp:
     """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`."""
 
-    gate: Float[Array, "model ffn"]
-    up: Float[Array, "model ffn"]
-    down: Float[Array, "ffn model"]
+    gate: Float[Matrix, "model ffn"]
+    up: Float[Matrix, "model ffn"]
+    down: Float[Matrix, "ffn model"]
 
 
 def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float, axes: Axes = ()) -> Array:
@@ -40,6 +41,9 @@ def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], ep
 
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
     """The dense feed-forward block (and the shared expert): SwiGLU where `activation` is silu."""
+    if isinstance(mlp.gate, Quantized):
+        hidden = ACTIVATIONS[activation](product(x, mlp.gate)) * product(x, mlp.up)
+        return product(hidden.astype(x.dtype), mlp.down).astype(x.dtype)
     return (ACTIVATIONS[activation](x @ mlp.gate) * (x @ mlp.up)) @ mlp.down
 
 

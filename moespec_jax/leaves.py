@@ -17,8 +17,17 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.files import CheckpointError
 from moespec_jax.mesh import WHOLE
-from moespec_jax.parameters import Place, build_decoder, final_shape, leaf_shapes, place_of
+from moespec_jax.parameters import (
+    Place,
+    build_decoder,
+    is_quantized,
+    leaf_dtype,
+    leaf_shapes,
+    place_of,
+    scale_of,
+)
 from moespec_jax.placement import Placement, repeat_heads, with_repeated_heads
+from moespec_jax.quantization import Quantization, quantize_rows
 from moespec_jax.tensors import Path, Tensor, tensor_table
 
 # A part of an array: a slice of every dimension.
@@ -44,11 +53,13 @@ def load_source(
     dtype: DTypeLike,
     placement: Placement | None = None,
     progress: bool = False,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """The parameters, every tensor converted to `dtype` and put where the back-end wants it: on a mesh, straight to the
-    devices that hold it, and read only where this process has one of them."""
+    devices that hold it, and read only where this process has one of them. With a `quantization`, routed experts are
+    kept in it, each quantized as it comes."""
     table = tensor_table(config)
-    store = LeafStore(config, backend, dtype, placement)
+    store = LeafStore(config, backend, dtype, placement, quantization)
     wanted = [name for name, tensor in table.items() if store.wants(tensor)]
     for name, array in counted(source.read(wanted), len(wanted), "loading", progress):
         store.put(table[name], array)
@@ -110,30 +121,45 @@ class LeafStore:
     `config` is the checkpoint's. On a mesh the parameters are those of `with_repeated_heads`.
     """
 
-    def __init__(self, config: DecoderConfig, backend: Backend, dtype: DTypeLike, placement: Placement | None = None):
-        self._backend, self._dtype, self._placement = backend, jnp.dtype(dtype), placement
+    def __init__(
+        self,
+        config: DecoderConfig,
+        backend: Backend,
+        dtype: DTypeLike,
+        placement: Placement | None = None,
+        quantization: Quantization | None = None,
+    ):
+        self._backend, self._dtype, self._placement = backend, dtype, placement
+        self._quantization: Quantization | None = quantization
         self._split = WHOLE if placement is None else placement.split
         self._config = config if placement is None else with_repeated_heads(config, placement)
-        self._shapes = leaf_shapes(self._config, backend)
+        self._shapes = leaf_shapes(self._config, backend, quantization)
         self._parts = {path: self._devices(path, shape) for path, shape in self._shapes.items()}
         self._leaves: dict[tuple[Path, Any], jax.Array] = {}
 
     def wants(self, tensor: Tensor) -> bool:
         """Whether any device of this process holds a part of a tensor of the table."""
-        place = self._place(tensor)
+        place = self._place(tensor.path)
         return any(_row(place, index) is not None for index in self._parts[place.leaf].values())
 
     def put(self, tensor: Tensor, array: np.ndarray) -> None:
         """Convert one published tensor to its final dtype and orientation, in place."""
-        place = self._place(tensor)
-        rows = final_shape(tensor)[0] if tensor.transpose else self._shapes[place.leaf][place.row is not None]
-        array = array if tensor.transpose else repeat_heads(array, rows, self._config.head_dim)
+        if is_quantized(tensor.path, self._quantization):
+            array, scale = quantize_rows(array)
+            self._put(scale_of(tensor.path), scale, transpose=False)
+        self._put(tensor.path, array, tensor.transpose)
+
+    def _put(self, path: Path, array: np.ndarray, transpose: bool) -> None:
+        place = self._place(path)
+        dtype = leaf_dtype(path, self._dtype, self._quantization)
+        if not transpose:
+            array = repeat_heads(array, self._shapes[place.leaf][place.row is not None], self._config.head_dim)
         for device, index in self._parts[place.leaf].items():
             row = _row(place, index)
             if row is None:
                 continue
             own = index if place.row is None else index[1:]
-            value = _converted(array[own[::-1] if tensor.transpose else own], self._dtype, tensor.transpose, device)
+            value = _converted(array[own[::-1] if transpose else own], dtype, transpose, device)
             if place.row is not None:
                 value = self._write_row(place.leaf, device, index, value, row)
             # Wait: the source's memory may be used again, and pending copies would hold many tensors at once.
@@ -144,8 +170,8 @@ class LeafStore:
         leaves = {path: self._leaf(path, shape) for path, shape in self._shapes.items()}
         return build_decoder(self._config, self._backend, leaves, self._split)
 
-    def _place(self, tensor: Tensor) -> Place:
-        return place_of(self._config, self._backend, tensor.path, self._split)
+    def _place(self, path: Path) -> Place:
+        return place_of(self._config, self._backend, path, self._split)
 
     def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
         """This process's devices that hold a part of a leaf, and which; None is wherever JAX puts it."""
@@ -160,7 +186,7 @@ class LeafStore:
     def _write_row(self, leaf: Path, device: Any, index: Index, value: jax.Array, row: int) -> jax.Array:
         stack = self._leaves.pop((leaf, device), None)
         if stack is None:
-            stack = jnp.zeros(tuple(one.stop - one.start for one in index), self._dtype, device=device)
+            stack = jnp.zeros(tuple(one.stop - one.start for one in index), value.dtype, device=device)
         return _put_row(stack, value, np.int32(row), jax.default_backend() == "cpu")
 
     def _leaf(self, path: Path, shape: tuple[int, ...]) -> jax.Array:

@@ -16,6 +16,7 @@ from moespec_jax.mesh import MeshConfig, make_mesh, split_decoder, split_head
 from moespec_jax.model import Model, RequestError
 from moespec_jax.placement import Placement, place_head, with_repeated_heads
 from moespec_jax.programs import Programs
+from moespec_jax.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.text import load_tokenizer, read_stop_ids
 
 DEMO_TARGET = str(Path(__file__).parent / "demo" / "target")
@@ -32,6 +33,7 @@ def load(
     offline: bool = False,
     dtype: DTypeLike | None = None,
     backend: Backend | None = None,
+    quantization: Quantization | None = None,
     mesh: MeshConfig | None = None,
     progress: bool = False,
     check: Callable[[DecoderConfig], object] | None = None,
@@ -41,6 +43,7 @@ def load(
     `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
     one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
     The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
+    `quantization` keeps routed experts in int8, which changes what comes out a little.
     `mesh` spreads model and head over that many devices, the first there are; every process of several must load.
     `check` is called with the model's settings before anything large is read, and may raise.
 
@@ -49,6 +52,8 @@ def load(
             says what is wrong and where.
         RequestError: the model cannot be spread over the mesh, or there are too few devices.
     """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise RequestError(f"expected a quantization of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
     directory = locate(model, revision, offline, progress)
     config = load_config(directory)
     if check is not None:
@@ -74,11 +79,11 @@ def load(
         raise CheckpointError(
             f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
         )
-    params = load_parameters(directory, config, backend, kind, placement, progress)
+    params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
     draft = draft and share_embedding(draft, params.embed)
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
-    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs)
+    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
 
 
 def _placement(config: DecoderConfig, mesh: MeshConfig) -> Placement:

@@ -25,6 +25,7 @@ from moespec_jax.decoder import Decoder
 from moespec_jax.draft_checkpoint import LoadedDraft
 from moespec_jax.method import Method, plain_method, speculative_method
 from moespec_jax.programs import Programs
+from moespec_jax.quantization import Quantization
 from moespec_jax.results import PromptResult, RunResult, versions
 from moespec_jax.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.sample import SamplingConfig
@@ -54,10 +55,16 @@ class Model:
     directory: Path
     draft: LoadedDraft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         # One function object for the life of the model: compiled programs are found by it.
         self._compute = self.backend.compute(self.config.hidden_act)
+
+    @property
+    def precision(self) -> str:
+        """What weights are kept in, in words."""
+        return str(self.dtype) if self.quantization is None else f"{self.dtype}, {self.quantization} experts"
 
     def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a text prompt, with the special tokens the tokenizer adds unless told otherwise."""
@@ -249,6 +256,7 @@ class Model:
             mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
             device=f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
             dtype=str(self.dtype),
+            quantization=self.quantization,
             versions=versions(),
         )
 

@@ -17,6 +17,7 @@ from moespec_jax.layers import GatedMlp
 from moespec_jax.mesh import WHOLE, Split
 from moespec_jax.moe import SparseMlp
 from moespec_jax.placement import Placement
+from moespec_jax.quantization import Quantization, Quantized
 from moespec_jax.tensors import Path, Tensor, tensor_table
 
 
@@ -45,16 +46,39 @@ def place_of(config: DecoderConfig, backend: Backend, path: Path, split: Split =
     return Place(path)
 
 
-def leaf_shapes(config: DecoderConfig, backend: Backend) -> dict[Path, tuple[int, ...]]:
+def leaf_shapes(
+    config: DecoderConfig, backend: Backend, quantization: Quantization | None = None
+) -> dict[Path, tuple[int, ...]]:
     """Shape of every leaf of the parameters under this back-end."""
     rows: dict[Path, int] = {}
     shapes: dict[Path, tuple[int, ...]] = {}
     for tensor in tensor_table(config).values():
-        place = place_of(config, backend, tensor.path)
-        shapes[place.leaf] = final_shape(tensor)
-        if place.row is not None:
-            rows[place.leaf] = max(rows.get(place.leaf, 0), place.row + 1)
+        parts = {tensor.path: final_shape(tensor)}
+        if is_quantized(tensor.path, quantization):
+            parts[scale_of(tensor.path)] = final_shape(tensor)[-1:]
+        for path, shape in parts.items():
+            place = place_of(config, backend, path)
+            shapes[place.leaf] = shape
+            if place.row is not None:
+                rows[place.leaf] = max(rows.get(place.leaf, 0), place.row + 1)
     return {leaf: (rows[leaf], *shape) if leaf in rows else shape for leaf, shape in shapes.items()}
+
+
+def is_quantized(path: Path, quantization: Quantization | None) -> bool:
+    """Whether the tensor at `path` of the tensor table is kept quantized: routed experts are."""
+    return quantization is not None and path[0] == "experts"
+
+
+def scale_of(path: Path) -> Path:
+    """Where the steps of a quantized matrix's output channels are."""
+    return (*path[:-1], f"{path[-1]}_scale")
+
+
+def leaf_dtype(path: Path, dtype: DTypeLike, quantization: Quantization | None) -> jnp.dtype:
+    """What a leaf is kept in, of parameters in `dtype`."""
+    if str(path[-1]).endswith("_scale"):
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.int8 if is_quantized(path, quantization) else dtype)
 
 
 def final_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -78,15 +102,19 @@ def build_decoder(config: DecoderConfig, backend: Backend, leaves: Mapping[Path,
 
 
 def abstract_decoder(
-    config: DecoderConfig, backend: Backend, dtype: DTypeLike, where: jax.sharding.Sharding | Placement | None = None
+    config: DecoderConfig,
+    backend: Backend,
+    dtype: DTypeLike,
+    where: jax.sharding.Sharding | Placement | None = None,
+    quantization: Quantization | None = None,
 ) -> Decoder:
     """Shapes and dtypes of the parameters without any memory behind them, all on one sharding or spread over a mesh."""
 
     def leaf(path: Path, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = where.sharding(path, shape) if isinstance(where, Placement) else where
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, dtype, quantization), sharding=sharding)
 
-    leaves = {path: leaf(path, shape) for path, shape in leaf_shapes(config, backend).items()}
+    leaves = {path: leaf(path, shape) for path, shape in leaf_shapes(config, backend, quantization).items()}
     return build_decoder(config, backend, leaves, where.split if isinstance(where, Placement) else WHOLE)
 
 
@@ -112,7 +140,7 @@ def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:
 
 
 def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
-    return GatedMlp(*(leaves[(*path, name)] for name in ("gate", "up", "down")))
+    return GatedMlp(*(_matrix(leaves, (*path, name)) for name in ("gate", "up", "down")))
 
 
 def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], split: Split) -> object:
@@ -120,9 +148,14 @@ def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path
         return ()
     if backend.layout == "flat":
         held = config.num_experts // split.experts
-        return Flat(*(leaves[("experts", name)] for name in ("gate", "up", "down")), num_experts=held)
+        return Flat(*(_matrix(leaves, ("experts", name)) for name in ("gate", "up", "down")), num_experts=held)
     layers, experts = range(config.num_sparse_layers), range(config.num_experts)
     return tuple(tuple(_build_mlp(("experts", layer, e), leaves) for e in experts) for layer in layers)
+
+
+def _matrix(leaves: Mapping[Path, Any], path: Path) -> Any:
+    scale = leaves.get(scale_of(path))
+    return leaves[path] if scale is None else Quantized(leaves[path], scale)
 
 
 def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTypeLike) -> jax.Array:

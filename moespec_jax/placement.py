@@ -42,7 +42,7 @@ def leaf_spec(split: Split, flat_norms: bool, path: Path, ndim: int) -> Partitio
     table: dict[str, tuple[Axes, int]] = {name: (split.heads, dimension) for name, dimension in attention.items()}
     table |= {"q_norm": (norms, 1), "k_norm": (norms, 1), "lm_head": (split.vocabulary, 2)}
     ffn = split.expert_ffn if path[0] == "experts" else split.ffn
-    table |= {"gate": (ffn, 1), "up": (ffn, 1), "down": (ffn, 2)}
+    table |= {"gate": (ffn, 1), "up": (ffn, 1), "down": (ffn, 2), "gate_scale": (ffn, 1), "up_scale": (ffn, 1)}
     axes, dimension = table.get(name, ((), 1))
     spec: list[Any] = list(parts)
     if axes:

@@ -35,7 +35,7 @@ class RunResult:
     was read; `experts_slowest` is the most that one device of the `mesh` read. Under a `budget`, `mass_kept` is the
     shortlists' share of the scores they were ranked by, and `tokens_replaced` the share of tokens, over layers, that
     lost at least one expert of their own. `exact` says whether the output is known to be the model's own (greedy: token
-    for token; sampled: in distribution)."""
+    for token; sampled: in distribution), which is that of the quantized model where there is a `quantization`."""
 
     prompts: list[PromptResult]
     experts_wanted: float
@@ -56,6 +56,7 @@ class RunResult:
     mesh: dict[str, int] | None
     device: str
     dtype: str
+    quantization: str | None
     versions: dict[str, str]
 
 

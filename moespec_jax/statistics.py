@@ -11,7 +11,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     """One figure a line: what ran, how exact it is, and how long each part took."""
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
-        ("device", f"{_devices(result)}, {result.dtype}"),
+        ("device", f"{_devices(result)}, {model.precision}"),
         ("output", _output(result)),
         *_drafting(result),
         ("compilation", f"{result.compile_s:.2f} s"),
@@ -30,7 +30,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
 
 def _output(result: RunResult) -> str:
     new, ends = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
-    exact = "exact" if result.exact else "LOSSY, the model's under an expert budget"
+    exact = f"exact{_of_what(result)}" if result.exact else "LOSSY, the model's under an expert budget"
     if result.simulated_accept_length is not None:
         exact = "SIMULATED, not the model's"
     how = "plain decoding" if result.tree is None else "speculative decoding"
@@ -46,6 +46,14 @@ def _devices(result: RunResult) -> str:
 
 def _by_device(result: RunResult) -> str:
     return "" if result.mesh is None else f", at most {result.experts_slowest:.1f} by one device"
+
+
+def _of_what(result: RunResult) -> str:
+    return (
+        ""
+        if result.quantization is None
+        else f" for the {result.quantization} model, which is not the checkpoint's own"
+    )
 
 
 def _lost(result: RunResult) -> str:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "moespec_jax"
 ORDER = [
     "config",
     "mesh",
+    "quantization",
     "layers",
     "attention",
     "attention_tpu",

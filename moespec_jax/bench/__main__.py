@@ -156,6 +156,8 @@ def _model(arguments: argparse.Namespace, settings: Sequence[Setting]) -> Model:
     config, _ = shapes_of(shape, arguments.layers)
     for budget in budgets:
         check_budget(budget, config)
+    if arguments.quantization is not None:
+        raise RequestError("expected --quantization with a model; random weights have no quality to lose")
     check_memory(config, arguments.dtype)
     return random_model(shape, arguments.layers, arguments.dtype)
 
@@ -180,7 +182,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers, "num_experts": model.config.num_experts,
         "weights": "random" if simulated else "trained checkpoint",
         "simulated": simulated, "simulated_routing_skew": None if shape is None else EXPONENTS[shape],
-        "device": f"{device.platform} ({device.device_kind})", "dtype": str(model.dtype),
+        "device": f"{device.platform} ({device.device_kind})", "dtype": model.precision,
         "backend": model.backend.name, "versions": versions(),
         "new_tokens": arguments.tokens, "repeats": arguments.repeats, "temperature": 0.0,
     }  # fmt: skip

@@ -218,7 +218,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "model": shown_name(arguments.model),
         "draft_model": None if draft is None else shown_name(draft.name),
         "num_experts": model.config.num_experts, "num_experts_per_tok": model.config.num_experts_per_tok,
-        "device": f"{device.platform} ({device.device_kind})", "dtype": str(model.dtype),
+        "device": f"{device.platform} ({device.device_kind})", "dtype": model.precision,
         "backend": model.backend.name, "versions": versions(), "chat": arguments.chat, "temperature": 0.0,
     }  # fmt: skip
 

@@ -68,7 +68,7 @@ class MoespecLM(TemplateLM):
         return self.way.about() | {
             "draft_model": None if self.way.tree is None or self.model.draft is None else self.model.draft.name,
             "loglikelihood": through,
-            "model_dtype": str(self.model.dtype),
+            "model_dtype": self.model.precision,
             "jax_device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
             "versions": versions(),
         }

@@ -6,6 +6,7 @@ from jaxtyping import Array
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.quantization import widened
 from moespec_jax.routing import Routing, combine_weights
 
 
@@ -16,7 +17,7 @@ def dense_experts(activation: str) -> ExpertCompute:
         assert isinstance(experts, Flat)
         ids = jnp.arange(experts.num_experts, dtype=jnp.int32)
         rows = jnp.asarray(layer, jnp.int32) * experts.num_experts + ids
-        gate, up, down = experts.gate[rows], experts.up[rows], experts.down[rows]
+        gate, up, down = (widened(w, x.dtype)[rows] for w in (experts.gate, experts.up, experts.down))
         hidden = ACTIVATIONS[activation](jnp.einsum("td,edf->etf", x, gate)) * jnp.einsum("td,edf->etf", x, up)
         mixed = jnp.einsum("etf,efd,te->td", hidden, down, combine_weights(routing, ids).astype(x.dtype))
         return mixed.astype(jnp.float32)

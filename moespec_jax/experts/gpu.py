@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.quantization import Quantized
 from moespec_jax.routing import Routing, combine_weights
 
 # Inputs that the matrix units multiply exactly; float32 would be rounded to 10 bits (tf32).
@@ -33,7 +34,8 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, fuse
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        if activation not in activations or not fits(x, experts.gate, tile):
+        quantized = isinstance(experts.gate, Quantized)
+        if quantized or activation not in activations or not fits(x, experts.gate, tile):
             return otherwise(experts, layer, x, routing)
         arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
         return jax.lax.platform_dependent(*arguments, cuda=kernels, default=otherwise)

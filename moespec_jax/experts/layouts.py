@@ -7,9 +7,10 @@ one token, and copies each visited expert before a product of several rows; our 
 """
 
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from moespec_jax.layers import GatedMlp
+from moespec_jax.quantization import Matrix
 
 # experts[sparse layer][expert]; matrices are `[in, out]`
 PerExpert = tuple[tuple[GatedMlp, ...], ...]
@@ -17,11 +18,12 @@ PerExpert = tuple[tuple[GatedMlp, ...], ...]
 
 @struct.dataclass
 class Flat:
-    """All experts of all sparse layers, `all` = sparse layers * experts; row `layer * num_experts + expert`."""
+    """All experts of all sparse layers, `all` = sparse layers * experts; row `layer * num_experts + expert`. On a mesh
+    that splits each layer's experts, every device has a `Flat` of those that it holds."""
 
-    gate: Float[Array, "all model ffn"]
-    up: Float[Array, "all model ffn"]
-    down: Float[Array, "all ffn model"]
+    gate: Float[Matrix, "all model ffn"]
+    up: Float[Matrix, "all model ffn"]
+    down: Float[Matrix, "all ffn model"]
     num_experts: int = struct.field(pytree_node=False)
 
 

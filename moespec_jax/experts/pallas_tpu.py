@@ -16,6 +16,7 @@ from moespec_jax.experts.layouts import Flat
 from moespec_jax.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.quantization import Matrix, Quantized
 from moespec_jax.routing import Routing, combine_weights
 
 # Two buffers of one tile of each of three matrices: what fits beside the rest in the 16 MiB of v5e and v5p.
@@ -48,9 +49,9 @@ def pallas_experts(activation: str) -> ExpertCompute:
 def fused_experts(
     activation: str,
     x: Float[Array, "tokens model"],
-    gate: Float[Array, "all model ffn"],
-    up: Float[Array, "all model ffn"],
-    down: Float[Array, "all ffn model"],
+    gate: Float[Matrix, "all model ffn"],
+    up: Float[Matrix, "all model ffn"],
+    down: Float[Matrix, "all ffn model"],
     combine: Float[Array, "tokens slots"],
     rows: Int[Array, " slots"],
     active: Int[Array, ""],
@@ -61,8 +62,10 @@ def fused_experts(
 
     `rows` index the flat weights and must lie within them even past `active`, where they are not read.
     """
-    (tokens, model), slots, ffn = x.shape, rows.shape[0], gate.shape[2]
-    tile = ffn_tile(model, ffn, gate.dtype.itemsize)
+    quantized = isinstance(gate, Quantized)
+    stored = gate.values if isinstance(gate, Quantized) else gate
+    (tokens, model), slots, ffn = x.shape, rows.shape[0], stored.shape[2]
+    tile = ffn_tile(model, ffn, stored.dtype.itemsize)
     tiles = ffn // tile
 
     def held(slot: Array, active: Array) -> Array:
@@ -75,15 +78,21 @@ def fused_experts(
         row, zero, tile_index = up_block(slot, f, rows, active)
         return row, tile_index, zero
 
+    def scale_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
+        return rows[held(slot, active)], 0, 0
+
     whole = pl.BlockSpec((tokens, model), lambda *_: (0, 0))
+    # A quantized matrix comes with the steps of its output channels, as one row.
+    column, step = pl.BlockSpec((1, model, tile), up_block), pl.BlockSpec((1, 1, tile), up_block)
+    last, last_step = pl.BlockSpec((1, tile, model), down_block), pl.BlockSpec((1, 1, model), scale_block)
+    weights = [column, step, column, step, last, last_step] if quantized else [column, column, last]
+    operands = [part for w in (gate, up, down) for part in _as_operands(w)]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(slots, tiles),
         in_specs=[
             whole,
-            pl.BlockSpec((1, model, tile), up_block),
-            pl.BlockSpec((1, model, tile), up_block),
-            pl.BlockSpec((1, tile, model), down_block),
+            *weights,
             pl.BlockSpec((1, tokens, 1), lambda slot, f, rows, active: (held(slot, active), 0, 0)),
         ],
         out_specs=whole,
@@ -95,12 +104,12 @@ def fused_experts(
         # Without it the scheduler takes the call to read the weights of all experts of all layers.
         cost_estimate=pl.CostEstimate(
             flops=6 * tokens * slots * model * ffn,
-            bytes_accessed=3 * slots * model * ffn * gate.dtype.itemsize,
+            bytes_accessed=slots * sum(part.nbytes // len(part) for part in operands),
             transcendentals=tokens * slots * ffn,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary")),
         interpret=interpret,
-    )(rows, active[None], x, gate, up, down, combine.T[:, :, None])
+    )(rows, active[None], x, *operands, combine.T[:, :, None])
 
 
 def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
@@ -110,7 +119,14 @@ def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
     return max(fitting, default=min(widths, default=ffn))
 
 
-def _kernel(activation, rows, active, x_ref, gate_ref, up_ref, down_ref, combine_ref, out_ref):
+def _as_operands(weights: Matrix) -> list[Array]:
+    return [weights.values, weights.scale[:, None, :]] if isinstance(weights, Quantized) else [weights]
+
+
+def _kernel(activation, rows, active, x_ref, *refs):
+    *weight_refs, combine_ref, out_ref = refs
+    each = len(weight_refs) // 3
+    gate, up, down = (weight_refs[i * each : (i + 1) * each] for i in range(3))
     slot, f = pl.program_id(0), pl.program_id(1)
 
     @pl.when((slot == 0) & (f == 0))
@@ -119,8 +135,13 @@ def _kernel(activation, rows, active, x_ref, gate_ref, up_ref, down_ref, combine
 
     @pl.when(slot < active[0])
     def _():
-        dot = partial(jnp.dot, preferred_element_type=jnp.float32)
         x, weight = x_ref[...], combine_ref[0]
-        hidden = ACTIVATIONS[activation](dot(x, gate_ref[0])) * dot(x, up_ref[0])
+        hidden = ACTIVATIONS[activation](_times(x, gate)) * _times(x, up)
         # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
-        out_ref[...] += jnp.where(weight > 0, dot(hidden.astype(x.dtype), down_ref[0]) * weight, 0.0)
+        out_ref[...] += jnp.where(weight > 0, _times(hidden.astype(x.dtype), down) * weight, 0.0)
+
+
+def _times(x, refs):
+    """`x` times the block of a matrix, and each output channel times its step where it has one."""
+    out = jnp.dot(x, refs[0][0].astype(x.dtype), preferred_element_type=jnp.float32)
+    return out * refs[1][0] if len(refs) > 1 else out

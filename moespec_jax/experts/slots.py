@@ -12,6 +12,7 @@ from moespec_jax.experts.blocks import RunExpert, run_blocks
 from moespec_jax.experts.layouts import Flat
 from moespec_jax.layers import ACTIVATIONS
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.quantization import Matrix, Quantized, product, row_of
 from moespec_jax.routing import Routing, combine_weights
 
 SLOT_TOKENS = 64
@@ -82,18 +83,17 @@ def add_slots(
 
 
 def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:
-    def product(rows: Array, weights: Array) -> Array:
-        if rows.shape[0] > 1 or rows.shape[1] % PARTS:
+    def times(rows: Array, weights: Matrix) -> Array:
+        if rows.shape[0] > 1 or rows.shape[1] % PARTS or isinstance(weights, Quantized):
             return _whole(rows, weights, row)
         return jax.lax.platform_dependent(rows, weights, row, cuda=_in_parts, default=_whole)
 
-    hidden = ACTIVATIONS[activation](product(x, experts.gate)) * product(x, experts.up)
-    return product(hidden.astype(x.dtype), experts.down)
+    hidden = ACTIVATIONS[activation](times(x, experts.gate)) * times(x, experts.up)
+    return times(hidden.astype(x.dtype), experts.down)
 
 
-def _whole(rows: Array, weights: Array, row: Array) -> Array:
-    matrix = jax.lax.dynamic_index_in_dim(weights, row, axis=0, keepdims=False)
-    return jnp.dot(rows, matrix, preferred_element_type=jnp.float32)
+def _whole(rows: Array, weights: Matrix, row: Array) -> Array:
+    return product(rows, row_of(weights, row))
 
 
 def _in_parts(rows: Array, weights: Array, row: Array) -> Array:

@@ -185,7 +185,7 @@ def _about(model: Model, arguments: argparse.Namespace, plan: Plan) -> dict[str,
         "draft_model": _shown(model.draft.name, DEMO_DRAFT, "the embedded head"),
         "tree": tree_name(plan.tree),
         "device": f"{device.platform} ({device.device_kind})",
-        "dtype": str(model.dtype),
+        "dtype": model.precision,
         "jax": versions()["jax"],
         "moespec_jax": versions()["moespec_jax"],
     }

@@ -135,7 +135,7 @@ def _about(model: Model, arguments: argparse.Namespace, sets: dict[str, int]) ->
         "model": shown_name(arguments.model), "draft_model": shown_name(model.draft.name), "prompts": sets,
         "new_tokens": arguments.tokens, "batch": 1,
         "temperature": 0.0, "device": f"{device.platform} ({device.device_kind})", "cores": os.cpu_count(),
-        "dtype": str(model.dtype), "versions": versions(),
+        "dtype": model.precision, "versions": versions(),
     }  # fmt: skip
 
 
