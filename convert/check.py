@@ -1,8 +1,11 @@
 """Compare this library's logits with those of transformers (which needs torch), in float32, on random tokens.
 
     python -m convert.check --model DIR [--reference DIR] [--tolerance 1e-3]
+    python -m convert.check --model DIR --files
 
-Prints the largest absolute difference; exit status 1 if it exceeds the tolerance.
+Prints the largest absolute difference; exit status 1 if it exceeds the tolerance. With --files nothing is run, and
+there need be no torch: the files of a download are compared with the hashes that the hub calls them by, and every
+tensor with a value that is not finite is named.
 """
 
 from pathlib import Path
@@ -12,14 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import Parser, run
+from convert.integrity import check_hashes, refuse_not_finite
 from moespec_jax.attention import causal_mask
 from moespec_jax.backend import default_backend
 from moespec_jax.cache import empty_cache
-from moespec_jax.checkpoint import load_config, load_parameters
+from moespec_jax.checkpoint import load_config, load_parameters, open_source
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import forward, unembed
 from moespec_jax.files import CheckpointError
 from moespec_jax.hub import locate
+from moespec_jax.tensors import tensor_table
 
 
 def main() -> int:
@@ -27,11 +32,15 @@ def main() -> int:
     parser = Parser(prog="python -m convert.check", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="directory (safetensors or orbax) or hub id")
     parser.add_argument("--reference", help="directory transformers loads; needed where --model is orbax")
+    parser.add_argument("--files", action="store_true", help="check hashes, shapes and values instead")
     parser.add_argument("--tokens", type=int, default=64, help="length of each of two random sequences")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tolerance", type=float, default=1e-3)
     arguments = parser.parse_args()
     model = locate(arguments.model)
+    if arguments.files:
+        print(check_files(model))
+        return 0
     reference = locate(arguments.reference) if arguments.reference else model
     config = load_config(model)
     if not 1 <= arguments.tokens <= config.max_position_embeddings:
@@ -45,6 +54,22 @@ def main() -> int:
     print(f"largest absolute difference {difference:.3g}, tolerance {arguments.tolerance:g}")
     # A NaN exceeds any tolerance.
     return 0 if difference <= arguments.tolerance else 1
+
+
+def check_files(model: Path) -> str:
+    """What is told of a whole checkpoint: how much of it could be checked.
+
+    Raises:
+        CheckpointError: a file is not the hub's, or a tensor is missing, misshapen or not finite.
+    """
+    right, unknown = check_hashes(model)
+    config = load_config(model)
+    table = tensor_table(config)
+    refuse_not_finite(open_source(model, config).read(table), f"in {model}")
+    return (
+        f"{right} files are as the hub has them; of {unknown} no hash is known;"
+        f" {len(table)} tensors have their shapes and are finite"
+    )
 
 
 def our_logits(directory: Path, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:

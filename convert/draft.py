@@ -4,13 +4,18 @@ python -m convert.draft --model TARGET --draft-model DIR --output DIR2 --format 
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import DTYPES, Parser, run, whole_directory
+from convert.integrity import ALLOW, refuse_not_finite
 from moespec_jax.checkpoint import load_config, open_source, read_architectures
 from moespec_jax.config import DecoderConfig
+from moespec_jax.draft import DraftHead
 from moespec_jax.draft_checkpoint import load_draft
 from moespec_jax.draft_export import FORMATS, export_draft
 from moespec_jax.files import parse_numbers
@@ -27,6 +32,8 @@ def main() -> int:
     draft = locate(arguments.draft_model, torch_archives=True)
     boundaries = None if arguments.boundaries is None else parse_numbers(arguments.boundaries, "--boundaries")
     loaded = load_draft(draft, target, None, name=arguments.draft_model, boundaries=boundaries)
+    if not arguments.allow_non_finite:
+        refuse_not_finite(_floats(loaded.head), f"{ALLOW} converts it as it is")
     needed = arguments.format == "speculators" and loaded.head.embed is None
     embedding = _read_embedding(model, target) if needed else None
     with whole_directory(arguments.output) as directory:
@@ -56,12 +63,20 @@ def _parser() -> Parser:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")
     parser.add_argument("--boundaries", help="tapped states as 2,24,45 in place of what the head's files say")
     parser.add_argument("--target-name", help="what the output calls the target (default: as --model says)")
+    parser.add_argument(ALLOW, action="store_true", help="also weights that are NaN or infinite")
     return parser
 
 
 def _read_embedding(model: Path, target: DecoderConfig) -> np.ndarray:
     """The target's embedding `[vocab, model]`."""
     return next(array.copy() for _, array in open_source(model, target).read([_EMBEDDING]))
+
+
+def _floats(head: DraftHead) -> Iterator[tuple[str, np.ndarray]]:
+    """The head's weights, by their places in it."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(head):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            yield jax.tree_util.keystr(path).removeprefix("."), np.asarray(leaf)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m convert.to_orbax --model DIR --output DIR2 [--dtype bfloat16]
 from pathlib import Path
 
 from convert import DTYPES, Parser, copy_besides, run, whole_directory
+from convert.integrity import ALLOW, only_finite
 from moespec_jax.checkpoint import load_config, open_safetensors
 from moespec_jax.hub import locate
 from moespec_jax.orbax_io import write_orbax
@@ -17,10 +18,13 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="directory of safetensors, or a hub id")
     parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")
+    parser.add_argument(ALLOW, action="store_true", help="also weights that are NaN or infinite")
     arguments = parser.parse_args()
     model = locate(arguments.model)
     config = load_config(model)
     source = open_safetensors(model, config)
+    if not arguments.allow_non_finite:
+        source = only_finite(source)
     with whole_directory(arguments.output) as directory:
         write_orbax(source, config, directory, arguments.dtype, progress=True)
         copy_besides(model, directory, arguments.dtype)

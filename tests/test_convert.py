@@ -66,8 +66,9 @@ def test_there_and_back_is_the_same_bytes(
     tensors = draw_tensors(fields, stored)
     tensors["model.norm.weight"][:3] = np.nan, np.inf, -np.inf
     write(tmp_path / "a", fields, tensors, shards=3)
-    assert run(to_orbax.main, monkeypatch, "--model", tmp_path / "a", "--output", tmp_path / "b") == 0
-    assert run(to_hf.main, monkeypatch, "--model", tmp_path / "b", "--output", tmp_path / "c") == 0
+    allowed = "--allow-non-finite"
+    assert run(to_orbax.main, monkeypatch, "--model", tmp_path / "a", "--output", tmp_path / "b", allowed) == 0
+    assert run(to_hf.main, monkeypatch, "--model", tmp_path / "b", "--output", tmp_path / "c", allowed) == 0
     back = load_file(tmp_path / "c" / "model.safetensors")
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
