@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from moespec_jax.backend import Backend
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoder import Decoder
-from moespec_jax.families import UnsupportedConfig, read_config
+from moespec_jax.families import read_config
+from moespec_jax.fields import UnsupportedConfig
 from moespec_jax.files import CheckpointError, listing, read_json
 from moespec_jax.leaves import HostBuffer, Source, load_source
 from moespec_jax.orbax_io import is_orbax, open_orbax
 from moespec_jax.placement import Placement
 from moespec_jax.quantization import Quantization
-from moespec_jax.tensors import is_ignorable, tensor_table
+from moespec_jax.tensors import expert_matrices, is_ignorable, tensor_table
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # What tensors other than parameters may be: the vocabulary maps of a draft head.
@@ -133,7 +134,11 @@ def scan(directory: Path) -> Headers:
 
 def check(config: DecoderConfig, headers: Headers, where: Path) -> None:
     """Compare headers with the tensor table, collecting every difference before raising."""
-    table, entries = tensor_table(config), headers.entries
+    entries = headers.entries
+    # The table of what a config.json claims is made only where there are about as many tensors.
+    if (count := expert_matrices(config)) > 1000 + 2 * len(entries):
+        raise CheckpointError(f"expected {count} matrices of experts; came {len(entries)} tensors in {where}")
+    table = tensor_table(config)
     both = [name for name in table if name in entries]
     problems = {
         "unknown": [name for name in entries if name not in table and not is_ignorable(config, name)],
@@ -179,9 +184,16 @@ def _indexed_files(directory: Path) -> list[str]:
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise CheckpointError(f"expected *.safetensors beside {directory / INDEX}; it names {listing(outside)}")
-    if missing := [name for name in names if not (directory / name).exists()]:
+    if missing := [name for name in names if not _exists(directory / name)]:
         raise CheckpointError(f"expected {listing(missing)} in {directory}, as {INDEX} says; there is no such shard")
     return names
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _read_header(file: Path) -> dict[str, Entry]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from moespec_jax.budget_config import BudgetWarning
-from moespec_jax.files import CheckpointError
+from moespec_jax.files import CheckpointError, one_line
 from moespec_jax.model import RequestError
 
 
@@ -38,8 +38,8 @@ def run_command(
             warnings.showwarning = _show_warning
             run(arguments)
     except (CheckpointError, RequestError) as error:
-        # Messages may quote somebody else's words; an error stays one line.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Messages may quote somebody else's words; an error stays one line, and commands a terminal nothing.
+        print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):

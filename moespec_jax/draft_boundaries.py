@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from moespec_jax.config import DecoderConfig
-from moespec_jax.draft_fields import Fields, section
-from moespec_jax.families import UnsupportedConfig
+from moespec_jax.draft_fields import section
+from moespec_jax.fields import Fields, UnsupportedConfig, shown
 
 Format = Literal["eagle", "specforge", "speculators"]
 # A published id is either a boundary (vLLM) or the layer whose output is tapped (SpecForge, ModelOpt).
@@ -112,7 +112,7 @@ def _checked(found: Boundaries, target: DecoderConfig) -> Boundaries:
 def _integers(values: Any, place: str) -> tuple[int, ...]:
     right = isinstance(values, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not right:
-        raise UnsupportedConfig(f"expected {place} to be a list of integers; came {str(values)[:200]}")
+        raise UnsupportedConfig(f"expected {place} to be a list of integers; came {shown(values)}")
     return tuple(values)
 
 

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from moespec_jax.config import DecoderConfig, DraftConfig, QkNorm
 from moespec_jax.draft_boundaries import Format, resolve_boundaries
-from moespec_jax.draft_fields import Fields, look_up, read_count, read_flag, read_number, section
+from moespec_jax.draft_fields import look_up, read_count, read_flag, read_number, section
 from moespec_jax.draft_refusals import Shapes, refuse_other_heads
 from moespec_jax.draft_tensors import EMBEDDING, layer_number
-from moespec_jax.families import UnsupportedConfig, read_rope
+from moespec_jax.families import read_rope
+from moespec_jax.fields import Fields, UnsupportedConfig
 from moespec_jax.files import CheckpointError, listing
 
-_MOST_LAYERS = 1 << 11
+_MOST_LAYERS = 1 << 6
 # Sizes are read from these, so they must be there before anything can be said of the others.
 _SIZED = (
     "fc.weight",
@@ -65,7 +66,7 @@ def describe_head(
         return _describe(fields, shapes, target, name, boundaries)
     except UnsupportedConfig as error:
         raise CheckpointError(f"{error} ({where})") from None
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"config.json of a draft head has a field of the wrong type: {error} ({where})") from None
 
 

@@ -4,14 +4,10 @@ A head's settings may lie at the top level, in `eagle_config` (ModelOpt, SpecFor
 (speculators), so a reader here takes all places in order of precedence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from moespec_jax.families import UnsupportedConfig
-
-Fields = Mapping[str, Any]
-
-_LARGEST_COUNT = 1 << 24
+from moespec_jax.fields import LARGEST_COUNT, Fields, UnsupportedConfig, as_count, as_flag, as_number, shown
 
 
 def look_up(places: Sequence[Fields], name: str) -> Any:
@@ -27,22 +23,18 @@ def section(fields: Fields, name: str) -> Fields:
     """
     value = fields.get(name)
     if value is not None and not isinstance(value, dict):
-        raise UnsupportedConfig(f"expected {name} to be an object; config.json says {value!r}")
+        raise UnsupportedConfig(f"expected {name} to be an object; config.json says {shown(value)}")
     return value or {}
 
 
-def read_count(places: Sequence[Fields], name: str, largest: int = _LARGEST_COUNT) -> int | None:
+def read_count(places: Sequence[Fields], name: str, largest: int = LARGEST_COUNT) -> int | None:
     """An integer from 1 to `largest`; None where there is none.
 
     Raises:
         UnsupportedConfig: it is something else: no size in somebody's file may make us allocate without bound.
     """
     value = look_up(places, name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
-        raise UnsupportedConfig(f"expected {name} to be an integer from 1 to {largest}; config.json says {value!r}")
-    return value
+    return None if value is None else as_count(name, value, largest)
 
 
 def read_flag(places: Sequence[Fields], name: str) -> bool | None:
@@ -51,20 +43,14 @@ def read_flag(places: Sequence[Fields], name: str) -> bool | None:
     Raises:
         UnsupportedConfig: it is something else.
     """
-    value = look_up(places, name)
-    if value is not None and not isinstance(value, bool):
-        raise UnsupportedConfig(f"expected {name} to be true or false; config.json says {value!r}")
-    return value
+    return as_flag(name, look_up(places, name))
 
 
 def read_number(places: Sequence[Fields], name: str, default: float) -> float:
-    """A positive finite number.
+    """A positive number that float32 can hold.
 
     Raises:
         UnsupportedConfig: it is something else.
     """
     value = look_up(places, name)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-        raise UnsupportedConfig(f"expected {name} to be a positive number; config.json says {value!r}")
-    return float(value)
+    return as_number(name, default if value is None else value)

@@ -7,8 +7,8 @@ EAGLE-3's at all.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moespec_jax.draft_fields import Fields, look_up, read_count, read_flag, read_number
-from moespec_jax.families import UnsupportedConfig
+from moespec_jax.draft_fields import look_up, read_count, read_flag, read_number
+from moespec_jax.fields import Fields, UnsupportedConfig, shown
 from moespec_jax.files import listing
 from moespec_jax.layers import ACTIVATIONS
 
@@ -55,18 +55,22 @@ def refuse_other_heads(places: Sequence[Fields], shapes: Shapes) -> None:
     if "sliding_attention" in kinds:
         raise UnsupportedConfig("layer_types asks for sliding_attention; a head's attention has no window")
     if (quantization := look_up(places, "quantization_config")) is not None:
-        raise UnsupportedConfig(f"quantization_config is not supported: expected plain weights; came {quantization!r}")
+        raise UnsupportedConfig(
+            f"quantization_config is not supported: expected plain weights; came {shown(quantization)}"
+        )
     if (activation := look_up(places, "hidden_act")) is not None and activation not in ACTIVATIONS:
-        raise UnsupportedConfig(f"expected hidden_act among {', '.join(ACTIVATIONS)}; config.json says {activation!r}")
+        raise UnsupportedConfig(
+            f"expected hidden_act among {', '.join(ACTIVATIONS)}; config.json says {shown(activation)}"
+        )
 
 
 def _refuse_kinds(places: Sequence[Fields], shapes: Shapes) -> None:
     kind = look_up(places, "speculators_model_type")
     if kind not in (None, "eagle3"):
-        raise UnsupportedConfig(f"expected speculators_model_type eagle3; config.json says {kind!r}")
+        raise UnsupportedConfig(f"expected speculators_model_type eagle3; config.json says {shown(kind)}")
     latent = [name for name in shapes if any(part in name for part in _LATENT)]
     if latent or look_up(places, "kv_lora_rank") is not None:
-        named = listing(latent) or f"kv_lora_rank {look_up(places, 'kv_lora_rank')!r}"
+        named = listing(latent) or f"kv_lora_rank {shown(look_up(places, 'kv_lora_rank'))}"
         raise UnsupportedConfig(f"multi-head latent attention in a head is not supported ({named})")
     fc = shapes.get("fc.weight", ())
     if len(fc) == 2 and fc[1] == 2 * fc[0] and "midlayer.hidden_norm.weight" not in shapes:

@@ -17,18 +17,32 @@ class CheckpointError(ValueError):
     """A checkpoint is not what it must be: what was expected, what came, and where; always one line."""
 
     def __init__(self, message: str):
-        # Names and paths in it come from somebody else's files.
-        super().__init__("".join(c if c.isprintable() else " " for c in message))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message as one line of bounded length: names and paths in it come from somebody else's files."""
+    if len(message) > 2000:
+        message = f"{message[:1500]} ... {message[-400:]}"  # where it is comes last
+    return "".join(c if c.isprintable() else " " for c in message)
+
+
+# Parsed, JSON takes many times the memory of its text.
+_LARGEST_JSON = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or not a JSON object.
+        CheckpointError: the file is missing, unreadable, absurdly large or not a JSON object.
     """
     try:
+        if (size := path.stat().st_size) > _LARGEST_JSON:
+            raise CheckpointError(f"expected JSON of at most {_LARGEST_JSON} bytes in {path}; it has {size}")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"expected a file {path.name} in {path.parent}; there is none") from None
     except NotADirectoryError:

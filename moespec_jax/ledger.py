@@ -31,6 +31,8 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps({"asked": asked}) + "\n")
             return
+        if not all(isinstance(line.get("piece", ""), str) and ("piece" in line) == ("value" in line) for line in lines):
+            raise RequestError(f"expected {path} to be of this very command, or not to exist; it has other lines")
         before = lines[0].get("asked")
         if before != asked:
             raise RequestError(
@@ -68,11 +70,12 @@ class Ledger:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    complete = text[: text.rfind("\n") + 1]
     try:
-        lines = [json.loads(line) for line in complete.splitlines()]
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last was cut off, or is empty
+    except OSError as error:
+        raise RequestError(f"expected {path} to be readable; {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"expected {path} to hold JSON lines; {error}") from None
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")

@@ -23,11 +23,12 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.fields import shown
 from moespec_jax.files import CheckpointError, listing, read_json, write_json
 from moespec_jax.leaves import HostBuffer, Source, cast, copy_into
 from moespec_jax.parameters import final_shape
 from moespec_jax.tensors import Path as TreePath
-from moespec_jax.tensors import Tensor, tensor_table
+from moespec_jax.tensors import Tensor, expert_matrices, tensor_table
 
 SUBDIRECTORY = "orbax"
 MANIFEST = "manifest.json"
@@ -64,8 +65,9 @@ def open_orbax(directory: Path, config: DecoderConfig) -> Source:
             unknown, missing, misshapen or of an unsupported dtype, in one message.
     """
     root = directory / SUBDIRECTORY
+    found = _read_manifest(root, config)
     leaves = stored_leaves(config)
-    stored = _check_manifest(root, config, leaves)
+    stored = _check_manifest(root, config, found, leaves)
     dtypes = {name: stored[leaf.key] for leaf in leaves for name in leaf.tensors}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -170,24 +172,37 @@ def _nest(arrays: dict[tuple[str, ...], Any]) -> dict[str, Any]:
     return tree
 
 
-def _check_manifest(root: Path, config: DecoderConfig, leaves: list[StoredLeaf]) -> dict[str, np.dtype]:
+def _read_manifest(root: Path, config: DecoderConfig) -> dict[str, dict[str, Any]]:
+    """The arrays of a manifest, which may still be any but are about as many as `config` has."""
     manifest = read_json(root / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"expected the format {FORMAT!r} in {root / MANIFEST}; came {manifest.get('format')!r}")
-    found, wanted = manifest.get("arrays"), {leaf.key: leaf for leaf in leaves}
+        came = shown(manifest.get("format"))
+        raise CheckpointError(f"expected the format {FORMAT!r} in {root / MANIFEST}; came {came}")
+    found = manifest.get("arrays")
     if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
         raise CheckpointError(f"expected an object 'arrays' of objects in {root / MANIFEST}")
+    shapes = [array.get("shape") for key, array in found.items() if "/experts/" in key]
+    rows = [shape[0] for shape in shapes if isinstance(shape, list) and shape and isinstance(shape[0], int)]
+    if (count := expert_matrices(config)) > 1000 + 2 * sum(rows):
+        raise CheckpointError(f"expected {count} matrices of experts; came {sum(rows)} in {root / MANIFEST}")
+    return found
+
+
+def _check_manifest(
+    root: Path, config: DecoderConfig, found: dict[str, dict[str, Any]], leaves: list[StoredLeaf]
+) -> dict[str, np.dtype]:
+    wanted = {leaf.key: leaf for leaf in leaves}
     both = [key for key in wanted if key in found]
     problems = {
         "unknown": [key for key in found if key not in wanted],
         "missing": [key for key in wanted if key not in found],
         "misshapen": [
-            f"{key} (expected {list(wanted[key].shape)}, came {found[key].get('shape')})"
+            f"{key} (expected {list(wanted[key].shape)}, came {shown(found[key].get('shape'))})"
             for key in both
             if found[key].get("shape") != list(wanted[key].shape)
         ],
         f"not {', '.join(_DTYPES)}": [
-            f"{key} ({found[key].get('dtype')})" for key in both if found[key].get("dtype") not in _DTYPES
+            f"{key} ({shown(found[key].get('dtype'))})" for key in both if found[key].get("dtype") not in _DTYPES
         ],
     }
     lines = [f"{len(keys)} {kind}: {listing(keys)}" for kind, keys in problems.items() if keys]

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypedDict
 
+from moespec_jax.budget import check_names
 from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.files import CheckpointError, read_json, write_json
+from moespec_jax.fields import shown
+from moespec_jax.files import CheckpointError, one_line, read_json, write_json
 from moespec_jax.model import RequestError
 
 FORMAT = "moespec_jax profile 1"
@@ -40,12 +42,12 @@ def read_profile(path: str | Path) -> Chosen:
     except CheckpointError as error:
         raise RequestError(str(error)) from None
     if given.get("format") != FORMAT:
-        raise RequestError(f"expected a profile of format {FORMAT!r} in {path}; got {given.get('format')!r}")
+        raise RequestError(f"expected a profile of format {FORMAT!r} in {path}; got {shown(given.get('format'))}")
     try:
         tree = None if given["tree"] is None else TreeConfig(**_numbers(given["tree"]))
-        budget = None if given["budget"] is None else BudgetConfig(**_rule(given["budget"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"expected a tree and a budget in {path}; {error}") from None
+        budget = None if given["budget"] is None else _rule(given["budget"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(one_line(f"expected a tree and a budget in {path}; {error}")) from None
     if tree is None and budget is not None:
         raise RequestError(f"expected a tree with the budget in {path}; there is none")
     return Chosen(tree=tree, budget=budget)
@@ -54,11 +56,20 @@ def read_profile(path: str | Path) -> Chosen:
 def _numbers(given: dict[str, Any]) -> dict[str, int]:
     for name, value in given.items():
         if type(value) is not int:
-            raise ValueError(f"tree.{name} is {value!r}, expected a whole number")
+            raise ValueError(f"tree.{name} is {shown(value)}, expected a whole number")
     return given
 
 
-def _rule(given: dict[str, Any]) -> dict[str, Any]:
+def _rule(given: dict[str, Any]) -> BudgetConfig:
     """Of a resolved budget, one number for each layer comes as a list."""
-    experts = given["experts"]
-    return given | {"experts": tuple(experts) if isinstance(experts, list) else experts}
+    given = dict(given)
+    experts = given.pop("experts")
+    if not all(type(count) in (int, float) for count in (experts if isinstance(experts, list) else [experts])):
+        raise ValueError(f"budget.experts is {shown(experts)}, expected numbers")
+    for name, value in given.items():
+        default = getattr(BudgetConfig, name, "")
+        if not (type(value) is type(default) or (type(value) is int and isinstance(default, float))):
+            raise ValueError(f"budget.{name} is {shown(value)}, expected one like {default!r}")
+    budget = BudgetConfig(tuple(experts) if isinstance(experts, list) else experts, **given)
+    check_names(budget)
+    return budget

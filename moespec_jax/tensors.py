@@ -42,6 +42,11 @@ def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
     return table
 
 
+def expert_matrices(config: DecoderConfig) -> int:
+    """How many of the table are matrices of experts, told without making it."""
+    return 3 * config.num_sparse_layers * config.num_experts
+
+
 def is_ignorable(config: DecoderConfig, name: str) -> bool:
     """Tensors some checkpoints carry that hold nothing new: rotary tables, and the copy of a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from moespec_jax.fields import shown
 from moespec_jax.files import CheckpointError, read_json
 
 _LARGEST_ID = 2**31 - 1  # ids are int32 on the device
@@ -24,7 +25,9 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if file.exists():
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except BaseException as error:  # the tokenizers library raises bare Exception, and more where it panics
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise CheckpointError(f"expected a tokenizer in {file}; {error}") from None
         # Some files carry how their last user cut or filled texts; a prompt is taken whole.
         tokenizer.no_truncation()
@@ -79,7 +82,7 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
         given = read_json(file).get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
         if not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in ids):
-            raise CheckpointError(f"expected eos_token_id to be an id or a list of ids in {file}; it is {given!r}")
+            raise CheckpointError(f"expected eos_token_id to be an id or a list of ids in {file}; it is {shown(given)}")
         if ids:
             return tuple(ids)
     return ()

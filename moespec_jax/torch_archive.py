@@ -19,8 +19,8 @@ import numpy as np
 
 from moespec_jax.files import CheckpointError
 
-# A head has some twenty tensors, each a few hundred bytes here.
-_LARGEST_PROGRAM = 1 << 22
+# A head has some twenty tensors, each a few hundred bytes and some fifty instructions here.
+_LARGEST_PROGRAM, _LONGEST_PROGRAM = 1 << 22, 1 << 16
 _MOST_AXES = 8
 _ORDERED_DICT, _REBUILD = object(), object()
 _GLOBALS: dict[str, Any] = {
@@ -129,7 +129,9 @@ def interpret(program: bytes) -> Any:
             raises other errors as well, IndexError among them; none has any effect.
     """
     machine = _Machine([], [], {})
-    for opcode, argument, _ in pickletools.genops(program):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+        if number == _LONGEST_PROGRAM:
+            raise ValueError(f"its pickle has more than {_LONGEST_PROGRAM} instructions")
         if opcode.name == "STOP":
             return machine.stack.pop()
         if opcode.name not in _INSTRUCTIONS:

@@ -37,6 +37,7 @@ ORDER = [
     "backend",
     "decoder",
     "draft",
+    "fields",
     "families",
     "tensors",
     "placement",

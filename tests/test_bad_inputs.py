@@ -89,6 +89,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "config.json is not text": (text("config.json", b"\xff\xfe\x00"), ("expected JSON", "config.json")),
     "config.json is a list": (text("config.json", "[1]"), ("expected a JSON object", "config.json", "list")),
     "config.json is nested endlessly": (text("config.json", "[" * 200_000), ("expected JSON", "config.json")),
+    "config.json is huge": (lambda d: os.truncate(d / "config.json", 1 << 30), ("JSON of at most", str(1 << 30))),
     "config.json is a directory": (
         lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()),
         ("expected", "config.json"),
@@ -104,6 +105,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "size is absurd": (config(vocab_size=10**15), ("expected vocab_size", str(10**15))),
     "layers are absurd": (config(num_hidden_layers=10**6), ("expected num_hidden_layers", str(10**6))),
     "experts are absurd": (config(num_hidden_layers=2000, num_experts=10**4), ("num_hidden_layers", "num_experts")),
+    "experts are not there": (config(num_experts=1 << 14), ("expected 98304 matrices of experts", "came 4")),
     "more active experts than experts": (config(num_experts_per_tok=5), ("num_experts_per_tok 5", "num_experts 4")),
     "heads do not divide": (config(num_key_value_heads=3), ("num_attention_heads 4", "num_key_value_heads 3")),
     "odd head": (config(head_dim=7), ("expected an even head_dim", "7")),
@@ -136,6 +138,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
         ("expected *.safetensors beside", "../model.safetensors"),
     ),
     "index points to the root": (index("/etc/passwd"), ("expected *.safetensors beside", "/etc/passwd")),
+    "index names a name too long": (index("x" * 300 + ".safetensors"), ("expected xxx", "no such shard")),
     "index names a directory": (index(".."), ("expected", "..")),
     "index without a map": (text("model.safetensors.index.json", "{}"), ("expected an object 'weight_map'",)),
     "tensor in two shards": (doubled, ("doubly assigned", ROUTER, "model-00002-of-00002")),

@@ -19,7 +19,7 @@ from draft_heads import (
 from moespec_jax.config import RopeConfig
 from moespec_jax.draft_boundaries import resolve_boundaries
 from moespec_jax.draft_config import HeadDescription, describe_head
-from moespec_jax.families import UnsupportedConfig
+from moespec_jax.fields import UnsupportedConfig
 from moespec_jax.files import CheckpointError
 
 IDS = "eagle_aux_hidden_state_layer_ids"

@@ -6,7 +6,8 @@ import pytest
 from hf_models import FAMILIES, Fields, draw_fields
 
 from moespec_jax.config import RopeConfig
-from moespec_jax.families import UnsupportedConfig, read_config, read_rope
+from moespec_jax.families import read_config, read_rope
+from moespec_jax.fields import UnsupportedConfig
 
 
 def fields_of(family: str, **changes: Any) -> Fields:

@@ -68,7 +68,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _manifest(lambda m: m["arrays"][GATE].update(shape=[1])),
         rf"1 misshapen: {GATE} \(.* came \[1\]\)",
     ),
-    "other dtype": (_manifest(lambda m: m["arrays"][GATE].update(dtype="int8")), rf"1 not float32.*: {GATE} \(int8\)"),
+    "other dtype": (
+        _manifest(lambda m: m["arrays"][GATE].update(dtype="int8")),
+        rf"1 not float32.*: {GATE} \('int8'\)",
+    ),
     "false dtype": (
         _manifest(lambda m: m["arrays"][GATE].update(dtype="float16")),
         f"expected {GATE} as float16.*, as manifest.json says; it is float32",
