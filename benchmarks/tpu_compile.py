@@ -31,7 +31,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks.tpu_ahead import (
+from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_table import table
+from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.cache import empty_cache
+from moespec_jax.config import DecoderConfig
+from moespec_jax.decode import DecodeState, PrefillState, Settings, decode_steps, prefill_chunk
+from moespec_jax.families import read_config
+from moespec_jax.parameters import abstract_decoder
+from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
     TOPOLOGIES,
@@ -45,14 +53,6 @@ from benchmarks.tpu_ahead import (
     versions,
     with_layers,
 )
-from benchmarks.tpu_hlo import large_values
-from benchmarks.tpu_table import table
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import empty_cache
-from moespec_jax.config import DecoderConfig
-from moespec_jax.decode import DecodeState, PrefillState, Settings, decode_steps, prefill_chunk
-from moespec_jax.families import read_config
-from moespec_jax.parameters import abstract_decoder
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.shapes import MODELS
 

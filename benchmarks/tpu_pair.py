@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.tpu_ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
 from moespec_jax.backend import BACKENDS
 from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import TreeConfig
 from moespec_jax.loading import load
 from moespec_jax.method import Method
 from moespec_jax.model import DEFAULT_TREE, Model
+from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
 from moespec_jax.run import SMALLEST_CACHE
 from moespec_jax.sample import SamplingConfig
 

@@ -33,19 +33,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from benchmarks.tpu_ahead import (
-    DTYPE,
-    SLOTS,
-    TOPOLOGIES,
-    Program,
-    compile_lowered,
-    copyable_sizes,
-    devices,
-    local_bytes,
-    placed,
-    versions,
-    with_layers,
-)
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_shards import make_mesh, parameter_shardings, state_shardings
 from benchmarks.tpu_table import speculation_table
@@ -59,6 +46,19 @@ from moespec_jax.draft import DraftHead, empty_draft_cache
 from moespec_jax.draft_tensors import build_head, draft_table
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder, final_shape
+from moespec_jax.plan.ahead import (
+    DTYPE,
+    SLOTS,
+    TOPOLOGIES,
+    Program,
+    compile_lowered,
+    copyable_sizes,
+    devices,
+    local_bytes,
+    placed,
+    versions,
+    with_layers,
+)
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds

@@ -40,18 +40,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks.tpu_ahead import (
-    DTYPE,
-    SLOTS,
-    TOPOLOGIES,
-    OutOfMemory,
-    Program,
-    compile_lowered,
-    devices,
-    placed,
-    versions,
-    with_layers,
-)
 from benchmarks.tpu_compile import cache_bytes, ideal_bytes, layers_that_fit, memory_needed, weight_sizes
 from benchmarks.tpu_hlo import large_values, near_bytes
 from benchmarks.tpu_speculate import TREES, abstract_state, budget_rule
@@ -63,6 +51,18 @@ from moespec_jax.decode import Settings
 from moespec_jax.decoder import Decoder
 from moespec_jax.families import read_config
 from moespec_jax.parameters import abstract_decoder
+from moespec_jax.plan.ahead import (
+    DTYPE,
+    SLOTS,
+    TOPOLOGIES,
+    OutOfMemory,
+    Program,
+    compile_lowered,
+    devices,
+    placed,
+    versions,
+    with_layers,
+)
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, verify_trees

@@ -49,11 +49,15 @@ class Headers(NamedTuple):
 
 def load_config(directory: Path) -> DecoderConfig:
     """The decoder described by a checkpoint directory's `config.json`."""
-    fields = read_json(directory / "config.json")
+    return read_config_file(directory / "config.json")
+
+
+def read_config_file(file: Path) -> DecoderConfig:
+    """The decoder described by a `config.json`."""
     try:
-        return read_config(fields)
+        return read_config(read_json(file))
     except UnsupportedConfig as error:
-        raise CheckpointError(f"{error} ({directory / 'config.json'})") from None
+        raise CheckpointError(f"{error} ({file})") from None
 
 
 def read_architectures(directory: Path) -> list[str]:

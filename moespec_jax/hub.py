@@ -8,7 +8,7 @@ from moespec_jax.files import CheckpointError
 
 # Code in a repository is never fetched, let alone run; weights only as safetensors, and only once: some repositories
 # hold them again under other names.
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orbax/**"]
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orbax/**")
 _IGNORED = ["*.py", "consolidated*", "*/*.safetensors"]
 
 
@@ -18,9 +18,10 @@ def locate(
     offline: bool = False,
     progress: bool = False,
     torch_archives: bool = False,
+    patterns: tuple[str, ...] = _PATTERNS,
 ) -> Path:
     """The local directory of `model`: a path, or a hub id `owner/name` downloaded if it is not in the cache. With
-    `torch_archives` weights may come as `*.bin` too, as many draft heads do.
+    `torch_archives` weights may come as `*.bin` too, as many draft heads do. `patterns` name the files to fetch.
 
     Raises:
         CheckpointError: there is neither such a directory nor such a model, or it cannot be fetched.
@@ -40,7 +41,7 @@ def locate(
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise CheckpointError(f"expected a model directory or hub id; there is no directory {model}")
     with _progress_bars(progress):
-        return _download(model, revision, offline, [*_PATTERNS, *(["pytorch_model.bin"] if torch_archives else [])])
+        return _download(model, revision, offline, [*patterns, *(["pytorch_model.bin"] if torch_archives else [])])
 
 
 def _download(model: str, revision: str | None, offline: bool, patterns: list[str]) -> Path:

@@ -12,9 +12,9 @@ from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters
 from moespec_jax.config import DecoderConfig
 from moespec_jax.draft_checkpoint import LoadedDraft, load_draft, share_embedding
 from moespec_jax.hub import locate
-from moespec_jax.mesh import MeshConfig, make_mesh, split_decoder, split_head
+from moespec_jax.mesh import MeshConfig, make_mesh
 from moespec_jax.model import Model, RequestError
-from moespec_jax.placement import Placement, place_head, with_repeated_heads
+from moespec_jax.placement import Placement, decoder_placement, head_placement, place_head, with_repeated_heads
 from moespec_jax.programs import Programs
 from moespec_jax.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.text import load_tokenizer, read_stop_ids
@@ -88,7 +88,7 @@ def load(
 
 def _placement(config: DecoderConfig, mesh: MeshConfig) -> Placement:
     try:
-        return Placement(make_mesh(mesh), split_decoder(config, mesh), config.qk_norm == "flat")
+        return decoder_placement(config, make_mesh(mesh))
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -100,6 +100,6 @@ def _backend(placement: Placement | None) -> Backend:
 
 
 def _spread(draft: LoadedDraft, placement: Placement) -> LoadedDraft:
-    head = Placement(placement.mesh, split_head(draft.config, placement.sizes))
+    head = head_placement(draft.config, placement.mesh)
     config = with_repeated_heads(draft.config, head)
     return draft._replace(config=config, head=place_head(draft.head, config, head))

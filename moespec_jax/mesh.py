@@ -20,6 +20,8 @@ from moespec_jax.config import AttentionConfig, DecoderConfig, DraftConfig
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 Axes = tuple[str, ...]
+# How many numbers a TPU keeps side by side: a narrower matrix is padded to it.
+LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,22 @@ def parse_mesh(text: str) -> MeshConfig:
             raise ValueError(f"expected a mesh as data=1,expert=4,tensor=2, each at most once; got {text!r}")
         sizes[name] = int(size)
     return MeshConfig(**sizes)
+
+
+def best_mesh(config: DecoderConfig, devices: int) -> MeshConfig:
+    """A mesh of that many devices for one sequence or few: as many as can share every expert's width, for they read
+    alike whatever is routed, as long as each has whole lanes of it; the others share the experts.
+
+    Raises:
+        ValueError: the model cannot be split so many ways.
+    """
+    for tensor in range(devices, 0, -1):
+        mesh = MeshConfig(1, devices // tensor, tensor)
+        whole = tensor == 1 or config.moe_intermediate_size % (LANES * tensor) == 0
+        shared = devices == 1 or bool(_heads(config, mesh))
+        if devices % tensor == 0 and whole and config.num_experts % mesh.expert == 0 and shared:
+            return mesh
+    raise ValueError(f"expected a number of devices that share the model's heads and experts evenly; got {devices}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.draft import DraftHead
-from moespec_jax.mesh import EXPERT, Axes, MeshConfig, Split, repeated_heads
+from moespec_jax.mesh import EXPERT, Axes, MeshConfig, Split, repeated_heads, split_decoder, split_head
 from moespec_jax.tensors import Path
 
 Config = TypeVar("Config", DecoderConfig, DraftConfig)
@@ -31,6 +31,20 @@ class Placement(NamedTuple):
     def sharding(self, path: Path, shape: tuple[int, ...]) -> NamedSharding:
         """Of the leaf at a place of the parameters, leading axes of stacked layers included."""
         return NamedSharding(self.mesh, leaf_spec(self.split, self.flat_norms, path, len(shape)))
+
+
+def decoder_placement(config: DecoderConfig, mesh: Mesh) -> Placement:
+    """Of a decoder.
+
+    Raises:
+        ValueError: it cannot be spread over the mesh.
+    """
+    return Placement(mesh, split_decoder(config, MeshConfig(**mesh.shape)), config.qk_norm == "flat")
+
+
+def head_placement(config: DraftConfig, mesh: Mesh) -> Placement:
+    """Of a draft head."""
+    return Placement(mesh, split_head(config, MeshConfig(**mesh.shape)))
 
 
 def leaf_spec(split: Split, flat_norms: bool, path: Path, ndim: int) -> PartitionSpec:

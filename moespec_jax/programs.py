@@ -47,13 +47,25 @@ class Programs:
         key = (function, settings, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._compiled:
             started = time.perf_counter()
-            whole = self._on_every_device(partial(function, settings), (params, *arguments), specs)
-            # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
-            exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
-            with jax.default_matmul_precision("highest" if exact else None):
-                self._compiled[key] = jax.jit(whole, donate_argnums=donate).lower(params, *arguments).compile()
+            lowered = self.lower(partial(function, settings), params, *arguments, donate=donate, specs=specs)
+            self._compiled[key] = lowered.compile()
             self.compile_s += time.perf_counter() - started
         return self._compiled[key](params, *arguments)
+
+    def lower(
+        self,
+        function: Callable[..., Any],
+        params: Any,
+        *arguments: Any,
+        donate: tuple[int, ...] = (),
+        specs: Any = None,
+    ) -> jax.stages.Lowered:
+        """The program of `function(params, *arguments)` before it is compiled; arguments may be shapes alone."""
+        whole = self._on_every_device(function, (params, *arguments), specs)
+        # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
+        exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
+        with jax.default_matmul_precision("highest" if exact else None):
+            return jax.jit(whole, donate_argnums=donate).lower(params, *arguments)
 
     def put(self, array: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
         """An argument of a program, whole on every device or as `spec` says: every process gives the whole of it."""

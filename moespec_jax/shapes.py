@@ -37,6 +37,23 @@ MODELS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
     },
+    "Qwen3-235B-A22B": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+    },
     "Mixtral-8x7B": {
         "model_type": "mixtral",
         "vocab_size": 32000,
@@ -58,15 +75,17 @@ MODELS: dict[str, dict[str, Any]] = {
 HEADS: dict[str, dict[str, Any]] = {
     "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
     "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
+    "Qwen3-235B-A22B": {"intermediate_size": 24576, "boundaries": (2, 47, 91)},
     "Mixtral-8x7B": {"intermediate_size": 14336, "boundaries": (2, 16, 29)},
 }
 
 
 def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConfig:
-    """A head of the target's own width and heads, for a model or for a cut of it."""
+    """A head of the target's own width and heads, for a model or for a cut of it. For one that is not in `HEADS`, as
+    speculators makes them, over EAGLE-3's boundaries."""
     fields: dict[str, Any] = dict(
         vocab_size=target.vocab_size,
-        draft_vocab_size=32000,
+        draft_vocab_size=min(32000, target.vocab_size),
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
         num_attention_heads=target.num_attention_heads,
@@ -74,4 +93,9 @@ def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConf
         head_dim=target.head_dim,
         rope=RopeConfig(rope_theta=target.rope.rope_theta),
     )
-    return DraftConfig(**(fields | HEADS[model] | changes))
+    layers = target.num_hidden_layers
+    usual = {
+        "intermediate_size": 3 * target.hidden_size,
+        "boundaries": (min(2, layers), layers // 2, max(layers - 3, 0)),
+    }
+    return DraftConfig(**(fields | HEADS.get(model, usual) | changes))

@@ -1,0 +1,118 @@
+"""What a model needs on TPUs: `python -m moespec_jax.plan --model Qwen3-30B-A3B`, or a directory, config.json, hub id.
+Compiles a round of speculative decoding ahead of time for slices of TPU chips, on any machine (`pip install libtpu`),
+without the weights, and says what fits, what it takes of a device's memory, and what devices exchange.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moespec_jax.arguments import add_budget_flags, add_tree_flags, budget_of, mesh_of, tree_of
+from moespec_jax.checkpoint import load_config, read_config_file
+from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.families import read_config
+from moespec_jax.files import write_text
+from moespec_jax.hub import locate
+from moespec_jax.model import RequestError
+from moespec_jax.plan.table import table
+from moespec_jax.quantization import QUANTIZATIONS
+from moespec_jax.shapes import MODELS, draft_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_command(_parser(), _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        raise RequestError("expected the TPU compiler, which needs no TPU: pip install libtpu")
+    # It sets JAX up to plan for TPUs, so not before it is known that this is wanted.
+    from moespec_jax.plan.sizing import SLICES
+
+    if unknown := [name for name in arguments.slices or () if name not in SLICES]:
+        raise RequestError(f"expected --slices of {', '.join(SLICES)}; got {', '.join(unknown)}")
+    rows = []
+    for row in _rows(arguments, arguments.slices or list(SLICES)):
+        rows.append(row)
+        print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+    report = json.dumps({"length": arguments.max_length, "batch": arguments.batch, "rows": rows}, indent=1) + "\n"
+    if arguments.out is not None:
+        write_text(arguments.out, report)
+    write_output(report if arguments.json else table(rows) + "\n")
+
+
+def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str, Any]]:
+    """Every model in every precision on every slice asked for; where none was, from the smallest of each chip up to the
+    first that fits."""
+    from moespec_jax.plan.sizing import Load, size_up
+
+    tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
+    for name in arguments.model:
+        target = config_of(name)
+        load = Load(target, draft_config(name, target), tree, arguments.max_length, arguments.batch, budget, mesh)
+        for quantization in arguments.quantization or (None, *QUANTIZATIONS):
+            fitting: set[str] = set()
+            for where in slices:
+                chip = where.partition("-")[0]
+                if arguments.slices is None and chip in fitting:
+                    continue
+                try:
+                    row = size_up(load, where, None if quantization == "none" else quantization)
+                except ValueError as error:
+                    if arguments.slices is None:
+                        continue
+                    raise RequestError(f"{error} ({name} on {where})") from None
+                fitting |= {chip} if row["fits"] else set()
+                yield {"model": name, **row}
+
+
+def config_of(name: str) -> DecoderConfig:
+    """The settings of a published shape we know by name, of a directory, of a config.json, or of a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not one we can run.
+    """
+    if name in MODELS:
+        return read_config(MODELS[name])
+    return (
+        read_config_file(Path(name)) if Path(name).is_file() else load_config(locate(name, patterns=("config.json",)))
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m moespec_jax.plan", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--model", nargs="+", default=list(MODELS), help=f"directory, config.json, hub id, or {', '.join(MODELS)} (all)"
+    )
+    parser.add_argument("--slices", nargs="+", help="v5e-8, v5p-8, ...; default: from the smallest up to what fits")
+    parser.add_argument(
+        "--quantization", nargs="+", choices=["none", *QUANTIZATIONS], help="of experts (default: both)"
+    )
+    parser.add_argument("--mesh", metavar="expert=4,tensor=2", help="default: what reads evenly, see docs/devices.md")
+    parser.add_argument("--max-length", type=_count, default=4096, help="tokens of the caches (%(default)s)")
+    parser.add_argument("--batch", type=_count, default=1, help="sequences (%(default)s)")
+    add_tree_flags(parser.add_argument_group("tree (default: 60/7/10)"))
+    add_budget_flags(parser.add_argument_group("expert budget"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    output.add_argument("--out", type=Path, metavar="FILE", help="write that object to a file, too")
+    return parser
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+_count.__name__ = "count"  # how argparse calls it in its errors
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a compiled program exchanges between devices: every collective, as often as its loops run it."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+# How a loop over a known number of steps ends: its counter, which starts at 0, against a constant.
+_BELOW = re.compile(r"^\s+ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
+_CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
+
+
+class Traffic(NamedTuple):
+    """Of each kind of collective: how often it runs, and the bytes that come out of it, on one device."""
+
+    count: Counter[str]
+    size: Counter[str]
+
+    def times(self, trips: int) -> "Traffic":
+        """So many runs."""
+        return Traffic(*(Counter({kind: number * trips for kind, number in part.items()}) for part in self))
+
+    def __add__(self, other: "Traffic") -> "Traffic":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Traffic(self.count + other.count, self.size + other.size)
+
+
+def traffic(hlo: str) -> Traffic:
+    """Of one run of an optimized program. A loop whose trips are not known beforehand counts once, as one round of
+    speculative decoding does."""
+    bodies, entry = _computations(hlo)
+    return _of(entry, bodies, {})
+
+
+def _of(name: str, bodies: dict[str, list[str]], known: dict[str, Traffic]) -> Traffic:
+    if name not in known:
+        found = Traffic(Counter(), Counter())
+        for line in bodies.get(name, ()):
+            instruction = _INSTRUCTION.match(line)
+            if instruction is None:
+                continue
+            kind = instruction[2].removesuffix("-start")
+            if kind in KINDS:
+                found += Traffic(Counter({kind: 1}), Counter({kind: _bytes(instruction[1], instruction[2])}))
+            condition = _CONDITION.search(line)
+            trips = 1 if condition is None else _trips(bodies.get(condition[1], []))
+            for called in _called(line):
+                found += _of(called, bodies, known).times(trips)
+        known[name] = found
+    return known[name]
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop with this condition runs; 1 where the program does not say."""
+    constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.match(line))}
+    below = [found[1] for line in condition if (found := _BELOW.match(line))]
+    return constants.get(below[0], 1) if below else 1
+
+
+def _called(line: str) -> list[str]:
+    branches = _BRANCHES.search(line)
+    names = [] if branches is None else [part.strip().lstrip("%") for part in branches[1].split(",")]
+    return names + _CALLED.findall(line)
+
+
+def _bytes(types: str, operation: str) -> int:
+    arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(types) if dtype in _BITS]
+    # What is started names operands and results; the results come last.
+    if operation.endswith("-start") and len(arrays) > 1 and operation != "all-reduce-start":
+        arrays = arrays[len(arrays) // 2 :]
+    return sum(math.prod(map(int, filter(None, dims.split(",")))) * _BITS[dtype] // 8 for dtype, dims in arrays)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    current, entry = "", ""
+    for line in hlo.splitlines():
+        if (start := _COMPUTATION.match(line)) is not None:
+            current = start[1]
+            bodies[current] = []
+            entry = current if line.startswith("ENTRY") else entry
+        elif current:
+            bodies[current].append(line)
+    return bodies, entry

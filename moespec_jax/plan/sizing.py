@@ -1,0 +1,88 @@
+"""Whether a model fits a slice of TPU chips: one row of the sizing table, by the compiler's own count."""
+
+from typing import Any, NamedTuple
+
+from moespec_jax.backend import BACKENDS
+from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
+from moespec_jax.mesh import MeshConfig, best_mesh, make_mesh
+from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices, local_bytes
+from moespec_jax.plan.collectives import traffic
+from moespec_jax.plan.program import Round, Wanted, abstract_round, lower_round
+from moespec_jax.quantization import Quantization
+
+
+class Slice(NamedTuple):
+    """So many devices of a topology the compiler knows, as the cloud names them; a v5p device is two of its cores."""
+
+    topology: str
+    devices: int
+
+
+SLICES = {
+    "v5e-1": Slice("v5e:2x2", 1), "v5e-4": Slice("v5e:2x2", 4), "v5e-8": Slice("v5e:2x4", 8),
+    "v5e-16": Slice("v5e:4x4", 16), "v5e-32": Slice("v5e:4x8", 32),
+    "v6e-1": Slice("v6e:2x2", 1), "v6e-4": Slice("v6e:2x2", 4), "v6e-8": Slice("v6e:2x4", 8),
+    "v6e-16": Slice("v6e:4x4", 16), "v6e-32": Slice("v6e:4x8", 32),
+    "v5p-2": Slice("v5p:2x2x1", 1), "v5p-8": Slice("v5p:2x2x1", 4), "v5p-16": Slice("v5p:2x2x2", 8),
+    "v5p-32": Slice("v5p:2x2x4", 16),
+}  # fmt: skip
+# What a program may use of a device's memory, in bytes.
+HBM = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30, "v5p": 95 * 2**30}
+
+
+class Load(NamedTuple):
+    """What is to run on whatever slice."""
+
+    target: DecoderConfig
+    draft: DraftConfig
+    tree: TreeConfig
+    length: int
+    batch: int
+    budget: BudgetConfig | None
+    mesh: MeshConfig | None
+
+
+def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[str, Any]:
+    """A row of the table: sizes in bytes on one device; collectives by kind, as often as one round runs them, with the
+    bytes that come out of them.
+
+    Raises:
+        ValueError: the model cannot be spread over the slice.
+    """
+    topology, count = SLICES[name]
+    chip = name.partition("-")[0]
+    mesh = best_mesh(load.target, count) if load.mesh is None else load.mesh
+    wanted = Wanted(
+        load.target, load.draft, make_mesh(mesh, devices(chip, topology)[:count]), BACKENDS["pallas"], load.tree,
+        load.length, load.batch, load.budget, quantization,
+    )  # fmt: skip
+    round_ = abstract_round(wanted)
+    decoding, draft_cache = round_.state.decoding, round_.state.draft_cache
+    row = {
+        "slice": name,
+        "devices": mesh.devices,
+        "mesh": str(mesh),
+        "experts": quantization or "bfloat16",
+        "weights": local_bytes(round_.params),
+        "cache": local_bytes((decoding.cache.k, decoding.cache.v, draft_cache.k, draft_cache.v)),
+        "available": int(HBM[chip]),
+    }
+    # What cannot fit is not compiled.
+    fits = row["weights"] + row["cache"] < row["available"]
+    return row | (_compiled(round_, wanted) if fits else {"fits": False})
+
+
+def _compiled(round_: Round, wanted: Wanted) -> dict[str, Any]:
+    try:
+        program = compile_lowered(lower_round(round_, wanted.mesh))
+    except OutOfMemory:
+        return {"fits": False}
+    found = traffic(program.hlo)
+    return {
+        "fits": True,
+        "memory": program.argument_bytes + program.temp_bytes,
+        "temporaries": program.temp_bytes,
+        "collectives": {kind: [found.count[kind], found.size[kind]] for kind in sorted(found.count)},
+        "compile_s": round(program.compile_s, 1),
+    }

@@ -1,0 +1,135 @@
+"""Decoding on meshes of devices beside decoding on one: a program of its own, for the number of devices, and of
+processes, is settled at its start. Prints, as JSON, the tokens of every way to decode on every mesh.
+
+python tests/spread.py FAMILY [--mesh data=2,expert=4 ...] [--processes N --process-id I --coordinator HOST:PORT]
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from speculation import draft_config, small_head
+from tiny import CONFIG, tiny_tensors
+
+from moespec_jax.accept import accept_rule
+from moespec_jax.backend import BACKENDS
+from moespec_jax.budget_config import BudgetConfig, resolve
+from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
+from moespec_jax.decode import Settings
+from moespec_jax.decoder import Decoder
+from moespec_jax.draft import DraftHead
+from moespec_jax.families import read_config
+from moespec_jax.leaves import Source, load_source
+from moespec_jax.mesh import make_mesh, parse_mesh
+from moespec_jax.method import Method, plain_method, speculative_method
+from moespec_jax.placement import decoder_placement, head_placement, place_head, with_repeated_heads
+from moespec_jax.programs import Programs
+from moespec_jax.run import Batch, Run
+from moespec_jax.sample import SamplingConfig
+from moespec_jax.speculate import SpeculationSettings, Speculator
+
+# Eight heads and eight experts of width 16, so that eight devices have something to split; few key/value heads, which
+# are repeated then.
+FIELDS: dict[str, Any] = CONFIG | dict(
+    vocab_size=16, num_attention_heads=8, num_key_value_heads=2, num_experts=8, max_position_embeddings=512
+)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": dict(intermediate_size=16, hidden_size=64, norm_topk_prob=False, clip_qkv=8.0, num_key_value_heads=4),
+    "qwen3_moe": dict(mlp_only_layers=[0], num_hidden_layers=3, tie_word_embeddings=True),
+    "qwen2_moe": dict(shared_expert_intermediate_size=16, use_sliding_window=True, sliding_window=7),
+    "mixtral": dict(intermediate_size=16, num_local_experts=8, sliding_window=None),
+}
+# Heads whose random guesses are often right.
+HEAD_SEEDS = {"olmoe": 4, "qwen3_moe": 2, "qwen2_moe": 3, "mixtral": 8}
+PROMPTS, NEW, TREE = [[1, 2, 3, 4, 5], [7], [3, 6] * 10], 24, TreeConfig(2, 6, 20)
+BUDGET = dict(experts=4, anchor="root", score="path", credit="squares")
+WAYS = ("plain", "tree", "sampled", "global", "balanced")
+
+
+class Pair:
+    """Target and head of a family, on one device or spread over a mesh."""
+
+    def __init__(self, family: str, mesh: str | None, quantization: Any = None):
+        fields = FIELDS | dict(model_type=family) | FAMILIES[family]
+        config, tensors = read_config(fields), tiny_tensors(fields)
+        source = Source(
+            {name: np.dtype(np.float32) for name in tensors}, lambda names: ((n, tensors[n]) for n in names)
+        )
+        slots = BACKENDS["slots"]
+        whole = load_source(source, config, slots, "float32", None, False, quantization)
+        draft = draft_config(config, draft_vocab_size=16, num_attention_heads=8, num_key_value_heads=1)
+        head = small_head(draft, whole, HEAD_SEEDS[family])
+        if mesh is None:
+            self.config, self.params, self.draft, self.head, self.programs = config, whole, draft, head, Programs()
+            return
+        devices = make_mesh(parse_mesh(mesh))
+        placement, beside = decoder_placement(config, devices), head_placement(draft, devices)
+        self.config: DecoderConfig = with_repeated_heads(config, placement)
+        self.params: Decoder = load_source(source, config, slots, "float32", placement, False, quantization)
+        self.draft: DraftConfig = with_repeated_heads(draft, beside)
+        self.head: DraftHead = place_head(head, self.draft, beside)
+        self.programs = Programs(devices)
+
+    def decode(self, way: str, groups: int) -> dict[str, Any]:
+        """Tokens and what was read; a balanced budget divides it among so many groups of experts."""
+        run = Run(self.programs, self._method(way, groups), Batch(PROMPTS, [len(p) + NEW for p in PROMPTS], (), 5))
+        run.execute()
+        sums = {name: round(value / max(run.rounds, 1), 4) for name, value in run.sums.items()}
+        return {"tokens": run.sequences, "rounds": run.rounds, "accepted": run.accepted.tolist(), **sums}
+
+    def _method(self, way: str, groups: int) -> Method:
+        sampling = SamplingConfig(1.0) if way == "sampled" else SamplingConfig()
+        settings = Settings(self.config, sampling, compute(), BACKENDS["slots"].attention)
+        if way == "plain":
+            return plain_method(settings, self.params, jnp.float32)
+        rule = {"global": BudgetConfig(**BUDGET), "balanced": BudgetConfig(**BUDGET, groups=groups)}.get(way)
+        rule = None if rule is None else resolve(rule, self.config)
+        accept = accept_rule(sampling, TREE.longest_path)
+        speculation = SpeculationSettings(settings, self.draft, TREE, accept, rule)
+        return speculative_method(speculation, Speculator(self.params, self.head), jnp.float32)
+
+
+@cache
+def compute() -> Any:
+    """One function for all, by which programs are found."""
+    return BACKENDS["slots"].compute("silu")
+
+
+def all_ways(family: str, mesh: str | None, ways: list[str], groups: int) -> Iterator[tuple[str, Any]]:
+    pair = Pair(family, mesh)
+    return ((way, pair.decode(way, groups)) for way in ways)
+
+
+def main() -> None:
+    """Decode as asked on every mesh, and on one device for each number of groups there is."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--mesh", nargs="+", default=[])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    parser.add_argument("--coordinator")
+    asked = parser.parse_args()
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if asked.processes:
+        jax.distributed.initialize(asked.coordinator, asked.processes, asked.process_id)
+    found: dict[str, Any] = {}
+    for mesh in asked.mesh:
+        groups = parse_mesh(mesh).expert
+        found[mesh] = dict(all_ways(asked.family, mesh, asked.ways, groups))
+        # A balanced budget depends on how many devices share the experts.
+        names = {way: f"one/{way}{groups if way == 'balanced' else ''}" for way in asked.ways}
+        missing = [way for way, name in names.items() if name not in found]
+        found |= {names[way]: value for way, value in all_ways(asked.family, None, missing, groups)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

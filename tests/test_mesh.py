@@ -1,0 +1,101 @@
+"""On a mesh of devices, and in several processes, what comes out is what one device gives: token for token, and in all
+that is told of it. Every family on every mesh: `python -m benchmarks.meshes`; here, each family on one."""
+
+from typing import Any
+
+import pytest
+from devices import results
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.families import read_config
+from moespec_jax.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
+from moespec_jax.shapes import MODELS
+
+MESHES = {"olmoe": "tensor=8", "qwen3_moe": "data=2,expert=2,tensor=2", "qwen2_moe": "expert=8", "mixtral": "data=8"}
+
+
+@pytest.mark.parametrize("family", MESHES)
+def test_a_mesh_of_eight_gives_what_one_device_gives(family: str) -> None:
+    (found,) = results(["tests/spread.py", family, "--mesh", MESHES[family]], devices=8)
+    drafted = found["one/tree"]
+    assert drafted["tokens"] == found["one/plain"]["tokens"]
+    # A tree that never gave anything would show nothing of how caches are kept.
+    assert all(sum(sequence) > 4 for sequence in drafted["accepted"])
+    same(found)
+
+
+def test_two_processes_give_what_one_device_gives() -> None:
+    command = ["tests/spread.py", "qwen3_moe", "--mesh", "data=2,expert=2,tensor=2", "--ways", "plain", "global"]
+    first, second = results(command, devices=4, processes=2)
+    assert first == second
+    same(first)
+
+
+def same(found: dict[str, Any]) -> None:
+    """Every way on every mesh gives what one device gives; the busiest device reads no more than that."""
+    for mesh in [name for name in found if not name.startswith("one/")]:
+        for way, here in found[mesh].items():
+            one = found[f"one/{way}{parse_mesh(mesh).expert if way == 'balanced' else ''}"]
+            assert here["tokens"] == one["tokens"], (mesh, way)
+            assert here["accepted"] == one["accepted"], (mesh, way)
+            for name in ("rounds", "experts_wanted", "experts_read", "mass_kept", "replaced"):
+                assert here[name] == pytest.approx(one[name], abs=2e-4), (mesh, way, name)  # rounded to 1e-4
+            assert here["experts_slowest"] <= one["experts_slowest"]
+            if way == "balanced":
+                budget, shards = 4, parse_mesh(mesh).expert
+                assert here["experts_slowest"] <= -(-budget // shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "mesh"),
+    [
+        ("data=2", MeshConfig(2)),
+        ("expert=4,tensor=2", MeshConfig(1, 4, 2)),
+        (" tensor=3 , data=5", MeshConfig(5, 1, 3)),
+    ],
+)
+def test_meshes_are_read(text: str, mesh: MeshConfig) -> None:
+    assert parse_mesh(text) == mesh and parse_mesh(str(mesh)) == mesh
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "data=0", "data=-1", "model=2", "data=2,data=2", "expert=1e9", "tensor=99999999"]
+)
+def test_what_is_no_mesh_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a mesh as data=1,expert=4,tensor=2"):
+        parse_mesh(text)
+
+
+def config(name: str, **changes: Any) -> DecoderConfig:
+    return read_config(MODELS[name] | changes)
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected expert= to divide the model's 128 experts; got 3"):
+        split_decoder(config("Qwen3-30B-A3B"), MeshConfig(expert=3))
+    with pytest.raises(ValueError, match=r"expected tensor= to divide the model's 32 attention heads.*got 3"):
+        split_decoder(config("Qwen3-30B-A3B"), MeshConfig(tensor=3))
+    with pytest.raises(ValueError, match=r"expected 64 devices for a mesh of data=64,expert=1,tensor=1; there"):
+        make_mesh(MeshConfig(64))
+
+
+def test_attention_is_split_over_all_devices_that_share_a_sequence() -> None:
+    both = ("expert", "tensor")
+    found = split_decoder(config("Qwen3-30B-A3B"), MeshConfig(2, 4, 2))
+    assert found == Split(both, both, both, 4, ("tensor",))
+    # 24 ways do not divide 32 heads; 3 do not, either, and so the heads stay whole.
+    assert split_decoder(config("Qwen3-30B-A3B", num_experts=24), MeshConfig(expert=3)).heads == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "mesh"),
+    [
+        ("Qwen3-30B-A3B", 8, MeshConfig(1, 4, 2)),  # 768 / 4 is not whole lanes
+        ("OLMoE-1B-7B", 8, MeshConfig(1, 1, 8)),
+        ("Mixtral-8x7B", 16, MeshConfig(1, 1, 16)),
+        ("Qwen3-235B-A22B", 32, MeshConfig(1, 8, 4)),
+        ("OLMoE-1B-7B", 1, MeshConfig()),
+    ],
+)
+def test_the_mesh_chosen_for_a_model_reads_evenly(name: str, devices: int, mesh: MeshConfig) -> None:
+    assert best_mesh(config(name), devices) == mesh
