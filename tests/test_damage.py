@@ -75,6 +75,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"1 misshapen: {NORM} \(expected \[\d+\], came \[4, \d+\]\) in ",
     ),
     "missing shard": (lambda d: (d / TWO).unlink(), f"expected {TWO} in .*; there is no such shard"),
+    "shard of which the cache has no blob": (
+        lambda d: ((d / TWO).unlink(), (d / TWO).symlink_to("../../blobs/0123.incomplete")),
+        f"expected {TWO} in .*; there is no such shard",
+    ),
+    "shard of another model": (
+        lambda d: save_file({"transformer.wte.weight": np.ones((4, 4), np.float32)}, d / TWO),
+        r"came 1 unknown: transformer.wte.weight; \d+ missing: ",
+    ),
     "shard is a directory": (lambda d: ((d / TWO).unlink(), (d / TWO).mkdir()), "it is no file"),
     "index names a parent": (
         _index(lambda i: i["weight_map"].update({NORM: "../x.safetensors"})),
@@ -181,6 +189,25 @@ def test_unreadable_config_is_named(text: str | None, message: str, tmp_path: Pa
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("olmoe", {"num_hidden_layers": 3}, r"expected the tensors of olmoe; came \d+ missing: model.layers.2."),
+        ("olmoe", {"vocab_size": 77}, r"2 misshapen: model.embed_tokens.weight \(expected \[77, "),
+        ("mixtral", {}, r"expected the tensors of mixtral; came \d+ unknown: .* \d+ missing: "),
+    ],
+)
+def test_the_weights_of_another_model_are_refused(family: str, changes: dict, message: str, tmp_path: Path) -> None:
+    """A config.json beside weights that are not its own."""
+    fields = draw_fields("olmoe", 0) | {"num_hidden_layers": 2, "tie_word_embeddings": False}
+    write(tmp_path, fields, draw_tensors(fields))
+    own = fields if family == "olmoe" else draw_fields(family, 0)
+    (tmp_path / "config.json").write_text(json.dumps(own | changes))
+    with pytest.raises(CheckpointError, match=message) as raised:
+        load_parameters(tmp_path, load_config(tmp_path), SWITCH, "float32")
+    assert "\n" not in str(raised.value)
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
