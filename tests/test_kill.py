@@ -1,5 +1,5 @@
 """Real processes, killed at chosen moments: what is left is the beginning of the whole result, and the same command
-goes on to it bit for bit. At random moments, and the study and the bench besides: `python -m benchmarks.kill`."""
+goes on to it bit for bit. At random moments, and of commands that keep a ledger too: `python -m benchmarks.kill`."""
 
 import signal
 from collections.abc import Callable
@@ -75,12 +75,3 @@ def test_training_goes_on_from_the_last_whole_checkpoint(tasks: dict[str, Task],
     assert not violations(contents(output), expected, task.journals)
     go_on(task, place, expected)
     assert not list(output.glob("checkpoints/*-tmp*"))
-
-
-def test_an_evaluation_goes_on_with_its_pieces(tasks: dict[str, Task], place: Path) -> None:
-    task = tasks["evaluate"]
-    expected = whole(task, place)
-    pieces = "pieces.jsonl"
-    output = kill(task, place, lambda output: len(contents(output).get(pieces, [])) >= 2)
-    assert not violations(contents(output), expected, task.journals) and set(contents(output)) == {pieces}
-    go_on(task, place, expected)
