@@ -151,6 +151,10 @@ class DraftConfig:
         return len(self.boundaries) * self.target_hidden_size
 
 
+# Far above every tree that pays; a pass over the tree takes memory in the square of its size.
+_LARGEST_TREE, _MOST_CANDIDATES = 1 << 10, 1 << 16
+
+
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
     """Shape of the draft tree: `size` tokens are verified at once, the root included (EAGLE's `total_token`).
@@ -171,6 +175,11 @@ class TreeConfig:
             raise ValueError(
                 "expected a tree of depth at least 0, top-k at least 1 and size at least 2;"
                 f" got depth {self.depth}, top-k {self.top_k}, size {self.size}"
+            )
+        if self.size > _LARGEST_TREE or self.pool > _MOST_CANDIDATES:
+            raise ValueError(
+                f"expected a tree of at most {_LARGEST_TREE} tokens, the best of at most {_MOST_CANDIDATES} drafted"
+                f" ones; got size {self.size}, depth {self.depth}, top-k {self.top_k}"
             )
         if self.size - 1 > self.pool:
             raise ValueError(
