@@ -138,7 +138,7 @@ def test_torch_archive(tmp_path: Path) -> None:
         index = read_index(file)
         return {name: (index[name].shape, array.copy()) for name, array in read_arrays(file, index, index)}
 
-    @bounded_examples(180)
+    @bounded_examples(220)
     @given(st.one_of(programs(), damaged(whole)))
     def check(data: bytes) -> None:
         if data[:2] == b"PK" or len(data) > len(whole) - 60:

@@ -117,7 +117,7 @@ def test_safetensors_header(checkpoints: dict[str, Path]) -> None:
     file, config = directory / "model.safetensors", load_config(directory)
     good = file.read_bytes()
 
-    @bounded_examples(120)
+    @bounded_examples(160)
     @given(shards(good))
     def check(data: bytes) -> None:
         file.write_bytes(data)
