@@ -4,6 +4,7 @@ trained one; and the command line around them."""
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from driver import fast_jit
+from full_disk import full_disk
 from tiny import write_tiny
 
 import moespec_jax.train.__main__ as command
@@ -137,6 +139,19 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(STEPS))
     assert [row["step"] for row in log_of(tmp_path / "cut") if "held_out_accuracy" in row] == [2, 5]
     # A finished run is not gone on with.
+    assert same_bits(go(model, recipe, tmp_path / "cut"), whole)
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what orbax was writing besides
+def test_a_full_disk_is_one_error_and_the_run_goes_on(model: Model, tmp_path: Path) -> None:
+    """Full amid an asynchronous save: data and log still fit, a checkpoint does not."""
+    recipe = recipe_of(model, OPTIMIZERS["adamw"])
+    whole = go(model, recipe, tmp_path / "whole")
+    with full_disk(20_000), pytest.raises(OSError, match=os.strerror(27)) as raised:
+        go(model, recipe, tmp_path / "cut")
+    assert raised.value.filename == str(tmp_path / "cut" / "checkpoints")
+    assert last_state(tmp_path / "cut", recipe, model, whole.target_ids)[1] == 0
     assert same_bits(go(model, recipe, tmp_path / "cut"), whole)
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
