@@ -61,53 +61,56 @@ ONE = {"norm.weight": np.arange(12, dtype=np.float32), "d2t": np.arange(3)}
 SIZES = st.sampled_from([-1, 0, 1, 2, 3, 4, 12, 13, 2**20, 2**31 - 1, 2**40, 2**62]) | st.integers(-3, 20)
 
 
+# Of a pickle's machine; among them those that make a lot out of little.
+INSTRUCTIONS = [
+    b"}",
+    b"]",
+    b")",
+    b"(",
+    b"t",
+    b"\x85",
+    b"\x86",
+    b"\x87",
+    b"0",
+    b"2",
+    b"a",
+    b"e",
+    b"s",
+    b"u",
+    b"q\x00",
+    b"h\x00",
+]
+INSTRUCTIONS += [
+    b"r\xff\xff\xff\x7f",
+    b"j\xff\xff\xff\x7f",
+    b"N",
+    b"Q",
+    b"R",
+    b"b",
+    b"\x81",
+    b"\x8a\x01\x05",
+    b"K\x07",
+    b"\x94",
+]
+INSTRUCTIONS += [
+    b"\x8b\xff\xff\xff\x7f",
+    b"B\xff\xff\xff\x7f",
+    b"X\x01\x00\x00\x00a",
+    b"c__builtin__\neval\n",
+    b"." * 2,
+]
+
+
 @st.composite
 def programs(draw: st.DrawFn) -> bytes:
     """A damaged pickle, one whose tensor is any view, or one that asks for a name or an instruction of its own."""
     kind = draw(st.sampled_from(["damaged", "view", "global", "program"]))
     if kind == "damaged":
         return draw(damaged(state_dict_program(ONE)))
-    if kind == "program":  # instructions in any order, among them those that make a lot out of little
-        parts = [
-            b"}",
-            b"]",
-            b")",
-            b"(",
-            b"t",
-            b"\x85",
-            b"\x86",
-            b"\x87",
-            b"0",
-            b"2",
-            b"a",
-            b"e",
-            b"s",
-            b"u",
-            b"q\x00",
-            b"h\x00",
-        ]
-        parts += [
-            b"r\xff\xff\xff\x7f",
-            b"j\xff\xff\xff\x7f",
-            b"N",
-            b"Q",
-            b"R",
-            b"b",
-            b"\x81",
-            b"\x8a\x01\x05",
-            b"K\x07",
-            b"\x94",
-        ]
-        parts += [
-            b"\x8b\xff\xff\xff\x7f",
-            b"B\xff\xff\xff\x7f",
-            b"X\x01\x00\x00\x00a",
-            b"c__builtin__\neval\n",
-            b"." * 2,
-        ]
+    if kind == "program":
         return (
             b"\x80\x02"
-            + b"".join(draw(st.lists(st.sampled_from(parts), max_size=40))) * draw(st.integers(1, 400))
+            + b"".join(draw(st.lists(st.sampled_from(INSTRUCTIONS), max_size=40))) * draw(st.integers(1, 400))
             + b"."
         )
     storage = draw(st.sampled_from(["FloatStorage", "LongStorage", "HalfStorage", "BoolStorage", "DoubleStorage"]))
