@@ -56,7 +56,7 @@ class Compilations:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
-    def _hear(self, event: str, _: float, **__: str | int) -> None:
+    def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
         self.count += event == _COMPILATION
 
 
