@@ -53,6 +53,10 @@ class DecodeState:
     cache: Cache
 
 
+# In place of a token, where logits are not finite.
+NO_TOKEN = -1
+
+
 class PrefillState(NamedTuple):
     """What one prefill chunk hands to the next: the cache, and the hidden state of each prompt's last token."""
 
@@ -270,6 +274,8 @@ def append_path(decoding: DecodeState, trees: Tree, accepted: Accepted) -> Decod
 def _append(settings: Settings, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:
     """Draw a token for every unfinished sequence and put it after its last one."""
     drawn = draw(settings.sampling, state.key, logits, state.length)
+    # What stop ids are filled up with too: the sequence ends, and `Run` tells why.
+    drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
     slot = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :]
     here = (slot == state.length[:, None]) & ~state.done[:, None]
     length = jnp.where(state.done, state.length, state.length + 1)

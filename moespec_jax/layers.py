@@ -41,7 +41,7 @@ def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], ep
 
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
     """The dense feed-forward block (and the shared expert): SwiGLU where `activation` is silu."""
-    if isinstance(mlp.gate, Quantized):
+    if isinstance(mlp.gate, Quantized) or isinstance(mlp.up, Quantized) or isinstance(mlp.down, Quantized):
         hidden = ACTIVATIONS[activation](product(x, mlp.gate)) * product(x, mlp.up)
         return product(hidden.astype(x.dtype), mlp.down).astype(x.dtype)
     return (ACTIVATIONS[activation](x @ mlp.gate) * (x @ mlp.up)) @ mlp.down

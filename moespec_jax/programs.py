@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Hashable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.placement import put_global
 
+# XLA:CPU maps some three pieces of memory for every kernel of a program, and Linux lets a process have so many.
+_MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
 
 class Programs:
-    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled.
+    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled. Where programs
+    take half of the memory maps that the system allows, those that were not used for longest are let go.
 
     With a mesh, whose devices may be those of several processes, a program runs on each of its devices at once, and
     takes and gives its share of every array.
@@ -45,7 +50,10 @@ class Programs:
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, settings, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key not in self._compiled:
+        if key in self._compiled:
+            self._compiled[key] = self._compiled.pop(key)  # the last one used comes last
+        else:
+            self._make_room()
             started = time.perf_counter()
             lowered = self.lower(partial(function, settings), params, *arguments, donate=donate, specs=specs)
             self._compiled[key] = lowered.compile()
@@ -86,6 +94,10 @@ class Programs:
             self._compiled[key] = jax.jit(function, out_shardings=_shardings(self.mesh, specs))
         return self._compiled[key]()
 
+    def _make_room(self) -> None:
+        while self._compiled and _crowded():
+            del self._compiled[next(iter(self._compiled))]
+
     def _on_every_device(self, function: Callable[..., Any], arguments: Any, specs: Any) -> Callable[..., Any]:
         if self.mesh is None:
             return function
@@ -111,3 +123,12 @@ def agreed(number: int) -> int:
 def _shardings(mesh: Mesh, specs: Any) -> Any:
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def _crowded() -> bool:
+    """Whether this process has more than half of the memory maps that it may have; no system but Linux counts them."""
+    try:
+        with _MAPS.open("rb") as maps:
+            return 2 * sum(1 for _ in maps) > int(_MOST_MAPS.read_text())
+    except OSError:
+        return False

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moespec_jax.decode import bucket_lengths
+from moespec_jax.decode import NO_TOKEN, bucket_lengths
+from moespec_jax.files import CheckpointError
 from moespec_jax.mesh import DATA
 from moespec_jax.method import Method
 from moespec_jax.programs import Programs, agreed, fetch
@@ -135,6 +136,11 @@ class Run:
         decoding, count = self._method.decoding(state), len(self._batch.prompts)
         tokens, length = fetch(decoding.tokens)[:count], fetch(decoding.length)[:count]
         sequences = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
+        if any(NO_TOKEN in new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)):
+            raise CheckpointError(
+                "expected finite logits; came NaN or infinity, from weights that are not finite (named by python -m"
+                " convert.check --files) or from values too large for this dtype"
+            )
         if on_tokens:
             on_tokens([new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)])
         self.sequences = sequences

@@ -22,6 +22,7 @@ from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.cache import Cache, keep_rows
 from moespec_jax.config import DraftConfig, TreeConfig
 from moespec_jax.decode import (
+    NO_TOKEN,
     DecodeState,
     PrefillState,
     Settings,
@@ -241,6 +242,9 @@ def _accept(accept: Accept, decoding: DecodeState, trees: Tree, logits: Array, l
     row = first_row(len(logits)) + jnp.arange(len(logits), dtype=jnp.int32)
     keys = jax.vmap(lambda r: jax.random.fold_in(decoding.key, r))(row)
     accepted = jax.vmap(accept)(trees, logits, keys, decoding.length)
+    decided = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
+    finite = jnp.isfinite(jnp.max(decided, axis=(1, 2)))
+    accepted = dataclasses.replace(accepted, bonus=jnp.where(finite, accepted.bonus, NO_TOKEN))
     return accepted if live is None else jax.vmap(cut_path)(trees, accepted, live)
 
 

@@ -34,8 +34,8 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, fuse
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        quantized = isinstance(experts.gate, Quantized)
-        if quantized or activation not in activations or not fits(x, experts.gate, tile):
+        gate = experts.gate
+        if isinstance(gate, Quantized) or activation not in activations or not fits(x, gate, tile):
             return otherwise(experts, layer, x, routing)
         arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
         return jax.lax.platform_dependent(*arguments, cuda=kernels, default=otherwise)

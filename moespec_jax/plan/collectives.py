@@ -1,9 +1,9 @@
 """What a compiled program exchanges between devices: every collective, as often as its loops run it."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -18,18 +18,19 @@ _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
 
-class Traffic(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Traffic:
     """Of each kind of collective: how often it runs, and the bytes that come out of it, on one device."""
 
-    count: Counter[str]
+    runs: Counter[str]
     size: Counter[str]
 
     def times(self, trips: int) -> "Traffic":
         """So many runs."""
-        return Traffic(*(Counter({kind: number * trips for kind, number in part.items()}) for part in self))
+        return Traffic(*(Counter({kind: n * trips for kind, n in part.items()}) for part in (self.runs, self.size)))
 
     def __add__(self, other: "Traffic") -> "Traffic":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Traffic(self.count + other.count, self.size + other.size)
+        return Traffic(self.runs + other.runs, self.size + other.size)
 
 
 def traffic(hlo: str) -> Traffic:

@@ -83,6 +83,6 @@ def _compiled(round_: Round, wanted: Wanted) -> dict[str, Any]:
         "fits": True,
         "memory": program.argument_bytes + program.temp_bytes,
         "temporaries": program.temp_bytes,
-        "collectives": {kind: [found.count[kind], found.size[kind]] for kind in sorted(found.count)},
+        "collectives": {kind: [found.runs[kind], found.size[kind]] for kind in sorted(found.runs)},
         "compile_s": round(program.compile_s, 1),
     }
