@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from moespec_jax.files import CheckpointError, read_json, write_json, writing
+from moespec_jax.model import RequestError
 from moespec_jax.orbax_io import quiet_orbax
+from moespec_jax.processes import is_first_process, wait_for_all
 
 DTYPES = ("float32", "float16", "bfloat16")
 MARK = ".incomplete-conversion"
@@ -42,7 +44,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
-    except CheckpointError as error:
+    except (CheckpointError, RequestError) as error:
         status = _complain(2, str(error))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
@@ -59,30 +61,38 @@ def run(main: Callable[[], int]) -> NoReturn:
 def whole_directory(output: Path) -> Iterator[Path]:
     """A directory to write into, which becomes `output` when the block ends well and vanishes when it does not.
 
-    What a killed conversion to the same `output` left behind is removed first.
+    What a killed conversion to the same `output` left behind is removed first. Of several processes, all write into it.
 
     Raises:
         CheckpointError: `output` exists and is not an empty directory.
     """
     output = output.absolute()
+    workplace = output.with_name(output.name + ".incomplete")
+    if is_first_process():
+        _make_workplace(output, workplace)
+    wait_for_all("workplace")
+    try:
+        with writing(output):
+            yield workplace
+        wait_for_all("written")
+        if is_first_process():
+            os.replace(workplace, output)
+            (output / MARK).unlink()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove(workplace)
+        raise
+
+
+def _make_workplace(output: Path, workplace: Path) -> None:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"expected an output directory that is new or empty; {output} is neither")
-    workplace = output.with_name(output.name + ".incomplete")
     if workplace.exists():
         if not (workplace / MARK).exists() and any(workplace.iterdir()):
             raise CheckpointError(f"expected to write in {workplace}; it holds something else")
         _remove(workplace)
     workplace.mkdir(parents=True)
     (workplace / MARK).touch()
-    try:
-        with writing(output):
-            yield workplace
-        os.replace(workplace, output)
-        (output / MARK).unlink()
-    except BaseException:
-        with contextlib.suppress(OSError):
-            _remove(workplace)
-        raise
 
 
 def _remove(workplace: Path) -> None:

@@ -10,6 +10,8 @@ from convert.integrity import ALLOW, only_finite
 from moespec_jax.checkpoint import load_config, open_safetensors
 from moespec_jax.hub import locate
 from moespec_jax.orbax_io import write_orbax
+from moespec_jax.process_flags import add_process_flags, join_processes
+from moespec_jax.processes import is_first_process
 
 
 def main() -> int:
@@ -19,7 +21,9 @@ def main() -> int:
     parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")
     parser.add_argument(ALLOW, action="store_true", help="also weights that are NaN or infinite")
+    add_process_flags(parser.add_argument_group("several processes, which share the work and the output directory"))
     arguments = parser.parse_args()
+    join_processes(arguments)
     model = locate(arguments.model)
     config = load_config(model)
     source = open_safetensors(model, config)
@@ -27,7 +31,8 @@ def main() -> int:
         source = only_finite(source)
     with whole_directory(arguments.output) as directory:
         write_orbax(source, config, directory, arguments.dtype, progress=True)
-        copy_besides(model, directory, arguments.dtype)
+        if is_first_process():
+            copy_besides(model, directory, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0
 

@@ -14,7 +14,8 @@ from moespec_jax.arguments import chosen, load_asked
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
 from moespec_jax.generate_arguments import build_parser, refuse_flags
-from moespec_jax.processes import is_first_process, join_processes
+from moespec_jax.process_flags import join_processes
+from moespec_jax.processes import is_first_process
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
 from moespec_jax.statistics import statistics_table

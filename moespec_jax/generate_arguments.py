@@ -6,7 +6,7 @@ from moespec_jax.arguments import add_budget_flags, add_model_flags, add_tree_fl
 from moespec_jax.command import Parser
 from moespec_jax.loading import DEMO_TARGET
 from moespec_jax.model import RequestError
-from moespec_jax.processes import add_process_flags
+from moespec_jax.process_flags import add_process_flags
 
 # Flags that say nothing where nothing is drafted.
 _DRAFTING = (

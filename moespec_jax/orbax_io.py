@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from moespec_jax.fields import shown
 from moespec_jax.files import CheckpointError, listing, read_json, write_json
 from moespec_jax.leaves import HostBuffer, Source, cast, copy_into
 from moespec_jax.parameters import final_shape
+from moespec_jax.processes import is_first_process
 from moespec_jax.tensors import Path as TreePath
 from moespec_jax.tensors import Tensor, expert_matrices, tensor_table
 
@@ -84,7 +87,7 @@ def write_orbax(
     source: Source, config: DecoderConfig, directory: Path, dtype: DTypeLike | None = None, progress: bool = False
 ) -> None:
     """Write all tensors to `directory/orbax`, a layer at a time. Without a `dtype` each array keeps its own, or takes
-    float32 where its rows differ.
+    float32 where its rows differ. Several processes share each layer's experts, and write to the same directory.
 
     Raises:
         CheckpointError: the source is damaged, or a value does not fit `dtype`.
@@ -92,11 +95,10 @@ def write_orbax(
     import orbax.checkpoint as ocp
 
     root = (directory / SUBDIRECTORY).absolute()
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=jax.process_count() > 1)
     pieces: dict[str, list[StoredLeaf]] = {}
     for leaf in stored_leaves(config):
         pieces.setdefault(leaf.piece, []).append(leaf)
-    manifest = {}
     # Compression would save a fifth of the disk and take three times as long to load.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
@@ -104,8 +106,7 @@ def write_orbax(
             pieces.items(), desc="writing", unit="piece", disable=None if progress else True, leave=False
         ):
             arrays = _gather(source, leaves, dtype)
-            manifest |= {key: {"shape": list(a.shape), "dtype": str(a.dtype)} for key, a in arrays.items()}
-            tree = _nest({leaf.path: arrays[leaf.key] for leaf in leaves})
+            tree = _nest({leaf.path: _with_the_others(leaf, arrays[leaf.key]) for leaf in leaves})
             # A chunk per expert, as they are read.
             chunks = {
                 leaf.path: ocp.SaveArgs(chunk_byte_size=arrays[leaf.key][0].nbytes, shard_axes=(0,))
@@ -114,7 +115,30 @@ def write_orbax(
                 for leaf in leaves
             }
             checkpointer.save(root / piece, args=ocp.args.PyTreeSave(tree, save_args=_nest(chunks)))
-    write_json(root / MANIFEST, {"format": FORMAT, "model_type": config.model_type, "arrays": manifest})
+    if is_first_process():
+        every = [leaf for leaves in pieces.values() for leaf in leaves]
+        arrays = {leaf.key: {"shape": list(leaf.shape), "dtype": str(_dtype(source, leaf, dtype))} for leaf in every}
+        write_json(root / MANIFEST, {"format": FORMAT, "model_type": config.model_type, "arrays": arrays})
+
+
+def _own_rows(leaf: StoredLeaf) -> slice:
+    """The rows of a stacked array that this of several processes reads and writes: all where they cannot be shared."""
+    count, rows = jax.process_count(), leaf.shape[0]
+    if not leaf.stacked or rows % count:
+        return slice(0, rows)
+    return slice(*(number * rows // count for number in (jax.process_index(), jax.process_index() + 1)))
+
+
+def _with_the_others(leaf: StoredLeaf, own: np.ndarray) -> np.ndarray | jax.Array:
+    """The whole array, of which each process has its own rows, or all; with one process, as it is."""
+    if jax.process_count() == 1:
+        return own
+    by_process = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([by_process[i] for i in sorted(by_process)]), ("process",))
+    shared = len(own) < leaf.shape[0]
+    return jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec("process") if shared else PartitionSpec()), own, leaf.shape
+    )
 
 
 def stored_leaves(config: DecoderConfig) -> list[StoredLeaf]:
@@ -145,14 +169,19 @@ def _gather(source: Source, leaves: list[StoredLeaf], dtype: DTypeLike | None) -
     arrays: dict[str, np.ndarray] = {}
     goal: dict[str, Callable[[np.ndarray], None]] = {}
     for leaf in leaves:
-        kinds = {source.dtypes[name] for name in leaf.tensors}
-        own = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-        array = arrays[leaf.key] = np.empty(leaf.shape, own if dtype is None else jnp.dtype(dtype))
-        for row, (name, tensor) in enumerate(leaf.tensors.items()):
+        own = _own_rows(leaf)
+        array = arrays[leaf.key] = np.empty((own.stop - own.start, *leaf.shape[1:]), _dtype(source, leaf, dtype))
+        for row, (name, tensor) in enumerate(list(leaf.tensors.items())[own if leaf.stacked else slice(None)]):
             goal[name] = _filler(array[row] if leaf.stacked else array, name, tensor.transpose)
     for name, tensor in source.read(goal):
         goal[name](tensor)
     return arrays
+
+
+def _dtype(source: Source, leaf: StoredLeaf, dtype: DTypeLike | None) -> np.dtype:
+    kinds = {source.dtypes[name] for name in leaf.tensors}
+    own = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    return own if dtype is None else jnp.dtype(dtype)
 
 
 def _filler(room: np.ndarray, name: str, transpose: bool) -> Callable[[np.ndarray], None]:

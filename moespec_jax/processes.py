@@ -1,69 +1,43 @@
-"""Several processes, on one host or many, as one program: how they find each other, and who speaks for all.
+"""Several processes, on one host or many, as one program: every one runs the same, and the first speaks for all."""
 
-Every process runs the same command. Only the first prints and writes; the others say nothing but errors.
-"""
-
-import argparse
-import os
-import sys
-from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moespec_jax.model import RequestError
-
-_ENVIRONMENT = {
-    "coordinator": "JAX_COORDINATOR_ADDRESS",
-    "processes": "JAX_NUM_PROCESSES",
-    "process_id": "JAX_PROCESS_ID",
-}
-
-
-def add_process_flags(group: argparse._ArgumentGroup) -> None:
-    """How a command line's process finds the others."""
-    variables = ", ".join(_ENVIRONMENT.values())
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help=f"where the first of several processes listens (also: {variables})"
-    )
-    group.add_argument("--processes", type=int, metavar="N", help="how many processes run this command")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
-    group.add_argument(
-        "--distributed", action="store_true", help="find the other processes as Cloud TPU, Slurm or MPI tell of them"
-    )
-
-
-def join_processes(arguments: argparse.Namespace) -> None:
-    """Connect with the processes that flags or environment name, if they do, before anything asks JAX for devices.
-
-    Raises:
-        RequestError: they are named in part, or cannot be reached.
-    """
-    named = {name: _asked(arguments, name) for name in _ENVIRONMENT}
-    given = {name: value for name, value in named.items() if value is not None}
-    if not given and not arguments.distributed:
-        return
-    if given and len(given) < len(named):
-        missing = [f"--{name.replace('_', '-')}" for name in named if name not in given]
-        raise RequestError(f"expected --coordinator, --processes and --process-id together; {', '.join(missing)} lack")
-    try:
-        if given:
-            count, number = int(given["processes"]), int(given["process_id"])
-            if not 0 <= number < count or ":" not in given["coordinator"]:
-                raise ValueError(f"process {number} of {count} at {given['coordinator']}")
-            jax.distributed.initialize(given["coordinator"], count, number)
-        else:
-            jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise RequestError(f"expected other processes to run with (--coordinator HOST:PORT); {error}") from None
-    if not is_first_process():
-        sys.stdout = Path(os.devnull).open("w")
+from moespec_jax.placement import put_global
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process speaks for all: prints, and writes what is not written in parallel."""
     return jax.process_index() == 0
 
 
-def _asked(arguments: argparse.Namespace, name: str) -> str | None:
-    value = getattr(arguments, name)
-    return os.environ.get(_ENVIRONMENT[name]) if value is None else str(value)
+def wait_for_all(what: str) -> None:
+    """Until every process has come here; `what` is the name of the place, the same on all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def agreed(number: int) -> int:
+    """What the first process says, on every process: clocks and disks differ, and programs must be called alike."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def fetch(array: jax.Array | np.generic) -> np.ndarray:
+    """The whole of an array, on every process."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def everywhere(mesh: Mesh, tree: Any) -> Any:
+    """A tree of arrays that every process has, whole on every device of a mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: put_global(np.asarray(leaf), sharding), tree)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.placement import put_global
@@ -104,20 +103,6 @@ class Programs:
         given = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
         # What a function gives on every device alike is not checked to be alike.
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=specs, check_vma=False)
-
-
-def fetch(array: jax.Array | np.generic) -> np.ndarray:
-    """The whole of an array, on every process."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def agreed(number: int) -> int:
-    """What the first process says, on every process: clocks differ, and programs must be called alike."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _shardings(mesh: Mesh, specs: Any) -> Any:

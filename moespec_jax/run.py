@@ -12,7 +12,8 @@ from moespec_jax.decode import NO_TOKEN, bucket_lengths
 from moespec_jax.files import CheckpointError
 from moespec_jax.mesh import DATA
 from moespec_jax.method import Method
-from moespec_jax.programs import Programs, agreed, fetch
+from moespec_jax.processes import agreed, fetch
+from moespec_jax.programs import Programs
 from moespec_jax.rounds import RoundInfo, SpeculationInfo
 from moespec_jax.state_specs import BY_SEQUENCE
 

@@ -21,6 +21,8 @@ from moespec_jax.files import parse_numbers
 from moespec_jax.loading import load
 from moespec_jax.model import Model, RequestError
 from moespec_jax.orbax_io import quiet_orbax
+from moespec_jax.process_flags import add_process_flags, join_processes
+from moespec_jax.processes import is_first_process
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
@@ -44,6 +46,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise RequestError("expected matplotlib, which draws the run: pip install moespec_jax[train]")
     quiet_orbax()
+    join_processes(arguments)
     held_out = [] if arguments.held_out is None else [arguments.held_out]
     source = {
         "model": _shown_name(arguments.model),
@@ -61,6 +64,8 @@ def _run(arguments: argparse.Namespace) -> None:
         Pace(arguments.save_every, arguments.evaluate_every),
         source,
     )
+    if not is_first_process():
+        return
     warnings = export_draft(
         head,
         recipe.draft,
@@ -222,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument("--format", choices=FORMATS, default="specforge", help="of the head: for SGLang, or for vLLM")
     _add_head_flags(parser.add_argument_group("the head"))
     _add_training_flags(parser.add_argument_group("training"))
+    add_process_flags(parser.add_argument_group("several processes, which share the batch and the output directory"))
     return parser
 
 

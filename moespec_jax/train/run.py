@@ -18,8 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from moespec_jax.backend import Backend
@@ -29,6 +28,7 @@ from moespec_jax.draft_tensors import random_head
 from moespec_jax.files import read_json, replacing, write_json, write_text, writing
 from moespec_jax.model import Model, RequestError
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.processes import everywhere, fetch, is_first_process, wait_for_all
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
 from moespec_jax.train.trainer import (
@@ -60,19 +60,22 @@ def train(
     Raises:
         RequestError: `directory` holds another run, or there is too little data.
     """
-    run = {"recipe": dataclasses.asdict(recipe), "source": source}
-    rows, checks = _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
-    # Only now: whoever mends bad data and begins again is not told that the data differ.
-    write_json(directory / "run.json", run)
-    mesh = data_mesh(recipe.batch)
+    run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
+    if is_first_process():
+        _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
+        # Only now: whoever mends bad data and begins again is not told that the data differ.
+        write_json(directory / "run.json", run)
+    wait_for_all("rows")
+    rows, checks = _read_rows(directory)
     ids = draft_vocabulary(rows, recipe.target.vocab_size, recipe.draft.draft_vocab_size)
-    # Once, and not at every step: with several devices, each needs its own.
-    params, target_ids = jax.device_put((model.params, jnp.asarray(ids)), NamedSharding(mesh, P()))
-    model = dataclasses.replace(model, params=params)
     with _checkpoints(directory) as manager:
-        state, first = _begin(manager, recipe, params, target_ids, mesh)
+        state, first = _begin(manager, recipe, model.params, jnp.asarray(ids), mesh)
+        # Once, and not at every step: with several devices, each needs its own.
+        params, target_ids = everywhere(mesh, (model.params, jnp.asarray(ids)))
+        model = dataclasses.replace(model, params=params)
         log = _Log(directory / "log.jsonl", first)
-        with tqdm(total=recipe.optimizer.steps, initial=first, unit="step") as bar:
+        silent = not is_first_process()
+        with tqdm(total=recipe.optimizer.steps, initial=first, unit="step", disable=silent) as bar:
             for step in range(first, recipe.optimizer.steps):
                 batch = rows.batch(step, recipe.batch, recipe.seed)
                 state, row = _advance(recipe, model, mesh, target_ids, state, batch, step)
@@ -120,8 +123,8 @@ def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: Trai
     for start in range(0, len(rows.ids) - recipe.batch + 1, recipe.batch):
         batch = Rows(*(part[start : start + recipe.batch] for part in rows))
         scores = evaluate_batch(recipe, compute, model.params, target_ids, state, batch)
-        hits += [float(score.hits) for score in scores]
-        positions += [float(score.positions) for score in scores]
+        hits += [float(fetch(score.hits)) for score in scores]
+        positions += [float(fetch(score.positions)) for score in scores]
     return (hits / np.maximum(positions, 1)).round(5).tolist()
 
 
@@ -161,18 +164,21 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 def _prepare(
     directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
     keep: bool,
-) -> tuple[Rows, Rows]:  # fmt: skip
-    """Rows to train on and rows to check with, packed once and kept: those of another beginning are not."""
+) -> None:  # fmt: skip
+    """Pack rows to train on and rows to check with, once, and keep them: those of another beginning are not kept."""
     file = directory / "rows.npz"
     if not (keep and file.exists()):
         # One token more than the target reads: the last one is only predicted.
         train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez(out, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
-    with np.load(file) as kept:
+    if not _read_rows(directory)[0].counts.any():
+        raise RequestError("expected data with tokens to be predicted; its rows hold none")
+
+
+def _read_rows(directory: Path) -> tuple[Rows, Rows]:
+    with np.load(directory / "rows.npz") as kept:
         train, check = Rows(kept["ids"], kept["counts"]), Rows(kept["check_ids"], kept["check_counts"])
-    if not train.counts.any():
-        raise RequestError(f"expected data with tokens to be predicted; {len(train.ids)} rows hold none")
     return train, check
 
 
@@ -214,15 +220,20 @@ def _save(manager: Any, step: int, state: TrainState) -> None:
 
 
 class _Log:
-    """JSON lines, one a step; what an interrupted run wrote after its last checkpoint is dropped."""
+    """JSON lines, one a step, by the first process; what an interrupted run wrote after its last checkpoint is
+    dropped."""
 
     def __init__(self, path: Path, first: int):
+        self._path = path
+        if not is_first_process():
+            return
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) < first]
         write_text(path, "".join(line + "\n" for line in kept))
-        self._path = path
 
     def write(self, row: dict[str, Any]) -> None:
+        if not is_first_process():
+            return
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

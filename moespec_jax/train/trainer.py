@@ -19,7 +19,10 @@ from jaxtyping import Array, Float
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.decoder import Decoder
 from moespec_jax.draft import DraftHead
+from moespec_jax.model import RequestError
 from moespec_jax.moe import ExpertCompute
+from moespec_jax.placement import put_global
+from moespec_jax.processes import everywhere
 from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.rows import Rows
@@ -65,12 +68,20 @@ def initial_state(recipe: Recipe, head: DraftHead, mesh: Mesh) -> TrainState:
     """Before the first step, on every device of the mesh."""
     # Copies: the state is donated from step to step, and the target's own arrays must not go with it.
     head = jax.tree.map(jnp.copy, dataclasses.replace(head, target_ids=None))
-    return jax.device_put(TrainState(head, build_optimizer(recipe.optimizer).init(head)), NamedSharding(mesh, P()))
+    return everywhere(mesh, TrainState(head, build_optimizer(recipe.optimizer).init(head)))
 
 
 def data_mesh(batch: int) -> Mesh:
-    """As many devices as divide the batch among them, as one axis `data`."""
+    """As many devices as divide the batch among them, as one axis `data`.
+
+    Raises:
+        RequestError: there are several processes, and devices left over.
+    """
     count = max(n for n in range(1, len(jax.devices()) + 1) if batch % n == 0)
+    if count < len(jax.devices()) and jax.process_count() > 1:
+        raise RequestError(
+            f"expected a batch that the {len(jax.devices())} devices of all processes divide; got {batch}"
+        )
     return Mesh(np.array(jax.devices()[:count]), ("data",))
 
 
@@ -106,7 +117,7 @@ def evaluate_batch(
 
 def shard_batch(mesh: Mesh, batch: Rows) -> Rows:
     """Rows spread over the mesh."""
-    return jax.device_put(batch, NamedSharding(mesh, P("data")))
+    return Rows(*(put_global(part, NamedSharding(mesh, P("data"))) for part in batch))
 
 
 def finished_head(state: TrainState, target_ids: Array) -> DraftHead:
