@@ -36,7 +36,7 @@ def card_memory(rounds: dict[str, Any]) -> Table:
 
 def whole_models(rounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What each model takes on one device, by model."""
-    return {row["model"]: row for row in rounds["rows"] if row["devices"] == 1}
+    return {row["model"]: row for row in rounds["rows"]}
 
 
 def expert_copies(report: dict[str, Any]) -> Table:
@@ -75,9 +75,82 @@ def _compile_seconds(rounds: dict[str, Any], model: str, chip: str) -> str:
 
 
 # What makes each table, and of which results.
+def sizing(plan: dict[str, Any]) -> Table:
+    """Head and rows: one row a model and precision, one column a chip, with the smallest slice that holds it."""
+    rows = plan["rows"]
+    chips = list(dict.fromkeys(row["slice"].partition("-")[0] for row in rows))
+    found = []
+    for model, experts in dict.fromkeys((row["model"], row["experts"]) for row in rows):
+        cells = []
+        for chip in chips:
+            fitting = [
+                row
+                for row in rows
+                if (row["model"], row["experts"]) == (model, experts) and row["slice"].startswith(chip) and row["fits"]
+            ]
+            cells.append(_smallest(fitting[0]) if fitting else "none of these")
+        found.append([model, experts, *cells])
+    return ["model", "experts", *chips], found
+
+
+def _smallest(row: dict[str, Any]) -> str:
+    memory = f"**{row['slice']}**: {row['memory'] / 1e9:.1f} of {row['available'] / 1e9:.1f} GB"
+    if row["devices"] == 1:
+        return memory
+    moved = sum(size for _, size in row["collectives"].values()) / 1e6
+    return f"{memory} ({row['mesh'].removeprefix('data=1,')}), {moved:.0f} MB exchanged"
+
+
+def mesh_bytes(report: dict[str, Any]) -> Table:
+    """Head and rows: what one device of a slice holds, reads and exchanges, one row a budget and precision."""
+    found = []
+    for row in report["rows"]:
+        moved = ", ".join(f"{runs} {kind} ({size / 1e6:.1f} MB)" for kind, (runs, size) in row["collectives"].items())
+        mesh = " x ".join(str(size) for size in row["mesh"].values())
+        found.append(
+            [row["model"], f"{row['slice']}, {mesh}", row["experts"], row["budget"]]
+            + [f"{row['memory_gb']:.1f} of {row['hbm_gb']:.1f}", f"{row['expert_mb']:.0f}"]
+            + [f"{row['ideal_expert_mb']:.0f}", f"{row['expert_ratio']:.2f}", f"{row['pass_mb'] / 1e3:.2f}"]
+            + [moved or "none"]
+        )
+    head = ["model", "slice, mesh", "experts", "budget", "GB a device", "expert MB a layer", "ideal", "ratio"]
+    return [*head, "GB a verification", "collectives a round"], found
+
+
+def mesh_equality(report: dict[str, Any]) -> Table:
+    """Head and rows: whether every way to decode gives what one device gives, one row a family, a column a mesh."""
+    rows = report["rows"]
+    places = list(dict.fromkeys((row["mesh"], row["processes"]) for row in rows))
+    found = []
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = []
+        for place in places:
+            here = [row for row in rows if row["family"] == family and (row["mesh"], row["processes"]) == place]
+            cells.append(f"{sum(row['same'] for row in here)} of {len(here)}")
+        found.append([family, *cells])
+    names = [mesh if processes == 1 else f"{mesh}, {processes} processes" for mesh, processes in places]
+    return ["family", *names], found
+
+
+def int8_quality(report: dict[str, Any]) -> Table:
+    """Head and rows: one row of figures, with intervals over texts."""
+
+    def cell(name: str, form: str) -> str:
+        mean, low, high = (format(report[name][key], form) for key in ("mean", "low", "high"))
+        return f"**{mean}** ({low} to {high})"
+
+    perplexities = f"{report['perplexity_float32']:.3f}, {report['perplexity_int8']:.3f}"
+    row = [cell("kl", ".6f"), cell("same_first_choice", ".2%"), perplexities]
+    return ["divergence, nats", "same first choice", "perplexity, float32 and int8"], [row]
+
+
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "chip_memory": (chip_memory, ("tpu_verify.json", "tpu_speculate.json")),
     "card_memory": (card_memory, ("tpu_speculate.json",)),
     "embedded_pair": (embedded_pair, ("tpu_pair.json",)),
     "expert_copies": (expert_copies, ("gpu_compile.json",)),
+    "sizing": (sizing, ("plan.json",)),
+    "mesh_bytes": (mesh_bytes, ("tpu_mesh.json",)),
+    "int8_quality": (int8_quality, ("int8_quality.json",)),
+    "mesh_equality": (mesh_equality, ("meshes.json",)),
 }

@@ -2,10 +2,11 @@
 
     python -m benchmarks.meshes --out benchmarks/results
 
-decodes three prompts of unlike length as one batch, 24 tokens each, with tiny random models in float32 (tests/spread.py):
-plainly, with a tree of 20 tokens, by sampling, and with a budget of 4 of 8 experts, global and balanced. `same` says
-that tokens, rounds, acceptance by depth and the counts of experts are those of one device. `experts_slowest` is what the
-busiest device read per layer and pass, of what was read in all. Devices are virtual ones of a CPU: no times.
+decodes three prompts of unlike length as one batch, 24 tokens each, with tiny random models in float32
+(tests/spread.py): plainly, with a tree of 20 tokens, by sampling, and with a budget of 4 of 8 experts, global and
+balanced. `same` says that tokens, rounds, acceptance by depth and the counts of experts are those of one device.
+`experts_slowest` is what the busiest device read per layer and pass, of what was read in all. Devices are virtual ones
+of a CPU: no times.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from devices import results
-from spread import FAMILIES, WAYS
+from devices import results  # pyright: ignore[reportMissingImports]
+from spread import FAMILIES, WAYS  # pyright: ignore[reportMissingImports]
 
 from moespec_jax.mesh import parse_mesh
 from moespec_jax.results import versions

@@ -15,7 +15,7 @@ from benchmarks import choosing_tables, device_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("budgets", "choosing", "extending", "gpu", "tpu")
+DOCS = ("budgets", "choosing", "devices", "extending", "gpu", "tpu")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
 
 

@@ -14,27 +14,21 @@ activations: see `tpu_hlo.py`. Where VMEM has room for the head's cache (v6e), i
 its way back to where it was counts as a copy. The activations are the attention scores of a tree
 (`slots` on v5p).
 
-A target that fits no single chip of a kind is spread over several by the compiler (tensor sharding, `tpu_shards.py`),
-under `slots`, because a Pallas kernel cannot be split this way. The library itself distributes nothing here, and this
-is no proposal how to: every distinct expert of every layer ends in an exchange between the chips. Collectives are
-counted as they stand in the program, those in a loop once.
+What several chips hold and exchange: `tpu_mesh.py`.
 """
 
 import argparse
 import json
-import re
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from benchmarks.tpu_hlo import large_values
-from benchmarks.tpu_shards import make_mesh, parameter_shardings, state_shardings
 from benchmarks.tpu_table import speculation_table
 from moespec_jax.accept import accept_rule
 from moespec_jax.backend import BACKENDS
@@ -42,10 +36,9 @@ from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.cache import empty_cache
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decode import DecodeState, Settings
-from moespec_jax.draft import DraftHead, empty_draft_cache
-from moespec_jax.draft_tensors import build_head, draft_table
+from moespec_jax.draft import empty_draft_cache
 from moespec_jax.families import read_config
-from moespec_jax.parameters import abstract_decoder, final_shape
+from moespec_jax.parameters import abstract_decoder
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -59,6 +52,7 @@ from moespec_jax.plan.ahead import (
     versions,
     with_layers,
 )
+from moespec_jax.plan.program import abstract_head
 from moespec_jax.sample import SamplingConfig
 from moespec_jax.shapes import MODELS, draft_config
 from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds
@@ -66,13 +60,6 @@ from moespec_jax.speculate import SpeculationSettings, SpeculationState, Specula
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
 BUDGETS: dict[str, float | None] = {"none": None, "N/4": 0.25}
 SAMPLINGS = {"greedy": SamplingConfig(), "sampled": SamplingConfig(temperature=1.0, top_p=0.9)}
-
-# What differs between the models' draft heads: as in SpecForge's configuration for Qwen3, assumed for OLMoE.
-
-# The topology whose chips, all of them, a target needs where one chip is too small.
-MESHES = {("Qwen3-30B-A3B", "v5e"): "v5e:2x4", ("Qwen3-30B-A3B", "v6e"): "v6e:2x2"}
-
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Case(NamedTuple):
@@ -114,17 +101,17 @@ def main() -> None:
 
 
 def all_cases() -> list[Case]:
-    """Two models on every chip with every back-end and tree, greedily; one that samples; some with a budget."""
+    """Two models on every chip that holds them with every back-end and tree, greedily; one that samples; some with a
+    budget."""
     cases = [
         Case(model, chip, backend, tree)
-        for model in ("OLMoE-1B-7B", "Qwen3-30B-A3B")
-        for chip in TOPOLOGIES
-        for backend in (("slots",) if (model, chip) in MESHES else ("pallas", "slots"))
+        for model, chips in (("OLMoE-1B-7B", list(TOPOLOGIES)), ("Qwen3-30B-A3B", ["v5p"]))
+        for chip in chips
+        for backend in ("pallas", "slots")
         for tree in TREES
     ]
     budgeted = [
         *(Case("OLMoE-1B-7B", chip, "pallas", "tree", budget="N/4") for chip in TOPOLOGIES),
-        Case("Qwen3-30B-A3B", "v5e", "slots", "tree", budget="N/4"),
         Case("Qwen3-30B-A3B", "v5p", "pallas", "tree", budget="N/4"),
         Case("Mixtral-8x7B", "v5p", "pallas", "tree", budget="N/4"),
     ]
@@ -144,7 +131,6 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
     copies, activations = large_values(program.hlo, copyable_sizes(config, (params, caches)))
     return {
         **case._asdict(),
-        "devices": device_count(case),
         "layers": config.num_hidden_layers,
         "weights_gb": round(local_bytes(params) / 1e9, 2),
         "arguments_gb": round(program.argument_bytes / 1e9, 2),
@@ -154,7 +140,6 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
         "cache_aliased": program.alias_bytes >= local_bytes(caches),
         "large_copies": copies,
         "large_activations": activations,
-        "collectives": collectives(program.hlo),
         "compile_s": round(program.compile_s, 1),
     }
 
@@ -162,19 +147,14 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
 def compile_rounds(
     config: DecoderConfig, draft: DraftConfig, case: Case, params: Speculator, state: SpeculationState
 ) -> Program:
-    """Compile for the devices of the arguments; the state is donated, and comes back where it was."""
+    """Compile for the device of the arguments; the state is donated."""
     tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
     backend = BACKENDS[case.backend]
     target = Settings(config, sampling, backend.compute(config.hidden_act), backend.attention)
     budget = budget_rule(config, BUDGETS[case.budget])
     settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path), budget)
-    held = jax.tree.map(lambda leaf: leaf.sharding, state)
-    whole = state.taps.sharding
-    run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1, out_shardings=(held, whole))
-    rounds = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    mesh = whole.mesh if isinstance(whole, NamedSharding) else None
-    with jax.set_mesh(mesh) if isinstance(mesh, Mesh) else nullcontext():
-        return compile_lowered(run.lower(params, state, rounds))
+    run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1)
+    return compile_lowered(run.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=state.taps.sharding)))
 
 
 def budget_rule(config: DecoderConfig, experts: float | None) -> BudgetConfig | None:
@@ -183,15 +163,10 @@ def budget_rule(config: DecoderConfig, experts: float | None) -> BudgetConfig | 
 
 
 def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[Speculator, SpeculationState]:
-    """Parameters and state without memory behind them, placed on one chip or spread over a mesh."""
+    """Parameters and state without memory behind them, on one chip."""
     params = Speculator(abstract_decoder(config, BACKENDS[case.backend], DTYPE), abstract_head(draft))
-    state = abstract_state(config, draft, TREES[case.tree])
-    topology = MESHES.get((case.model, case.chip))
-    if topology is None:
-        sharding = SingleDeviceSharding(devices(case.chip)[0])
-        return placed(params, sharding), placed(state, sharding)
-    mesh = make_mesh(devices(case.chip, topology), config.num_key_value_heads)
-    return placed(params, parameter_shardings(mesh, params)), placed(state, state_shardings(mesh, state))
+    sharding = SingleDeviceSharding(devices(case.chip)[0])
+    return placed(params, sharding), placed(abstract_state(config, draft, TREES[case.tree]), sharding)
 
 
 def abstract_state(config: DecoderConfig, draft: DraftConfig, tree: TreeConfig) -> SpeculationState:
@@ -206,25 +181,6 @@ def abstract_state(config: DecoderConfig, draft: DraftConfig, tree: TreeConfig) 
         return SpeculationState(decoding, empty_draft_cache(draft, 1, SLOTS, DTYPE), taps, expected_reach(tree))
 
     return jax.eval_shape(make)
-
-
-def abstract_head(draft: DraftConfig) -> DraftHead:
-    """A head without memory behind it."""
-    leaves = {t.path: jax.ShapeDtypeStruct(final_shape(t), jnp.dtype(DTYPE)) for t in draft_table(draft).values()}
-    ids = jax.ShapeDtypeStruct((draft.draft_vocab_size,), jnp.dtype(jnp.int32))
-    return build_head(draft, leaves | {("target_ids",): ids})
-
-
-def device_count(case: Case) -> int:
-    """How many chips share the program."""
-    topology = MESHES.get((case.model, case.chip))
-    return 1 if topology is None else len(devices(case.chip, topology))
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """How often each kind of exchange between chips stands in the program; a started one counts once."""
-    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", hlo)) for kind in _COLLECTIVES}
-    return {kind: count for kind, count in counts.items() if count}
 
 
 if __name__ == "__main__":

@@ -63,20 +63,18 @@ def speculation_table(report: dict[str, Any]) -> str:
         "# A speculative round under the TPU compiler\n",
         "Made by `benchmarks/tpu_speculate.py`, whose top explains every column. The whole round is one program: draft,"
         f" verify, accept, keep, in one `lax.while_loop`. {versions}; {report['dtype']}, batch 1, caches of"
-        f" {report['slots']} slots; trees as size/depth/top-k: {trees}. Several chips: tensor sharding by the compiler."
-        " Nothing was run.\n",
-        "| model | chips | back-end | tree | budget | GB per chip | temp MB | caches in place | large copies |"
-        " large activations | collectives | compile s |",
-        "|" + " --- |" * 12,
+        f" {report['slots']} slots; trees as size/depth/top-k: {trees}; one chip. Nothing was run.\n",
+        "| model | chip | back-end | tree | budget | GB | temp MB | caches in place | large copies |"
+        " large activations | compile s |",
+        "|" + " --- |" * 11,
     ]
     for row in report["rows"]:
         drawn = "" if row["sampling"] == "greedy" else f", {row['sampling']}"
         lines.append(
-            f"| {row['model']} | {row['devices']} x {row['chip']} | {row['backend']} | {row['tree']}{drawn} |"
+            f"| {row['model']} | {row['chip']} | {row['backend']} | {row['tree']}{drawn} |"
             f" {row['budget']} | {row['memory_gb']:.2f} | {row['temp_mb']:.1f} |"
             f" {'yes' if row['cache_aliased'] else 'no'} | {_summary(row['large_copies'])} |"
-            f" {_summary(row['large_activations'])} |"
-            f" {_exchanges(row['collectives'])} | {row['compile_s']:.0f} |"
+            f" {_summary(row['large_activations'])} | {row['compile_s']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -102,7 +100,3 @@ def verification_table(report: dict[str, Any]) -> str:
             f" {_summary(row['large_copies'])} | {_summary(row['large_activations'])} | {row['compile_s']:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _exchanges(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "-"

@@ -33,6 +33,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise RequestError("expected the TPU compiler, which needs no TPU: pip install libtpu")
     # It sets JAX up to plan for TPUs, so not before it is known that this is wanted.
+    from moespec_jax.plan.ahead import versions
     from moespec_jax.plan.sizing import SLICES
 
     if unknown := [name for name in arguments.slices or () if name not in SLICES]:
@@ -41,7 +42,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for row in _rows(arguments, arguments.slices or list(SLICES)):
         rows.append(row)
         print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
-    report = json.dumps({"length": arguments.max_length, "batch": arguments.batch, "rows": rows}, indent=1) + "\n"
+    about = {"versions": versions(), "length": arguments.max_length, "batch": arguments.batch}
+    report = json.dumps(about | {"rows": rows}, indent=1) + "\n"
     if arguments.out is not None:
         write_text(arguments.out, report)
     write_output(report if arguments.json else table(rows) + "\n")
