@@ -5,6 +5,7 @@ from moespec_jax.budget_config import BudgetConfig, BudgetWarning
 from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.config import DecoderConfig, RopeConfig, TreeConfig
 from moespec_jax.loading import load
+from moespec_jax.mesh import MeshConfig
 from moespec_jax.model import Model, RequestError
 from moespec_jax.profile import read_profile
 from moespec_jax.results import PromptResult, RunResult
@@ -19,6 +20,7 @@ __all__ = [
     "BudgetWarning",
     "CheckpointError",
     "DecoderConfig",
+    "MeshConfig",
     "Model",
     "PromptResult",
     "RequestError",

@@ -54,7 +54,7 @@ def restrict(rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: b
     order = sorted(range(total), key=lambda e: (-first[e], -scores[e], e))
     ranked = [scores[e] for e in order]
     count = min(max(size(rule, ranked), k), bound)
-    shortlist = order[:count]
+    shortlist = in_groups(rule, order, count)
     weights, live, replaced = [], [], []
     for t in range(tokens):
         kept = sum(natural[t][e] for e in own[t] if e in shortlist)
@@ -68,8 +68,18 @@ def restrict(rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: b
     live = [all(live[a] for a in rows.ancestors[t]) for t in range(tokens)]
     weights = [weights[t] if live[t] else {} for t in range(tokens)]
     kept = math.fsum(scores[e] for e in shortlist) / (math.fsum(scores) or 1.0)
-    gaps = [gap(first, ranked, order, count), *(token_gap(g[t], own[t], shortlist, k) for t in valid(rows))]
+    # In groups, ranks decide far below the number of experts used.
+    deep = count if rule.groups == 1 else total
+    gaps = [gap(first, ranked, order, deep), *(token_gap(g[t], own[t], shortlist, k) for t in valid(rows))]
     return Outcome(shortlist, weights, kept, replaced, live, min(gaps))
+
+
+def in_groups(rule: BudgetConfig, order: list[int], count: int) -> list[int]:
+    """Of the ranked experts, an equal number of the best of each group of consecutive ones: the first of every group,
+    the second of every group, and so on."""
+    size, each = len(order) // rule.groups, math.ceil(count / rule.groups)
+    best = [[e for e in order if e // size == group][:each] for group in range(rule.groups)]
+    return [one[place] for place in range(each) for one in best]
 
 
 def valid(rows: Rows) -> list[int]:

@@ -135,6 +135,20 @@ def test_rules_are_what_the_oracle_says(number: int) -> None:
     assert decided > 0.8 * drawn
 
 
+@pytest.mark.parametrize(("router", "groups"), [("olmoe", 8), ("qwen3_moe", 4), ("qwen2_moe", 3), ("mixtral", 4)])
+def test_balanced_budgets_are_what_the_oracle_says(router: str, groups: int) -> None:
+    """Divided among groups of experts: no group has more than its share, however far apart their scores are."""
+    total, k, _ = ROUTERS[router]
+    bound, decided, drawn = max(k, total // 3), 0, 0
+    for names in (dict(), dict(anchor="root", size="mass"), dict(coverage="guarantee", size="rank")):
+        rule = BudgetConfig((k, bound, k, k), groups=groups, faithfulness=0.4, **names)
+        assert rule.slots == -(-bound // groups) * groups
+        for seed in range(DRAWS):
+            drawn += 1
+            decided += check(rule, router, bound, seed)
+    assert decided > 0.5 * drawn
+
+
 def same(a: Any, b: Any) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
@@ -183,6 +197,13 @@ def test_budgets_out_of_range_are_refused(experts: Any) -> None:
         resolve(BudgetConfig(experts), config_of("olmoe"))
 
 
+def test_groups_divide_the_experts() -> None:
+    with pytest.raises(ValueError, match=r"expected a budget's groups to divide the 64 experts; got 3"):
+        resolve(BudgetConfig(16, groups=3), config_of("olmoe"))
+    with pytest.raises(ValueError, match=r"expected a budget of at least one group of experts, got 0"):
+        BudgetConfig(16, groups=0)
+
+
 @pytest.mark.parametrize("name", ["mass", "guarantee", "faithfulness"])
 def test_shares_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"budget's {name} from 0 to 1, got 1.5"):
@@ -205,4 +226,6 @@ def test_what_is_exact() -> None:
     faithful: dict[str, Any] = dict(faithfulness=1.0, coverage="guarantee")
     assert exact(2, experts=16, **faithful) and not exact(3, experts=16, **faithful)
     assert exact(1, experts=16, **faithful, size="mass") and not exact(2, experts=16, **faithful, size="mass")
+    # What the root wants may lie in one group.
+    assert not exact(1, experts=8, faithfulness=1.0, anchor="root", groups=2)
     assert exact(1, experts=8, faithfulness=1.0, anchor="root") and not exact(1, experts=8, faithfulness=1.0)
