@@ -1,5 +1,6 @@
 """A hostile environment for every test: no silent promotion of rank or dtype, full matmul precision, CPU only."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def fast_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `jax.jit` of a test compiles quickly and runs slowly, whoever calls it; programs are kept in this cache."""
+    from driver import FAST_COMPILE
+
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 
 
 @pytest.fixture

@@ -6,13 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from driver import fast_jit
 from tiny_pair import write_pair
 
 from moespec_jax import Model, RequestError, TreeConfig, load
 from moespec_jax.accept import Accepted, accept_greedy
-from moespec_jax.decoder import forward
+from moespec_jax.decoder import Decoder, forward, unembed
 from moespec_jax.speculate import SpeculationSettings
 from moespec_jax.tree import Tree
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 PROMPT, TREE, NEW = [[5, 17, 9, 200]], TreeConfig(depth=1, top_k=2, size=5), 24
 
@@ -38,12 +41,17 @@ def test_an_acceptance_rule_decides_what_is_emitted(model: Model) -> None:
     """Second choices, one a round, as one-token passes over what was emitted so far give them."""
     got = tokens(model, tree=TREE, adapt=lambda settings: settings._replace(accept=runner_up))
     sequence = list(PROMPT[0]) + tokens(model, tree=None)[:1]  # the first token is drawn before any round
-    while len(sequence) < len(PROMPT[0]) + 4:
-        ids, count = jnp.asarray([sequence], jnp.int32), len(sequence)
-        positions = jnp.arange(count, dtype=jnp.int32)[None, :]
-        mask, compute = jnp.tril(jnp.ones((1, count, count), bool)), model.backend.compute(model.config.hidden_act)
-        hidden, _, _ = forward(model.config, model.params, ids, positions, mask, None, compute)
-        sequence.append(int(jnp.argsort(hidden[0, -1] @ model.params.lm_head.T)[-2]))  # pyright: ignore
+    whole = len(PROMPT[0]) + 4
+    mask, compute = jnp.tril(jnp.ones((1, whole, whole), bool)), model.backend.compute(model.config.hidden_act)
+
+    @fast_jit
+    def logits(params: Decoder, ids: jax.Array) -> jax.Array:
+        positions = jnp.arange(whole, dtype=jnp.int32)[None, :]
+        return unembed(params, forward(model.config, params, ids, positions, mask, None, compute)[0])[0]
+
+    while len(sequence) < whole:
+        ids = jnp.asarray([sequence + [0] * (whole - len(sequence))], jnp.int32)  # no token sees what comes after it
+        sequence.append(int(jnp.argsort(logits(model.params, ids)[len(sequence) - 1])[-2]))
     assert got[:4] == sequence[len(PROMPT[0]) :]
 
 

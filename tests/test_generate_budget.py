@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from tiny_pair import run_json, write_pair
 
@@ -17,9 +16,7 @@ PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]
 TREE = ["--tree-depth", "3", "--tree-top-k", "8", "--tree-size", "40"]
 
 
-@pytest.fixture(autouse=True)
-def _keep_the_tests_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module")

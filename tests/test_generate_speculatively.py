@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from tiny_pair import run_json, write_pair
 
@@ -16,9 +15,7 @@ NEW = 24
 PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]
 
 
-@pytest.fixture(autouse=True)
-def _keep_the_tests_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from tiny_pair import run_json, write_pair
 
@@ -14,9 +13,7 @@ from moespec_jax.profile import FORMAT, write_profile
 TREE, BUDGET = TreeConfig(2, 3, 8), BudgetConfig(6, anchor="root", faithfulness=0.3)
 
 
-@pytest.fixture(autouse=True)
-def _keep_the_tests_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.mark.parametrize("budget", [None, BUDGET, BudgetConfig(0.25), BudgetConfig((4, 6, 8))])

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from tiny_pair import write_pair
@@ -25,9 +24,7 @@ PROMPTS = [[5, 17, 9, 30, 2], [40, 41, 42, 7, 8, 9, 1], [3, 3, 3, 60]]
 TREES = [TreeConfig(2, 3, 8), TreeConfig(2, 3, 5), TreeConfig(1, 3, 12), TreeConfig(0, 3, 4), TreeConfig(2, 3, 22)]
 
 
-@pytest.fixture(autouse=True)
-def _keep_the_tests_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 @pytest.fixture(scope="module")
