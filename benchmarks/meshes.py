@@ -12,6 +12,7 @@ of a CPU: no times.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from moespec_jax.mesh import parse_mesh
 from moespec_jax.results import versions
 
 MESHES = ("data=8", "expert=8", "tensor=8", "data=2,expert=2,tensor=2")
+# What several processes decode.
+SHARED = ("tree", "global")
 COMPARED = ("tokens", "accepted", "rounds", "experts_wanted", "experts_read")
 
 
@@ -35,10 +38,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for family in options.families:
-        for processes, meshes in ((1, MESHES), (2, MESHES[-1:]), (4, MESHES[-1:])):
-            found = results(["tests/spread.py", family, "--mesh", *meshes], devices=8 // processes, processes=processes)
+        for processes, meshes, ways in ((1, MESHES, WAYS), (2, MESHES[-1:], SHARED), (4, MESHES[-1:], SHARED)):
+            command = ["tests/spread.py", family, "--mesh", *meshes, "--ways", *ways]
+            found = results(command, devices=8 // processes, processes=processes)
             assert all(one == found[0] for one in found)
-            new = [row for mesh in meshes for row in compared(family, processes, mesh, found[0])]
+            new = [row for mesh in meshes for row in compared(family, processes, mesh, ways, found[0])]
             print(json.dumps(new), file=sys.stderr, flush=True)
             rows += new
     report = {"versions": versions(), "dtype": "float32", "rows": rows}
@@ -51,10 +55,12 @@ def main() -> None:
         sys.exit("expected all to be the same; some are not")
 
 
-def compared(family: str, processes: int, mesh: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(
+    family: str, processes: int, mesh: str, ways: Sequence[str], found: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row for each way to decode."""
     rows = []
-    for way in WAYS:
+    for way in ways:
         here = found[mesh][way]
         one = found[f"one/{way}{parse_mesh(mesh).expert if way == 'balanced' else ''}"]
         row = {"family": family, "processes": processes, "mesh": mesh, "way": way}

