@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from moespec_jax.process_flags import join_processes
 from moespec_jax.processes import is_first_process
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
+from moespec_jax.rounds import RoundInfo
 from moespec_jax.statistics import statistics_table
 from moespec_jax.text import TextStream, chat_prompt
 from moespec_jax.trace import tracing
@@ -55,7 +55,9 @@ def _run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         simulate_accept_length=arguments.simulate_accept_length,
     )
-    with tracing(arguments.trace if speaks or arguments.trace is None else os.devnull) as on_round:
+    with tracing(arguments.trace if speaks else None) as writes:
+        # All processes stop after every round, if one does.
+        on_round = writes if speaks or arguments.trace is None else _trace_elsewhere
         result = generate(tree=tree, budget=budget, on_tokens=streams, on_round=on_round)
     comparison = compare(generate, tree, budget) if arguments.compare else None
     if arguments.json:
@@ -65,6 +67,10 @@ def _run(arguments: argparse.Namespace) -> None:
     streams.finish() if streams else _print_batch(texts, result)
     if speaks:
         print(statistics_table(model, result, comparison), file=sys.stderr)
+
+
+def _trace_elsewhere(number: int, info: RoundInfo) -> None:
+    """Of several processes, the first writes."""
 
 
 class _Printer:

@@ -19,12 +19,14 @@ def test_generation(tmp_path: Path) -> None:
     flags = [*write_pair(tmp_path, 8), "--prompt-ids", "5,17,9", "--json", "--tree-depth", "1", "--tree-top-k", "3"]
     command = ["-m", "moespec_jax.generate", *flags]
     (alone,) = run_processes(command, devices=1)
-    first, second = run_processes([*command, "--mesh", "expert=2"], devices=1, processes=2)
+    traced = tmp_path / "rounds.jsonl"
+    first, second = run_processes([*command, "--mesh", "expert=2", "--trace", str(traced)], devices=1, processes=2)
     assert alone.returncode == first.returncode == second.returncode == 0, first.stderr[-2000:] + second.stderr[-2000:]
     here, there = json.loads(alone.stdout), json.loads(first.stdout)
     assert there["prompts"] == here["prompts"] and second.stdout == ""
     assert there["mesh"] == {"data": 1, "expert": 2, "tensor": 1} and here["mesh"] is None
     assert there["experts_slowest"] < there["experts_loaded"]
+    assert len(traced.read_text().splitlines()) == there["prompts"][0]["rounds"]
 
 
 @pytest.mark.parametrize("processes", [2, 4])
