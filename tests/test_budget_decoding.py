@@ -161,9 +161,10 @@ def test_faithful_budgets_are_exact(experts: Any) -> None:
     assert run.sums["experts_read"] / run.rounds <= np.mean(resolve(rule, config).experts)
 
 
-def test_faithful_budgets_are_exact_in_distribution_too() -> None:
+def test_faithful_budgets_are_exact_in_distribution_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without a budget (`test_speculate.py`): three tokens against enumerated probabilities, every tree under a
     budget of its own, of half the experts."""
+    test_speculate.just_enough_room(monkeypatch)
     sampling, rows, seeds, new = SamplingConfig(2.0), 2048, 12, 3
     tiny = test_speculate.pair(vocab_size=7)
     expected = test_speculate.probabilities(tiny, sampling, PROMPTS[0], new)

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from driver import fast_jit
 from speculation import FastPrograms
 from tiny_pair import write_pair
 
 from moespec_jax import BudgetConfig, TreeConfig, load
 from moespec_jax.attention import causal_mask
-from moespec_jax.decoder import forward, unembed
+from moespec_jax.decoder import Decoder, forward, unembed
 from moespec_jax.fidelity import Texts, interval, summary
 from moespec_jax.model import Model
 
@@ -28,12 +29,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def direct(model: Model, text: list[int]) -> np.ndarray:
     """Log-probability of every token after the first, by one pass over the whole text."""
-    ids = jnp.asarray(text, jnp.int32)[None, :]
-    positions = jnp.arange(len(text), dtype=jnp.int32)[None, :]
-    compute, mask = model.backend.compute(model.config.hidden_act), causal_mask(positions, len(text))
-    hidden, _, _ = forward(model.config, model.params, ids, positions, mask, None, compute)
-    told = jax.nn.log_softmax(unembed(model.params, hidden), axis=-1)[0]
-    return np.array([told[i, token] for i, token in enumerate(text[1:])])
+
+    def told(params: Decoder, ids: jax.Array) -> jax.Array:
+        positions = jnp.arange(len(text), dtype=jnp.int32)[None, :]
+        compute, mask = model.backend.compute(model.config.hidden_act), causal_mask(positions, len(text))
+        hidden, _, _ = forward(model.config, params, ids, positions, mask, None, compute)
+        return jax.nn.log_softmax(unembed(params, hidden), axis=-1)[0]
+
+    log_p = np.asarray(fast_jit(told)(model.params, jnp.asarray(text, jnp.int32)[None, :]))
+    return np.array([log_p[i, token] for i, token in enumerate(text[1:])])
 
 
 def random_texts() -> list[list[int]]:
