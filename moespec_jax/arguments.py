@@ -50,14 +50,15 @@ def load_asked(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> 
     )
 
 
-def mesh_of(arguments: argparse.Namespace) -> MeshConfig | None:
+def mesh_of(arguments: argparse.Namespace) -> MeshConfig | Literal["auto"] | None:
     """The mesh of `--mesh`, None without one, or where a command line has no such flag.
 
     Raises:
         RequestError: it is no mesh.
     """
     try:
-        return parse_mesh(text) if (text := getattr(arguments, "mesh", None)) is not None else None
+        text = getattr(arguments, "mesh", None)
+        return text if text in (None, "auto") else parse_mesh(text)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -84,7 +84,7 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
         "--mesh",
         metavar="data=1,expert=4,tensor=2",
         help="spread sequences (data), each layer's experts (expert) and each expert's width (tensor) over devices;"
-        " attention and output head over expert and tensor together (default: one device)",
+        " attention and output head over expert and tensor together; auto: over all there are (default: one device)",
     )
     add_process_flags(group)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters
 from moespec_jax.config import DecoderConfig
 from moespec_jax.draft_checkpoint import LoadedDraft, load_draft, share_embedding
 from moespec_jax.hub import locate
-from moespec_jax.mesh import MeshConfig, make_mesh
+from moespec_jax.mesh import MeshConfig, best_mesh, make_mesh
 from moespec_jax.model import Model, RequestError
 from moespec_jax.placement import Placement, decoder_placement, head_placement, place_head, with_repeated_heads
 from moespec_jax.programs import Programs
@@ -34,7 +35,7 @@ def load(
     dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     quantization: Quantization | None = None,
-    mesh: MeshConfig | None = None,
+    mesh: MeshConfig | Literal["auto"] | None = None,
     progress: bool = False,
     check: Callable[[DecoderConfig], object] | None = None,
 ) -> Model:
@@ -44,7 +45,8 @@ def load(
     one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
     The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
     `quantization` keeps routed experts in int8, which changes what comes out a little.
-    `mesh` spreads model and head over that many devices, the first there are; every process of several must load.
+    `mesh` spreads model and head over that many devices, the first there are, or, "auto", over all as suits the model;
+    every process of several must load.
     `check` is called with the model's settings before anything large is read, and may raise.
 
     Raises:
@@ -86,9 +88,10 @@ def load(
     return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
 
 
-def _placement(config: DecoderConfig, mesh: MeshConfig) -> Placement:
+def _placement(config: DecoderConfig, mesh: MeshConfig | Literal["auto"]) -> Placement:
     try:
-        return decoder_placement(config, make_mesh(mesh))
+        sizes = best_mesh(config, len(jax.devices())) if mesh == "auto" else mesh
+        return decoder_placement(config, make_mesh(sizes))
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -1,13 +1,17 @@
 """On a mesh of devices, and in several processes, what comes out is what one device gives: token for token, and in all
 that is told of it. Every family on every mesh: `python -m benchmarks.meshes`; here, each family on one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from devices import results
+from tiny import write_tiny
 
+from moespec_jax.backend import BACKENDS
 from moespec_jax.config import DecoderConfig
 from moespec_jax.families import read_config
+from moespec_jax.loading import load
 from moespec_jax.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
 from moespec_jax.shapes import MODELS
 
@@ -69,6 +73,15 @@ def test_meshes_are_read(text: str, mesh: MeshConfig) -> None:
 def test_what_is_no_mesh_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected a mesh as data=1,expert=4,tensor=2"):
         parse_mesh(text)
+
+
+def test_all_devices_are_taken_as_suits_the_model(tmp_path: Path) -> None:
+    """Here that is one, on which a mesh of one gives what no mesh gives."""
+    directory = str(write_tiny(tmp_path))
+    spread, plain = load(directory, mesh="auto"), load(directory, backend=BACKENDS["slots"])
+    results = [model.generate([[5, 6, 7]], max_new_tokens=4) for model in (spread, plain)]
+    assert results[0].mesh == dict(data=1, expert=1, tensor=1) and results[1].mesh is None
+    assert results[0].prompts == results[1].prompts
 
 
 def config(name: str, **changes: Any) -> DecoderConfig:

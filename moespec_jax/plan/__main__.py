@@ -55,6 +55,7 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
     from moespec_jax.plan.sizing import Load, size_up
 
     tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
+    mesh = None if mesh == "auto" else mesh
     for name in arguments.model:
         target = config_of(name)
         load = Load(target, draft_config(name, target), tree, arguments.max_length, arguments.batch, budget, mesh)
