@@ -191,7 +191,7 @@ def states_after(method: Method, rounds: Iterable[int]) -> list[SpeculationState
     found: list[SpeculationState] = []
 
     class Watching(FastPrograms):
-        def run(self, function: Any, settings: Any, params: Any, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        def run(self, function: Any, settings: Any, params: Any, *arguments: Any, **options: Any) -> Any:
             out = super().run(function, settings, params, *arguments)
             if function.__name__ == "speculation_rounds":
                 found.append(out[0])

@@ -1,5 +1,6 @@
 """Tuning: acceptance replayed against decoding, the cost's fit against known prices, and the search end to end."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from tiny_pair import write_pair
 
-from moespec_jax import TreeConfig, load, read_profile
+from moespec_jax import TreeConfig, arguments, load, read_profile
+from moespec_jax.backend import Backend
 from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.experts.dense import dense_experts
 from moespec_jax.model import Model
 from moespec_jax.prompt_sets import continued
 from moespec_jax.timing import Setting
@@ -19,6 +22,8 @@ from moespec_jax.tune.cost import Cost, Measured, fit, interpolate_experts, term
 from moespec_jax.tune.replay import path_ranks, replay
 from moespec_jax.tune.search import Bound
 
+# Smaller programs: which tree is taken does not depend on how experts are computed.
+DENSE = Backend("dense", "flat", False, dense_experts)
 NEW = 16
 PROMPTS = [[5, 17, 9, 30, 2], [40, 41, 42, 7, 8, 9, 1], [3, 3, 3, 60]]
 TREES = [TreeConfig(2, 3, 8), TreeConfig(2, 3, 5), TreeConfig(1, 3, 12), TreeConfig(0, 3, 4), TreeConfig(2, 3, 22)]
@@ -35,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(pair: list[str]) -> Model:
-    return load(pair[1], pair[3])
+    return load(pair[1], pair[3], backend=DENSE)
 
 
 def test_replayed_acceptance_is_that_of_decoding(model: Model) -> None:
@@ -112,6 +117,7 @@ FLAGS = [
 
 
 def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "load", functools.partial(load, backend=DENSE))
     monkeypatch.setattr(searching, "FINALISTS", 3)
     monkeypatch.setattr(searching, "ANCHORS", [TreeConfig(0, 1, 2), TreeConfig(2, 3, 6)])
     monkeypatch.setattr(searching, "BUDGETED_ANCHORS", [TreeConfig(2, 3, 6)])
