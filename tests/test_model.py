@@ -17,6 +17,8 @@ from moespec_jax.backend import BACKENDS
 from moespec_jax.decoder import forward, unembed
 from moespec_jax.model import Model, RequestError
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PROMPTS = [[5, 17, 9], [40] * 3 + list(range(60, 72)), [7], [200, 3, 3, 8, 41]]  # all of one bucket
 
 
