@@ -12,7 +12,7 @@ from typing import NoReturn
 from moespec_jax.files import CheckpointError, read_json, write_json, writing
 from moespec_jax.model import RequestError
 from moespec_jax.orbax_io import quiet_orbax
-from moespec_jax.processes import is_first_process, wait_for_all
+from moespec_jax.processes import all_or_none, is_first_process
 
 DTYPES = ("float32", "float16", "bfloat16")
 MARK = ".incomplete-conversion"
@@ -68,19 +68,19 @@ def whole_directory(output: Path) -> Iterator[Path]:
     """
     output = output.absolute()
     workplace = output.with_name(output.name + ".incomplete")
-    if is_first_process():
-        _make_workplace(output, workplace)
-    wait_for_all("workplace")
+    with all_or_none():
+        if is_first_process():
+            _make_workplace(output, workplace)
     try:
-        with writing(output):
+        with all_or_none(), writing(output):
             yield workplace
-        wait_for_all("written")
         if is_first_process():
             os.replace(workplace, output)
             (output / MARK).unlink()
     except BaseException:
-        with contextlib.suppress(OSError):
-            _remove(workplace)
+        if is_first_process():
+            with contextlib.suppress(OSError):
+                _remove(workplace)
         raise
 
 

@@ -58,7 +58,9 @@ def mesh_of(arguments: argparse.Namespace) -> MeshConfig | Literal["auto"] | Non
     """
     try:
         text = getattr(arguments, "mesh", None)
-        return text if text in (None, "auto") else parse_mesh(text)
+        if text is None or text == "auto":
+            return text
+        return parse_mesh(text)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -1,6 +1,7 @@
 """Generate text: `python -m moespec_jax.generate`. Without arguments, the embedded pair on a built-in prompt."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,9 +13,10 @@ from tokenizers import Tokenizer
 from moespec_jax.arguments import chosen, load_asked
 from moespec_jax.command import run_command, write_output
 from moespec_jax.compare import compare
-from moespec_jax.generate_arguments import build_parser, refuse_flags
+from moespec_jax.generate_arguments import build_parser, refuse_flags, refuse_processes
+from moespec_jax.model import RequestError
 from moespec_jax.process_flags import join_processes
-from moespec_jax.processes import is_first_process
+from moespec_jax.processes import all_or_none, is_first_process, same_everywhere
 from moespec_jax.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.results import RunResult
 from moespec_jax.rounds import RoundInfo
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     refuse_flags(arguments)
     join_processes(arguments)
+    refuse_processes(arguments)
     tree, budget = chosen(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load_asked(arguments, budget)
@@ -41,6 +44,8 @@ def _run(arguments: argparse.Namespace) -> None:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
     # A chat template writes the special tokens itself.
     prompts = [model.encode(text, special_tokens=not arguments.chat) for text in texts] + ids
+    if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed])):
+        raise RequestError("expected the same prompts and flags in all processes; they differ")
     alone = not arguments.json and len(prompts) == 1
     streams = _Printer(model.tokenizer, prompts[0]) if alone and model.tokenizer is not None else None
     generate = functools.partial(
@@ -55,7 +60,9 @@ def _run(arguments: argparse.Namespace) -> None:
         max_length=arguments.max_length,
         simulate_accept_length=arguments.simulate_accept_length,
     )
-    with tracing(arguments.trace if speaks else None) as writes:
+    with contextlib.ExitStack() as files:
+        with all_or_none():
+            writes = files.enter_context(tracing(arguments.trace if speaks else None))
         # All processes stop after every round, if one does.
         on_round = writes if speaks or arguments.trace is None else _trace_elsewhere
         result = generate(tree=tree, budget=budget, on_tokens=streams, on_round=on_round)

@@ -2,6 +2,8 @@
 
 import argparse
 
+import jax
+
 from moespec_jax.arguments import add_budget_flags, add_model_flags, add_tree_flags
 from moespec_jax.command import Parser
 from moespec_jax.loading import DEMO_TARGET
@@ -40,6 +42,20 @@ def refuse_flags(arguments: argparse.Namespace) -> None:
         for flag in _DRAFTING:
             if getattr(arguments, flag) not in (None, False, "none"):
                 raise RequestError(f"--{flag.replace('_', '-')} is about a draft head; expected --draft-model with it")
+
+
+def refuse_processes(arguments: argparse.Namespace) -> None:
+    """Refuse what several processes cannot do together, before anything is loaded.
+
+    Raises:
+        RequestError: there is no mesh to share, or a prompt that only one of them can read.
+    """
+    if jax.process_count() == 1:
+        return
+    if arguments.mesh is None:
+        raise RequestError("expected --mesh with several processes: without it each would do the same alone")
+    if "-" in (arguments.prompt or []):
+        raise RequestError("expected a --prompt that all processes have; standard input is one's own")
 
 
 def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:

@@ -143,9 +143,17 @@ class LeafStore:
         return any(_row(place, index) is not None for index in self._parts[place.leaf].values())
 
     def put(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Convert one published tensor to its final dtype and orientation, in place."""
+        """Convert one published tensor to its final dtype and orientation, in place.
+
+        Raises:
+            CheckpointError: it is to be quantized, and not finite.
+        """
         if is_quantized(tensor.path, self._quantization):
-            array, scale = quantize_rows(array)
+            try:
+                array, scale = quantize_rows(array)
+            except ValueError as error:
+                where = "/".join(map(str, tensor.path))
+                raise CheckpointError(f"expected finite weights to quantize; of {where}, {error}") from None
             self._put(scale_of(tensor.path), scale, transpose=False)
         self._put(tensor.path, array, tensor.transpose)
 

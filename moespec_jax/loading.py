@@ -90,7 +90,9 @@ def load(
 
 def _placement(config: DecoderConfig, mesh: MeshConfig | Literal["auto"]) -> Placement:
     try:
-        sizes = best_mesh(config, len(jax.devices())) if mesh == "auto" else mesh
+        if isinstance(mesh, str) and mesh != "auto":
+            raise ValueError(f'expected a MeshConfig or "auto"; got {mesh!r}')
+        sizes = best_mesh(config, len(jax.devices())) if isinstance(mesh, str) else mesh
         return decoder_placement(config, make_mesh(sizes))
     except ValueError as error:
         raise RequestError(str(error)) from None

@@ -113,11 +113,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The first devices there are, or those given, as a mesh.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: there are too few, or one of several processes has none of them.
     """
     there = jax.devices() if devices is None else list(devices)
     if len(there) < config.devices:
         raise ValueError(f"expected {config.devices} devices for a mesh of {config}; there are {len(there)}")
+    if devices is None and len({device.process_index for device in there[: config.devices]}) < jax.process_count():
+        raise ValueError(f"expected a mesh with devices of all {jax.process_count()} processes; got {config}")
     return Mesh(np.array(there[: config.devices]).reshape(config.shape), AXES)
 
 

@@ -121,6 +121,7 @@ class Model:
         Raises:
             RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range; or
                 something is asked of a draft head that is not there.
+            CheckpointError: logits are not finite, because weights are not, or are too large for their dtype.
         """
         try:
             sampling = SamplingConfig(temperature, top_k, top_p)

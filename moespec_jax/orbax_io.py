@@ -29,7 +29,7 @@ from moespec_jax.fields import shown
 from moespec_jax.files import CheckpointError, listing, read_json, write_json
 from moespec_jax.leaves import HostBuffer, Source, cast, copy_into
 from moespec_jax.parameters import final_shape
-from moespec_jax.processes import is_first_process
+from moespec_jax.processes import all_or_none, is_first_process
 from moespec_jax.tensors import Path as TreePath
 from moespec_jax.tensors import Tensor, expert_matrices, tensor_table
 
@@ -105,7 +105,8 @@ def write_orbax(
         for piece, leaves in tqdm(
             pieces.items(), desc="writing", unit="piece", disable=None if progress else True, leave=False
         ):
-            arrays = _gather(source, leaves, dtype)
+            with all_or_none():
+                arrays = _gather(source, leaves, dtype)
             tree = _nest({leaf.path: _with_the_others(leaf, arrays[leaf.key]) for leaf in leaves})
             # A chunk per expert, as they are read.
             chunks = {

@@ -57,13 +57,19 @@ def join_processes(arguments: argparse.Namespace) -> None:
 
 
 def _numbers(given: dict[str, str]) -> tuple[int, int]:
-    count, number = int(given["processes"]), int(given["process_id"])
-    if not 0 <= number < count or ":" not in given["coordinator"]:
+    """How many processes there are, and which this is.
+
+    Raises:
+        RequestError: these are no such numbers, or the coordinator is no address.
+    """
+    count, number = given["processes"], given["process_id"]
+    fits = count.isdecimal() and number.isdecimal() and int(number) < int(count)
+    if not fits or not given["coordinator"].rpartition(":")[2].isdecimal() or ":" not in given["coordinator"]:
         raise RequestError(
             "expected --coordinator HOST:PORT and a --process-id from 0 to --processes - 1; got process"
             f" {number} of {count} at {given['coordinator']}"
         )
-    return count, number
+    return int(count), int(number)
 
 
 def _keep_standard_output() -> TextIO:

@@ -1,5 +1,8 @@
 """Several processes, on one host or many, as one program: every one runs the same, and the first speaks for all."""
 
+import contextlib
+import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -7,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moespec_jax.files import CheckpointError
 from moespec_jax.placement import put_global
 
 
@@ -15,10 +19,32 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Until every process has come here; `what` is the name of the place, the same on all."""
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What each process does by itself, or the first alone, in this block: all go on after it, or none does.
+
+    Raises:
+        CheckpointError: another process failed, and says why.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        fine = bool(np.all(multihost_utils.process_allgather(np.array([failure is None]))))
+        if failure is None and not fine:
+            raise CheckpointError("expected all processes to go on; another one failed, and says why")
+    if failure is not None:
+        raise failure
+
+
+def same_everywhere(text: str) -> bool:
+    """Whether all processes give the same text."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool(np.all(multihost_utils.process_allgather(digest) == digest))
 
 
 def agreed(number: int) -> int:

@@ -45,10 +45,14 @@ class Programs:
         """Call `function(settings, params, *arguments)`, compiled; `donate` counts from `params` as 0. `specs` say how
         the result lies on a mesh.
 
-        All calls of one model share its parameters, so only the other arguments tell programs apart.
+        All calls of one model share its parameters, so only the other arguments tell programs apart; where they lie,
+        and `specs`, follow from function and settings.
+
+        Raises:
+            ValueError: there is a mesh, and no `specs`.
         """
         leaves, tree = jax.tree.flatten(arguments)
-        key = (function, settings, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (function, settings, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key in self._compiled:
             self._compiled[key] = self._compiled.pop(key)  # the last one used comes last
         else:
@@ -100,6 +104,8 @@ class Programs:
     def _on_every_device(self, function: Callable[..., Any], arguments: Any, specs: Any) -> Callable[..., Any]:
         if self.mesh is None:
             return function
+        if specs is None:
+            raise ValueError("expected a model on one device: this program has no place on a mesh")
         given = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
         # What a function gives on every device alike is not checked to be alike.
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=specs, check_vma=False)

@@ -29,9 +29,15 @@ Matrix = Array | Quantized
 
 
 def quantize_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`[out, in]`, as published, in whole numbers from -127 to 127, and the step of each row, float32."""
+    """`[out, in]`, as published, in whole numbers from -127 to 127, and the step of each row, float32.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     wide = matrix.astype(np.float32)
     scale = np.abs(wide).max(axis=1) / np.float32(127)
+    if not np.isfinite(scale).all():
+        raise ValueError("it holds NaN or infinity")
     scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
     return np.rint(wide / scale[:, None]).astype(np.int8), scale
 

@@ -15,13 +15,14 @@ class Routing:
 
     `max_distinct` is how many different experts there can be among them, where that is known to be fewer than tokens
     and experts allow: expert compute then needs no more slots. `groups` is among how many equal groups of consecutive
-    experts these are divided evenly.
+    experts these are divided evenly. `elsewhere`: some tokens' experts may be held by other devices.
     """
 
     experts: Int[Array, "tokens active"]
     weights: Float[Array, "tokens active"]
     max_distinct: int | None = struct.field(pytree_node=False, default=None)
     groups: int = struct.field(pytree_node=False, default=1)
+    elsewhere: bool = struct.field(pytree_node=False, default=False)
 
 
 def route(
@@ -57,7 +58,7 @@ def routing_here(routing: Routing, num_experts: int, shards: int) -> Routing:
     most = routing.max_distinct
     if most is not None:
         most = min(most // shards if routing.groups % shards == 0 else most, held)
-    return Routing(jnp.where(mine, local, held), jnp.where(mine, routing.weights, 0.0), most)
+    return Routing(jnp.where(mine, local, held), jnp.where(mine, routing.weights, 0.0), most, elsewhere=True)
 
 
 def normalise(weights: Float[Array, "tokens active"]) -> Float[Array, "tokens active"]:

@@ -47,7 +47,7 @@ class Run:
     def __init__(self, programs: Programs, method: Method, batch: Batch):
         self._programs, self._method, self._batch = programs, method, batch
         # No id is -1. Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
-        stops = [*batch.stop_ids, *[-1] * (_STOP_SLOTS - len(batch.stop_ids))]
+        stops = [*batch.stop_ids, *[NO_TOKEN] * max(1, _STOP_SLOTS - len(batch.stop_ids))]
         self._stops = programs.put(np.array(stops, np.int32))
         self._compiled_before = programs.compile_s
         self.prefill_s = self.decode_s = 0.0
@@ -62,7 +62,11 @@ class Run:
         return self._programs.compile_s - self._compiled_before
 
     def execute(self, on_tokens: OnTokens | None = None, on_round: OnRound | None = None) -> None:
-        """Prefill, then decode until every sequence is done; with `on_round`, one round a call."""
+        """Prefill, then decode until every sequence is done; with `on_round`, one round a call.
+
+        Raises:
+            CheckpointError: logits are not finite.
+        """
         state = self._prefill()
         self._collect(state, on_tokens)
         while not np.all(fetch(self._method.decoding(state).done)):

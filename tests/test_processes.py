@@ -67,3 +67,19 @@ def test_training_steps(tmp_path: Path) -> None:
     for name in heads[0]:
         # Gradients are added up in another order; a step of 1e-2 moves weights by about as much.
         np.testing.assert_allclose(*(head[name] for head in heads), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_what_one_process_cannot_do_none_does(tmp_path: Path) -> None:
+    """The first finds that it cannot, and says why; the others end as well, and say that one did."""
+    flags = write_pair(tmp_path, 8)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    command = ["-m", "convert.to_orbax", "--model", flags[1], "--output", str(tmp_path / "full")]
+    first, second = run_processes(command, devices=1, processes=2)
+    assert first.returncode == second.returncode == 2
+    assert "error: expected an output directory that is new or empty" in first.stderr
+    assert "error: expected all processes to go on; another one failed, and says why" in second.stderr
+    command = ["-m", "moespec_jax.generate", *flags, "--prompt-ids", "5"]
+    for process in run_processes(command, devices=1, processes=2):
+        assert process.returncode == 2
+        assert "error: expected --mesh with several processes" in process.stderr

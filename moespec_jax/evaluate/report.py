@@ -41,6 +41,7 @@ def rule_text(budget: dict[str, Any]) -> str:
         "mass": budget["size"] == "mass",
         "guarantee": budget["coverage"] == "guarantee",
         "faithfulness": budget["faithfulness"] > 0,
+        "groups": budget.get("groups", 1) > 1,
     }
     return ", ".join(said + [f"{name} {budget[name]:g}" for name in used if used[name]])
 

@@ -4,6 +4,7 @@ without the weights, and says what fits, what it takes of a device's memory, and
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -11,13 +12,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.arguments import add_budget_flags, add_tree_flags, budget_of, mesh_of, tree_of
+from moespec_jax.arguments import add_budget_flags, add_tree_flags, budget_of, check_budget, mesh_of, tree_of
+from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.checkpoint import load_config, read_config_file
 from moespec_jax.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.families import read_config
 from moespec_jax.files import write_text
 from moespec_jax.hub import locate
+from moespec_jax.mesh import MeshConfig, split_decoder
 from moespec_jax.model import RequestError
 from moespec_jax.plan.table import table
 from moespec_jax.quantization import QUANTIZATIONS
@@ -42,7 +45,11 @@ def _run(arguments: argparse.Namespace) -> None:
     for row in _rows(arguments, arguments.slices or list(SLICES)):
         rows.append(row)
         print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
-    about = {"versions": versions(), "length": arguments.max_length, "batch": arguments.batch}
+    tree, budget = tree_of(arguments) or TreeConfig(), budget_of(arguments)
+    about = {
+        "versions": versions(), "cache_slots": arguments.cache_slots, "batch": arguments.batch,
+        "tree": dataclasses.asdict(tree), "budget": None if budget is None else dataclasses.asdict(budget),
+    }  # fmt: skip
     report = json.dumps(about | {"rows": rows}, indent=1) + "\n"
     if arguments.out is not None:
         write_text(arguments.out, report)
@@ -55,10 +62,12 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
     from moespec_jax.plan.sizing import Load, size_up
 
     tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
-    mesh = None if mesh == "auto" else mesh
+    if mesh == "auto" or (mesh is not None and arguments.batch % mesh.data):
+        raise RequestError(f"expected a mesh whose data= divides --batch {arguments.batch}; got {mesh}")
     for name in arguments.model:
         target = config_of(name)
-        load = Load(target, draft_config(name, target), tree, arguments.max_length, arguments.batch, budget, mesh)
+        _check(target, budget, mesh)
+        load = Load(target, draft_config(name, target), tree, arguments.cache_slots, arguments.batch, budget, mesh)
         for quantization in arguments.quantization or (None, *QUANTIZATIONS):
             fitting: set[str] = set()
             for where in slices:
@@ -68,11 +77,26 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
                 try:
                     row = size_up(load, where, None if quantization == "none" else quantization)
                 except ValueError as error:
+                    # A number of devices that this model, or the mesh asked for, cannot have.
                     if arguments.slices is None:
                         continue
                     raise RequestError(f"{error} ({name} on {where})") from None
                 fitting |= {chip} if row["fits"] else set()
                 yield {"model": name, **row}
+
+
+def _check(target: DecoderConfig, budget: BudgetConfig | None, mesh: MeshConfig | None) -> None:
+    """Refuse what no slice can do for a model.
+
+    Raises:
+        RequestError: it cannot have the budget, or cannot be spread over the mesh.
+    """
+    check_budget(budget, target)
+    try:
+        if mesh is not None:
+            split_decoder(target, mesh)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def config_of(name: str) -> DecoderConfig:
@@ -98,7 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization", nargs="+", choices=["none", *QUANTIZATIONS], help="of experts (default: both)"
     )
     parser.add_argument("--mesh", metavar="expert=4,tensor=2", help="default: what reads evenly, see docs/devices.md")
-    parser.add_argument("--max-length", type=_count, default=4096, help="tokens of the caches (%(default)s)")
+    parser.add_argument(
+        "--cache-slots",
+        type=_count,
+        default=4096,
+        help="of each cache, for text and tree; generate takes the next power of two (%(default)s)",
+    )
     parser.add_argument("--batch", type=_count, default=1, help="sequences (%(default)s)")
     add_tree_flags(parser.add_argument_group("tree (default: 60/7/10)"))
     add_budget_flags(parser.add_argument_group("expert budget"))

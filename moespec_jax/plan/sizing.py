@@ -37,7 +37,7 @@ class Load(NamedTuple):
     target: DecoderConfig
     draft: DraftConfig
     tree: TreeConfig
-    length: int
+    slots: int
     batch: int
     budget: BudgetConfig | None
     mesh: MeshConfig | None
@@ -55,7 +55,7 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     mesh = best_mesh(load.target, count) if load.mesh is None else load.mesh
     wanted = Wanted(
         load.target, load.draft, make_mesh(mesh, devices(chip, topology)[:count]), BACKENDS["pallas"], load.tree,
-        load.length, load.batch, load.budget, quantization,
+        load.slots, load.batch, load.budget, quantization,
     )  # fmt: skip
     round_ = abstract_round(wanted)
     decoding, draft_cache = round_.state.decoding, round_.state.draft_cache

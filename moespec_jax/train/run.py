@@ -28,7 +28,7 @@ from moespec_jax.draft_tensors import random_head
 from moespec_jax.files import read_json, replacing, write_json, write_text, writing
 from moespec_jax.model import Model, RequestError
 from moespec_jax.moe import ExpertCompute
-from moespec_jax.processes import everywhere, fetch, is_first_process, wait_for_all
+from moespec_jax.processes import all_or_none, everywhere, fetch, is_first_process
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
 from moespec_jax.train.trainer import (
@@ -61,11 +61,11 @@ def train(
         RequestError: `directory` holds another run, or there is too little data.
     """
     run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
-    if is_first_process():
-        _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
-        # Only now: whoever mends bad data and begins again is not told that the data differ.
-        write_json(directory / "run.json", run)
-    wait_for_all("rows")
+    with all_or_none():
+        if is_first_process():
+            _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
+            # Only now: whoever mends bad data and begins again is not told that the data differ.
+            write_json(directory / "run.json", run)
     rows, checks = _read_rows(directory)
     ids = draft_vocabulary(rows, recipe.target.vocab_size, recipe.draft.draft_vocab_size)
     with _checkpoints(directory) as manager:
