@@ -154,7 +154,7 @@ class LeafStore:
             except ValueError as error:
                 where = "/".join(map(str, tensor.path))
                 raise CheckpointError(f"expected finite weights to quantize; of {where}, {error}") from None
-            self._put(scale_of(tensor.path), scale, transpose=False)
+            self._put(scale_of(tensor.path), scale[None, :], transpose=False)
         self._put(tensor.path, array, tensor.transpose)
 
     def _put(self, path: Path, array: np.ndarray, transpose: bool) -> None:

@@ -55,7 +55,7 @@ def leaf_shapes(
     for tensor in tensor_table(config).values():
         parts = {tensor.path: final_shape(tensor)}
         if is_quantized(tensor.path, quantization):
-            parts[scale_of(tensor.path)] = final_shape(tensor)[-1:]
+            parts[scale_of(tensor.path)] = (1, final_shape(tensor)[-1])
         for path, shape in parts.items():
             place = place_of(config, backend, path)
             shapes[place.leaf] = shape

@@ -18,10 +18,11 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("int8",)
 
 @struct.dataclass
 class Quantized:
-    """Matrices `[..., in, out]` as int8, with a float32 step for each output channel."""
+    """Matrices `[..., in, out]` as int8, with a float32 step for each output channel, kept as one row: reshaped to one
+    inside a loop over layers, all of them would be copied in every layer on TPU."""
 
     values: Int8[Array, "*stack in out"]
-    scale: Float[Array, "*stack out"]
+    scale: Float[Array, "*stack 1 out"]
 
 
 # Matrices that may be quantized.
@@ -50,7 +51,7 @@ def row_of(matrices: Matrix, row: Array) -> Matrix:
 def product(x: Float[Array, "tokens in"], matrix: Matrix) -> Float[Array, "tokens out"]:
     """`x @ matrix`, summed in float32."""
     if isinstance(matrix, Quantized):
-        return product(x, matrix.values.astype(x.dtype)) * matrix.scale[None, :]
+        return product(x, matrix.values.astype(x.dtype)) * matrix.scale
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
@@ -58,4 +59,4 @@ def widened(matrices: Matrix, dtype: jnp.dtype) -> Array:
     """The matrices themselves: for references, which may copy."""
     if not isinstance(matrices, Quantized):
         return matrices
-    return (matrices.values.astype(jnp.float32) * matrices.scale[..., None, :]).astype(dtype)
+    return (matrices.values.astype(jnp.float32) * matrices.scale).astype(dtype)

@@ -47,6 +47,7 @@ RUN_FIELDS = {
     "prompts": list,
     "experts_wanted": float,
     "experts_loaded": float,
+    "experts_slowest": float,
     "mass_kept": float,
     "tokens_replaced": float,
     "exact": bool,
@@ -59,8 +60,10 @@ RUN_FIELDS = {
     "prefill_s": float,
     "decode_s": float,
     "tokens_per_s": float,
+    "mesh": type(None),
     "device": str,
     "dtype": str,
+    "quantization": type(None),
     "versions": dict,
 }
 PROMPT_FIELDS = {

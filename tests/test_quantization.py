@@ -60,7 +60,7 @@ def random_flat() -> Flat:
     def stack(rows: int, columns: int) -> Quantized:
         parts = [quantize_rows(rng.normal(size=(columns, rows)) * rows**-0.5) for _ in range(LAYERS * EXPERTS)]
         values, scales = zip(*parts, strict=True)
-        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales)))
+        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales)[:, None, :]))
 
     return Flat(stack(MODEL, FFN), stack(MODEL, FFN), stack(FFN, MODEL), num_experts=EXPERTS)
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_is_quantized_as_it_is_read(tmp_path: Path, stored: str, ba
             else:
                 kept = jax.tree.map(lambda leaf, row=layer * config.num_experts + e: leaf[row], params.experts.down)  # pyright: ignore[reportAttributeAccessIssue]
             np.testing.assert_array_equal(kept.values, values.T)
-            np.testing.assert_array_equal(kept.scale, scale)
+            np.testing.assert_array_equal(kept.scale, scale[None, :])
     rest = [jax.tree.leaves((p.layers, p.embed, p.norm, p.lm_head)) for p in (params, plain)]
     assert all(np.array_equal(a, b) for a, b in zip(*rest, strict=True))
 

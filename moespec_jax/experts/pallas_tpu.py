@@ -120,7 +120,7 @@ def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
 
 
 def _as_operands(weights: Matrix) -> list[Array]:
-    return [weights.values, weights.scale[:, None, :]] if isinstance(weights, Quantized) else [weights]
+    return [weights.values, weights.scale] if isinstance(weights, Quantized) else [weights]
 
 
 def _kernel(activation, rows, active, x_ref, *refs):
