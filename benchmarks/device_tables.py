@@ -110,7 +110,7 @@ def mesh_bytes(report: dict[str, Any]) -> Table:
         found.append(
             [row["model"], f"{row['slice']}, {mesh}", row["experts"], row["budget"]]
             + [f"{row['memory_gb']:.1f} of {row['hbm_gb']:.1f}", f"{row['expert_mb']:.0f}"]
-            + [f"{row['ideal_expert_mb']:.0f}", f"{row['expert_ratio']:.2f}", f"{row['pass_mb'] / 1e3:.2f}"]
+            + [f"{row['ideal_expert_mb']:.0f}", f"{row['expert_ratio']:.2f}", f"{row['hbm_mb'] / 1e3:.2f}"]
             + [moved or "none"]
         )
     head = ["model", "slice, mesh", "experts", "budget", "GB a device", "expert MB a layer", "ideal", "ratio"]
