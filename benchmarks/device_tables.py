@@ -69,7 +69,7 @@ def _compile_seconds(rounds: dict[str, Any], model: str, chip: str) -> str:
     seconds = [
         row["compile_s"]
         for row in rounds["rows"]
-        if (row["model"], row["chip"], row["devices"], row["backend"]) == (model, chip, 1, "pallas")
+        if (row["model"], row["chip"], row["backend"]) == (model, chip, "pallas")
     ]
     return f"{min(seconds):.0f} to {max(seconds):.0f} s" if len(seconds) > 1 else f"{seconds[0]:.0f} s"
 
