@@ -230,16 +230,6 @@ REQUESTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "boundaries of letters": ([*IDS, "--draft-model", "a/b", "--draft-boundaries", "1,x"], ("2,24,45", "'1,x'")),
     "simulation without a head": ([*IDS, "--simulate-accept-length", "2"], ("--simulate", "expected --draft-model")),
     "comparison without a head": ([*IDS, "--compare"], ("--compare", "expected --draft-model")),
-    "a mesh of more devices than there are": (
-        [*IDS, "--mesh", "data=64"],
-        ("expected 64 devices for a mesh of data=64,expert=1,tensor=1",),
-    ),
-    "no mesh": ([*IDS, "--mesh", "2x2"], ("expected a mesh as data=1,expert=4,tensor=2", "'2x2'")),
-    "a process alone": ([*IDS, "--process-id", "1"], ("--coordinator", "--processes lack")),
-    "a process that is none of them": (
-        [*IDS, "--coordinator", "localhost:1", "--processes", "2", "--process-id", "2"],
-        ("process 2 of 2",),
-    ),
     "trace without a head": ([*IDS, "--trace", "{d}/trace.jsonl"], ("--trace", "expected --draft-model")),
 }
 

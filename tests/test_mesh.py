@@ -11,6 +11,7 @@ from tiny import write_tiny
 from moespec_jax.backend import BACKENDS
 from moespec_jax.config import DecoderConfig
 from moespec_jax.families import read_config
+from moespec_jax.generate import main
 from moespec_jax.loading import load
 from moespec_jax.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
 from moespec_jax.shapes import MODELS
@@ -82,6 +83,29 @@ def test_all_devices_are_taken_as_suits_the_model(tmp_path: Path) -> None:
     results = [model.generate([[5, 6, 7]], max_new_tokens=4) for model in (spread, plain)]
     assert results[0].mesh == dict(data=1, expert=1, tensor=1) and results[1].mesh is None
     assert results[0].prompts == results[1].prompts
+
+
+OF_TWO = ["--coordinator", "localhost:1", "--processes", "2", "--process-id"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--mesh", "data=64"], "expected 64 devices for a mesh of data=64,expert=1,tensor=1"),
+        (["--mesh", "2x2"], "expected a mesh as data=1,expert=4,tensor=2, each at most once; got '2x2'"),
+        (["--process-id", "1"], "expected --coordinator, --processes and --process-id together; --coordinator,"),
+        (
+            [*OF_TWO, "2"],
+            "expected --coordinator HOST:PORT and a --process-id from 0 to --processes - 1; got process 2",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_one_line(
+    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(write_tiny(tmp_path)), "--prompt-ids", "5,6", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {said}") and err.count("\n") == 1
 
 
 def config(name: str, **changes: Any) -> DecoderConfig:
