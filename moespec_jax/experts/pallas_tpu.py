@@ -87,6 +87,9 @@ def fused_experts(
     last, last_step = pl.BlockSpec((1, tile, model), down_block), pl.BlockSpec((1, 1, model), scale_block)
     weights = [column, step, column, step, last, last_step] if quantized else [column, column, last]
     operands = [part for w in (gate, up, down) for part in _as_operands(w)]
+    if quantized and not interpret:
+        # Else the compiler may move the steps of all experts of all layers to VMEM, for every call.
+        operands = [pltpu.with_memory_space_constraint(part, pltpu.MemorySpace.HBM) for part in operands]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(slots, tiles),
