@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from moespec_jax.cli.prompts import read_prompt_file
 from moespec_jax.config import TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import held_out_pieces
-from moespec_jax.prompts import read_prompt_file
-from moespec_jax.results import RunResult
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import RunResult
 
 LONGEST, NEW = 256, 128
 TREES = [TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 2, 6)]

@@ -24,8 +24,8 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 import moespec_jax
-from moespec_jax.loading import DEMO_TARGET
-from moespec_jax.model import Model
+from moespec_jax.runtime.load import DEMO_TARGET
+from moespec_jax.runtime.model import Model
 
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 32

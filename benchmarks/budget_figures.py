@@ -17,12 +17,12 @@ import matplotlib
 import numpy as np
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import held_out_pieces
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -3,8 +3,8 @@
     python -m benchmarks.budget_quality --out benchmarks/results
 
 Texts are pieces of held-out modules, and the target's own greedy continuations of their beginnings, each followed
-token by token as `moespec_jax/follow.py` says. Figures are means over positions, and intervals 95 % of a bootstrap over
-texts.
+token by token as `moespec_jax/measure/teacher_forcing.py` describes. Figures are means over positions, and intervals
+95 % of a bootstrap over texts.
 
 `accept_length` counts tokens a round gains: on held-out text that is how well the head guesses the text, on the
 target's own how much greedy decoding would accept. Under a faithful rule it is lower: what is given up is not
@@ -22,14 +22,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.command import use_compilation_cache
+from moespec_jax.cli.command import use_compilation_cache
 from moespec_jax.config import TreeConfig
-from moespec_jax.fidelity import Texts, summary
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import PIECE, continued, held_out_pieces
-from moespec_jax.results import versions
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.fidelity import Texts, summary
+from moespec_jax.measure.prompt_sets import PIECE, continued, held_out_pieces
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import versions
 from moespec_jax.study.rules import PAPER, RULES, SIZED
 
 TREE = TreeConfig(7, 10, 60)

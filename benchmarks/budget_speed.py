@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speculation import NEW, decode_all, spread
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.compare import agreement
+from moespec_jax.cli.compare import agreement
 from moespec_jax.config import TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.prompt_sets import held_out_pieces
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.runtime.load import load
 
 TREES = {"4/2/1": TreeConfig(2, 1, 4), "16/4/4": TreeConfig(4, 4, 16), "60/7/10": TreeConfig(7, 10, 60)}
 PAPER: dict[str, Any] = dict(score="probability", credit="all")

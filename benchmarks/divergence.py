@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moespec_jax.attention import causal_mask
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import held_out_pieces
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 
 NEW = 128
 

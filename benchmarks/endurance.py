@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import held_out_pieces
-from moespec_jax.results import RunResult
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import RunResult
 
 NEW, BUDGET, GROWTH = 48, BudgetConfig(16), 0.03
 # Either side of every length at which a prompt is read in other pieces.

@@ -37,14 +37,14 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.mosaic_gpu import mosaic_experts
-from moespec_jax.experts.slots import slot_experts
-from moespec_jax.experts.triton_gpu import triton_experts
-from moespec_jax.families import read_config
-from moespec_jax.routing import Routing
-from moespec_jax.shapes import MODELS
+from moespec_jax.measure.published_shapes import MODELS
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.mosaic_gpu import mosaic_experts
+from moespec_jax.nn.experts.slots import slot_experts
+from moespec_jax.nn.experts.triton_gpu import triton_experts
+from moespec_jax.nn.routing import Routing
 
 # Whoever imports this may have imported JAX before.
 jax.config.update("jax_platforms", "cpu")

@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.leaves import Source
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.checkpoint.write import write_config, write_safetensors
 from moespec_jax.config import DecoderConfig
-from moespec_jax.export import write_config, write_safetensors
 from moespec_jax.files import read_json
-from moespec_jax.leaves import Source
-from moespec_jax.orbax_io import write_orbax
-from moespec_jax.tensors import tensor_table
+from moespec_jax.nn.backend import BACKENDS
 
 RESULTS = Path(__file__).parent / "results" / "import_memory.json"
 TARGET = 1.3

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moespec_jax.command import use_compilation_cache
-from moespec_jax.fidelity import interval
-from moespec_jax.follow import log_probabilities
-from moespec_jax.loading import load
-from moespec_jax.model import DEFAULT_TREE, Model
-from moespec_jax.prompt_sets import held_out_pieces
-from moespec_jax.results import versions
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.cli.command import use_compilation_cache
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.measure.fidelity import interval
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.measure.teacher_forcing import log_probabilities
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import DEFAULT_TREE, Model
+from moespec_jax.runtime.results import versions
 
 BATCH = 8
 

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from benchmarks.kill_tasks import Contents, Task, contents, make_tasks, violations
-from moespec_jax.results import versions
+from moespec_jax.runtime.results import versions
 
 _LOOK_S = 0.002
 MOST_IN_A_ROW = 4

@@ -20,12 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert import MARK
 from moespec_jax.bench.random_pair import random_model
-from moespec_jax.checkpoint import load_config, open_source
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.draft_export import export_draft
-from moespec_jax.export import export
-from moespec_jax.files import CheckpointError
-from moespec_jax.tensors import tensor_table
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.checkpoint.read import load_config, open_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.checkpoint.write import export
+from moespec_jax.errors import CheckpointError
 
 # Of a line of bench.jsonl, and of the value of a turn, what no clock says.
 _COUNTS = (

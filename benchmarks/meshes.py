@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from devices import results  # pyright: ignore[reportMissingImports]
 from spread import FAMILIES, WAYS  # pyright: ignore[reportMissingImports]
 
-from moespec_jax.mesh import parse_mesh
-from moespec_jax.results import versions
+from moespec_jax.parallel.mesh import parse_mesh
+from moespec_jax.runtime.results import versions
 
 MESHES = ("data=8", "expert=8", "tensor=8", "data=2,expert=2,tensor=2")
 # What several processes decode.

@@ -27,19 +27,26 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.speculation import spread
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS, Backend, default_backend
 from moespec_jax.bench.random_pair import random_pair, shapes_of
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.ceiling import copy_bandwidth, verification_bytes
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings, experts_read, experts_wanted, mean_distinct_experts
-from moespec_jax.method import plain_method, speculative_method
-from moespec_jax.programs import Programs
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS
-from moespec_jax.speculate import SpeculationSettings, Speculator, draft_trees, speculation_rounds, verify_trees
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.round_info import experts_read, experts_wanted, mean_distinct_experts
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import (
+    SpeculationSettings,
+    Speculator,
+    draft_trees,
+    speculation_rounds,
+    verify_trees,
+)
+from moespec_jax.measure.published_shapes import MODELS
+from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
+from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
+from moespec_jax.runtime.method import plain_method, speculative_method
+from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.run import Batch, Run
 
 PROMPT, ROUNDS = 128, 32
 

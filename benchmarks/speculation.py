@@ -19,14 +19,14 @@ from typing import Any
 
 import jax
 
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import held_out_pieces
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, draft_trees, speculation_round, verify_trees
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, speculation_round, verify_trees
+from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 NEW = 128
 CHAINS = [(depth + 2, depth, 1) for depth in (0, 1, 2, 3, 4, 6)]

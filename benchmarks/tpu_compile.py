@@ -33,12 +33,14 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_table import table
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import empty_cache
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decode import DecodeState, PrefillState, Settings, decode_steps, prefill_chunk
-from moespec_jax.families import read_config
-from moespec_jax.parameters import abstract_decoder
+from moespec_jax.decoding.autoregressive import DecodeState, PrefillState, Settings, decode_steps, prefill_chunk
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.measure.published_shapes import MODELS
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.cache import empty_cache
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -53,8 +55,6 @@ from moespec_jax.plan.ahead import (
     versions,
     with_layers,
 )
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS
 
 CHUNK = 512
 PROGRAMS = ("decode", "prefill")

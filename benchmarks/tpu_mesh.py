@@ -34,19 +34,19 @@ from jax.sharding import Mesh
 
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_verify import abstract_trees, counts, verify
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, TreeConfig
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.families import read_config
-from moespec_jax.mesh import best_mesh, make_mesh
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.parallel.mesh import best_mesh, make_mesh
 from moespec_jax.plan.ahead import compile_lowered, copyable_sizes, devices, local_bytes, versions, with_layers
 from moespec_jax.plan.collectives import traffic
 from moespec_jax.plan.program import Round, Wanted, abstract_round, lower_round, on_mesh
 from moespec_jax.plan.sizing import HBM, SLICES
-from moespec_jax.programs import Programs
-from moespec_jax.shapes import MODELS, draft_config
-from moespec_jax.state_specs import BY_SEQUENCE
+from moespec_jax.runtime.programs import Programs
 
 TREE, SLOTS = TreeConfig(7, 10, 60), 4096
 PALLAS = BACKENDS["pallas"]

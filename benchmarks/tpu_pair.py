@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig, resolve
 from moespec_jax.config import TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.method import Method
-from moespec_jax.model import DEFAULT_TREE, Model
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
-from moespec_jax.run import SMALLEST_CACHE
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.method import Method
+from moespec_jax.runtime.model import DEFAULT_TREE, Model
+from moespec_jax.runtime.run import SMALLEST_CACHE
 
 CHUNK, BACKEND = 16, "pallas"
 DRAWN, TREE = SamplingConfig(temperature=0.7, top_p=0.8), TreeConfig(depth=7, top_k=10, size=60)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_speculate --out benchmarks/results
 
-compiles `speculate.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
+compiles `speculative.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
 path and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
 bfloat16, batch 1, caches of 2048 slots. Some verify under a budget of a quarter of the experts (score `path`, credit
 `squares`). Nothing runs, so there are no times: sizes and copies are the compiler's own.
@@ -30,15 +30,24 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_table import speculation_table
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.cache import empty_cache
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import DecodeState, Settings
-from moespec_jax.draft import empty_draft_cache
-from moespec_jax.families import read_config
-from moespec_jax.parameters import abstract_decoder
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import DecodeState, Settings
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import (
+    SpeculationSettings,
+    SpeculationState,
+    Speculator,
+    expected_reach,
+    speculation_rounds,
+)
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.eagle3 import empty_draft_cache
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -53,9 +62,6 @@ from moespec_jax.plan.ahead import (
     with_layers,
 )
 from moespec_jax.plan.program import abstract_head
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS, draft_config
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach, speculation_rounds
 
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
 BUDGETS: dict[str, float | None] = {"none": None, "N/4": 0.25}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_verify --out benchmarks/results
 
-compiles `speculate.verify_trees` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
+compiles `speculative.verify_trees` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
 published shapes, in bfloat16, batch 1, a cache of 2048 slots, back-end `pallas`. The budgets are a quarter and a half
 of the experts, ranked by squared router weights times the draft's probability of the path to a node (score `path`,
 credit `squares`), and none: then the kernel has slots for all experts that 60 nodes can want, which here is every one.
@@ -44,13 +44,17 @@ from benchmarks.tpu_compile import cache_bytes, ideal_bytes, layers_that_fit, me
 from benchmarks.tpu_hlo import large_values, near_bytes
 from benchmarks.tpu_speculate import TREES, abstract_state, budget_rule
 from benchmarks.tpu_table import verification_table
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS, Backend
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder
-from moespec_jax.families import read_config
-from moespec_jax.parameters import abstract_decoder
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, verify_trees
+from moespec_jax.decoding.tree import Tree
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -63,10 +67,6 @@ from moespec_jax.plan.ahead import (
     versions,
     with_layers,
 )
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS, draft_config
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, verify_trees
-from moespec_jax.tree import Tree
 
 TREE, BACKEND = TREES["tree"], BACKENDS["pallas"]
 IDLE = BACKEND._replace(compute=lambda _: lambda experts, layer, x, routing: jnp.zeros(x.shape, jnp.float32))

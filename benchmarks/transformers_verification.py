@@ -7,7 +7,7 @@ from typing import Any
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
-from moespec_jax.shapes import MODELS
+from moespec_jax.measure.published_shapes import MODELS
 
 
 def tree_passes(model: str, layers: int, trees: list[str], dtype: str, prompt: int) -> dict[str, Callable[[], float]]:

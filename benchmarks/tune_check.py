@@ -16,16 +16,16 @@ from typing import Any
 
 import jax
 
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.command import use_compilation_cache
+from moespec_jax.cli.command import use_compilation_cache
 from moespec_jax.config import TreeConfig
-from moespec_jax.fidelity import Texts, summary
-from moespec_jax.ledger import Ledger
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import continued, held_out_pieces
-from moespec_jax.results import versions
-from moespec_jax.timing import Setting, speed, spread, take_turns, tree_name
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.fidelity import Texts, summary
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import continued, held_out_pieces
+from moespec_jax.measure.timing import Setting, speed, spread, take_turns, tree_name
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import versions
 from moespec_jax.tune.candidates import LOSSY_RULES, grid
 from moespec_jax.tune.report import rows
 from moespec_jax.tune.search import PLAIN, Asked, Bound, Outcome, search

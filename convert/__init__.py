@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from moespec_jax.files import CheckpointError, read_json, write_json, writing
-from moespec_jax.model import RequestError
-from moespec_jax.orbax_io import quiet_orbax
-from moespec_jax.processes import all_or_none, is_first_process
+from moespec_jax.checkpoint.orbax_io import quiet_orbax
+from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.files import read_json, write_json, writing
+from moespec_jax.parallel.processes import all_or_none, is_first_process
 
 DTYPES = ("float32", "float16", "bfloat16")
 MARK = ".incomplete-conversion"

@@ -16,15 +16,15 @@ import numpy as np
 
 from convert import Parser, run
 from convert.integrity import check_hashes, refuse_not_finite
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import default_backend
-from moespec_jax.cache import empty_cache
-from moespec_jax.checkpoint import load_config, load_parameters, open_source
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoder import forward, unembed
-from moespec_jax.files import CheckpointError
-from moespec_jax.hub import locate
-from moespec_jax.tensors import tensor_table
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import default_backend
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import forward, unembed
 
 
 def main() -> int:

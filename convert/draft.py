@@ -13,13 +13,13 @@ import numpy as np
 
 from convert import DTYPES, Parser, run, whole_directory
 from convert.integrity import ALLOW, refuse_not_finite
-from moespec_jax.checkpoint import load_config, open_source, read_architectures
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.write import FORMATS, export_draft
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.read import load_config, open_source, read_architectures
 from moespec_jax.config import DecoderConfig
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.draft_export import FORMATS, export_draft
 from moespec_jax.files import parse_numbers
-from moespec_jax.hub import locate
+from moespec_jax.nn.eagle3 import DraftHead
 
 _EMBEDDING = "model.embed_tokens.weight"
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moespec_jax.files import CheckpointError, listing
-from moespec_jax.leaves import Source
+from moespec_jax.checkpoint.leaves import Source
+from moespec_jax.errors import CheckpointError
+from moespec_jax.files import listing
 
 ALLOW = "--allow-non-finite"
 _BLOCK = 1 << 22

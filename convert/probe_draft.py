@@ -16,18 +16,22 @@ import numpy as np
 
 import moespec_jax
 from convert import DTYPES, Parser, run
-from moespec_jax.arguments import boundaries_of
-from moespec_jax.decoder import Decoder
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_checkpoint import LoadedDraft
-from moespec_jax.files import CheckpointError, parse_numbers
-from moespec_jax.loading import load
-from moespec_jax.model import Model
+from moespec_jax.checkpoint.head.read import LoadedDraft
+from moespec_jax.cli.arguments import boundaries_of
+from moespec_jax.errors import CheckpointError
+from moespec_jax.files import parse_numbers
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
 
 _LONGEST = 512
 # Its own source, unless told otherwise: any text the target was trained on will do.
-_TEXT = tuple(Path(moespec_jax.__file__).parent / name for name in ("model.py", "decoder.py", "text.py", "tree.py"))
+_TEXT = tuple(
+    Path(moespec_jax.__file__).parent / name
+    for name in ("runtime/model.py", "nn/decoder.py", "checkpoint/tokenizer.py", "decoding/tree.py")
+)
 
 
 class Finding(NamedTuple):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from convert import DTYPES, Parser, copy_besides, run, whole_directory
 from convert.integrity import ALLOW, only_finite
-from moespec_jax.checkpoint import load_config, open_source
-from moespec_jax.export import MAX_SHARD_BYTES, write_safetensors
-from moespec_jax.hub import locate
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.read import load_config, open_source
+from moespec_jax.checkpoint.write import MAX_SHARD_BYTES, write_safetensors
 
 
 def main() -> int:

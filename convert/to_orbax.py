@@ -7,11 +7,11 @@ from pathlib import Path
 
 from convert import DTYPES, Parser, copy_besides, run, whole_directory
 from convert.integrity import ALLOW, only_finite
-from moespec_jax.checkpoint import load_config, open_safetensors
-from moespec_jax.hub import locate
-from moespec_jax.orbax_io import write_orbax
-from moespec_jax.process_flags import add_process_flags, join_processes
-from moespec_jax.processes import is_first_process
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import load_config, open_safetensors
+from moespec_jax.cli.process_flags import add_process_flags, join_processes
+from moespec_jax.parallel.processes import is_first_process
 
 
 def main() -> int:

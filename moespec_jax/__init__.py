@@ -1,15 +1,15 @@
 """Speculative decoding for Mixture-of-Experts models in JAX."""
 
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.budget_config import BudgetConfig, BudgetWarning
-from moespec_jax.checkpoint import CheckpointError
 from moespec_jax.config import DecoderConfig, RopeConfig, TreeConfig
-from moespec_jax.loading import load
-from moespec_jax.mesh import MeshConfig
-from moespec_jax.model import Model, RequestError
-from moespec_jax.profile import read_profile
-from moespec_jax.results import PromptResult, RunResult
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.parallel.mesh import MeshConfig
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import PromptResult, RunResult
+from moespec_jax.runtime.tuned_profile import read_profile
 
 __version__ = "0.1.0"
 

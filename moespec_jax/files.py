@@ -9,22 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moespec_jax.errors import CheckpointError
+
 # In what orbax's TensorStore and safetensors say when the system refuses to write, the number of the system's error.
 _SYSTEM_ERROR = re.compile(r"os[_ ]error(?:_code='| )(\d+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is not what it must be: what was expected, what came, and where; always one line."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-def one_line(message: str) -> str:
-    """A message as one line of bounded length: names and paths in it come from somebody else's files."""
-    if len(message) > 2000:
-        message = f"{message[:1500]} ... {message[-400:]}"  # where it is comes last
-    return "".join(c if c.isprintable() else " " for c in message)
 
 
 # Parsed, JSON takes many times the memory of its text.

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from moespec_jax.arguments import chosen, load_asked
-from moespec_jax.command import run_command, write_output
-from moespec_jax.compare import compare
-from moespec_jax.generate_arguments import build_parser, refuse_flags, refuse_processes
-from moespec_jax.model import RequestError
-from moespec_jax.process_flags import join_processes
-from moespec_jax.processes import all_or_none, is_first_process, same_everywhere
-from moespec_jax.prompts import gather_texts, parse_prompt_ids
-from moespec_jax.results import RunResult
-from moespec_jax.rounds import RoundInfo
-from moespec_jax.statistics import statistics_table
-from moespec_jax.text import TextStream, chat_prompt
-from moespec_jax.trace import tracing
+from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt
+from moespec_jax.cli.arguments import chosen, load_asked
+from moespec_jax.cli.command import run_command, write_output
+from moespec_jax.cli.compare import compare
+from moespec_jax.cli.generate_arguments import build_parser, refuse_flags, refuse_processes
+from moespec_jax.cli.process_flags import join_processes
+from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
+from moespec_jax.cli.round_trace import tracing
+from moespec_jax.cli.summary import statistics_table
+from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.errors import RequestError
+from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
+from moespec_jax.runtime.results import RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
 
 
 @dataclasses.dataclass

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import Backend
-from moespec_jax.cache import empty_cache
+from moespec_jax.checkpoint.leaves import Source, load_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decode import Settings, begin, decode_steps, empty_prefill, prefill_chunk
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.leaves import Source, load_source
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.tensors import tensor_table
+from moespec_jax.decoding.autoregressive import Settings, begin, decode_steps, empty_prefill, prefill_chunk
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, forward, unembed
 
 # Tests compile hundreds of programs that run for a millisecond: have LLVM emit them as they come.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

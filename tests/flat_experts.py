@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.routing import Routing
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.routing import Routing
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 128, 64
 LAYER = 1  # not the first, so that an offset counted wrongly is seen

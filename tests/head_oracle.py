@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DraftConfig
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_tensors import random_head
+from moespec_jax.nn.eagle3 import DraftHead
 
 MODEL, VOCAB = 32, 48
 BASE = DraftConfig(

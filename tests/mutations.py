@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from moespec_jax import BudgetWarning, RequestError
-from moespec_jax.checkpoint import CheckpointError
+from moespec_jax.errors import CheckpointError
 
 # Texts that json.dumps cannot write; they stand in its output as names.
 _DEEP = {f"@deep {depth}@": "[" * depth + "]" * depth for depth in (3, 60, 900, 5000)}

@@ -9,9 +9,9 @@ import numpy as np
 from hf_models import Fields
 from safetensors.numpy import save_file
 
-from moespec_jax.decoder import Decoder
-from moespec_jax.families import read_config
-from moespec_jax.tensors import tensor_table
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.nn.decoder import Decoder
 
 Tensors = dict[str, np.ndarray]
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import oracles
 
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import DecoderConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
 
 
 class SlowDecoder:

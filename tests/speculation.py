@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from driver import fast_jit
 
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import Backend
+from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_tensors import random_head
-from moespec_jax.method import Method, plain_method, speculative_method
-from moespec_jax.programs import Programs
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, Speculator
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, Speculator
+from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.runtime.method import Method, plain_method, speculative_method
+from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.run import Batch, Run
 
 GREEDY = SamplingConfig()
 

@@ -16,22 +16,22 @@ import numpy as np
 from speculation import draft_config, small_head
 from tiny import CONFIG, tiny_tensors
 
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig, resolve
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.leaves import Source, load_source
+from moespec_jax.checkpoint.placement import decoder_placement, head_placement, place_head, with_repeated_heads
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder
-from moespec_jax.draft import DraftHead
-from moespec_jax.families import read_config
-from moespec_jax.leaves import Source, load_source
-from moespec_jax.mesh import make_mesh, parse_mesh
-from moespec_jax.method import Method, plain_method, speculative_method
-from moespec_jax.placement import decoder_placement, head_placement, place_head, with_repeated_heads
-from moespec_jax.programs import Programs
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, Speculator
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, Speculator
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.parallel.mesh import make_mesh, parse_mesh
+from moespec_jax.runtime.method import Method, plain_method, speculative_method
+from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.run import Batch, Run
 
 # Eight heads and eight experts of width 16, so that eight devices have something to split; few key/value heads, which
 # are repeated then.

@@ -12,10 +12,10 @@ import pytest
 import tree_oracle
 from driver import fast_jit
 
-from moespec_jax.accept import accept_rule, position_keys, take_child
 from moespec_jax.config import TreeConfig
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.tree import Tree
+from moespec_jax.decoding.accept import accept_rule, position_keys, take_child
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.tree import Tree
 
 CASES, NODES, TREE_VOCAB, LONGEST = 1000, 12, 9, 7
 SETTINGS = [

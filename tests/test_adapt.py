@@ -10,10 +10,10 @@ from driver import fast_jit
 from tiny_pair import write_pair
 
 from moespec_jax import Model, RequestError, TreeConfig, load
-from moespec_jax.accept import Accepted, accept_greedy
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.speculate import SpeculationSettings
-from moespec_jax.tree import Tree
+from moespec_jax.decoding.accept import Accepted, accept_greedy
+from moespec_jax.decoding.speculative import SpeculationSettings
+from moespec_jax.decoding.tree import Tree
+from moespec_jax.nn.decoder import Decoder, forward, unembed
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate import trial
 from moespec_jax.evaluate.answers import Question, answered_number, read_questions
 from moespec_jax.evaluate.intervals import paired, wilson
 from moespec_jax.evaluate.trial import complete, passes, read_trial
-from moespec_jax.model import RequestError
 
 PROMPT = '''Complete the code I provided.
 

@@ -14,11 +14,11 @@ from speculation import FastPrograms, decode, speculating
 from test_decoder import CONFIG, TENSORS, TOLERANCE, ids_of
 from test_speculate import PROMPTS, SMALL, pair, plain_tokens
 
-from moespec_jax import attention_tpu
-from moespec_jax.attention import Attention, attend_layer, project_qkv, tree_mask
-from moespec_jax.attention_tpu import attend_layer_tpu, fits, fused_attention, slot_tile
-from moespec_jax.backend import BACKENDS
-from moespec_jax.tree import ancestors
+from moespec_jax.decoding.tree import ancestors
+from moespec_jax.nn import attention_tpu
+from moespec_jax.nn.attention import Attention, attend_layer, project_qkv, tree_mask
+from moespec_jax.nn.attention_tpu import attend_layer_tpu, fits, fused_attention, slot_tile
+from moespec_jax.nn.backend import BACKENDS
 
 LAYERS, BATCH, TOKENS, SLOTS, HEAD = 3, 2, 19, 384, 16
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

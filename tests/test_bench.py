@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 from speculation import FastPrograms
 
-from moespec_jax.backend import BACKENDS
 from moespec_jax.bench import __main__ as bench
 from moespec_jax.bench.random_pair import check_memory, random_model, shapes_of
 from moespec_jax.bench.rows import best_exact, result_rows
 from moespec_jax.bench.sweep import parse_config, sweep
 from moespec_jax.bench.table import cells_of, output_word
 from moespec_jax.bench.verification import verify_many
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.checkpoint.parameters import leaf_shapes
 from moespec_jax.config import TreeConfig
-from moespec_jax.decode import experts_read, mean_distinct_experts
-from moespec_jax.model import RequestError
-from moespec_jax.parameters import leaf_shapes
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import draft_trees, verify_trees
-from moespec_jax.timing import Setting
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.round_info import experts_read, mean_distinct_experts
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import draft_trees, verify_trees
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.timing import Setting
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.run import Batch, Run
 
 TOY = ["--random", "toy", "--count", "2", "--tokens", "14", "--longest-prompt", "10", "--repeats", "2"]
 SWEEP = ["--trees", "6/2/2", "--budgets", "0.25"]

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from speculation import FastPrograms
 
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import BACKENDS
 from moespec_jax.bench.random_pair import (
     EXPONENTS,
     published_accept_length,
@@ -18,15 +16,17 @@ from moespec_jax.bench.random_pair import (
     shapes_of,
     skewed,
 )
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.parameters import random_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings
-from moespec_jax.families import read_config
-from moespec_jax.method import speculative_method
-from moespec_jax.parameters import random_decoder
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.shapes import MODELS, draft_config
-from moespec_jax.speculate import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.method import speculative_method
+from moespec_jax.runtime.run import Batch, Run
 
 BACKEND, TREE, PROMPTS = BACKENDS["slots"], TreeConfig(7, 10, 63), 4
 COMPUTE = BACKEND.compute("silu")

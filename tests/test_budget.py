@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from driver import fast_jit
 
-from moespec_jax.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES, Nodes, Restricted, restrict
-from moespec_jax.budget_config import BudgetConfig, caution, is_exact, resolve
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
-from moespec_jax.families import read_config
-from moespec_jax.routing import route
-from moespec_jax.tree import ancestors, depths
+from moespec_jax.decoding.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES, Nodes, restrict
+from moespec_jax.decoding.budget_config import BudgetConfig, caution, is_exact, resolve
+from moespec_jax.decoding.tree import ancestors, depths
+from moespec_jax.nn.routing import Restricted, route
 
 # Numbers of experts and of those active, and whether weights are renormalised: as the families have them, and not.
 ROUTERS = {

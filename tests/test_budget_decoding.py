@@ -13,16 +13,16 @@ from driver import build, fast_jit
 from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig, resolve
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import TreeConfig
-from moespec_jax.families import read_config
-from moespec_jax.follow import restrict_each
-from moespec_jax.method import Method
-from moespec_jax.rounds import RoundInfo
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.measure.teacher_forcing import restrict_each
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.method import Method
+from moespec_jax.runtime.run import Batch, Run
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": dict(intermediate_size=16, norm_topk_prob=False, clip_qkv=8.0),

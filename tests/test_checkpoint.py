@@ -11,11 +11,11 @@ import pytest
 from hf_models import FAMILIES, Fields, draw_fields
 from published import DTYPES, Tensors, draw_tensors, same, write
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
-from moespec_jax.decoder import Decoder
-from moespec_jax.experts.layouts import Flat, flat_from_per_expert
-from moespec_jax.families import read_config
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.experts.layouts import Flat, flat_from_per_expert
 
 SWITCH, SLOTS = BACKENDS["switch"], BACKENDS["slots"]
 
@@ -144,10 +144,10 @@ def test_placement_decides_where_leaves_live(tmp_path: Path) -> None:
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pathlib import Path
-from moespec_jax.mesh import EXPERT, MeshConfig, Split, make_mesh
-from moespec_jax.placement import Placement
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
+from moespec_jax.parallel.mesh import EXPERT, MeshConfig, Split, make_mesh
+from moespec_jax.checkpoint.placement import Placement
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.checkpoint.read import load_config, load_parameters
 directory = Path({str(tmp_path)!r})
 mesh = make_mesh(MeshConfig(expert=4))
 place = Placement(mesh, Split(experts=4))

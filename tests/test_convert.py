@@ -18,9 +18,10 @@ from tiny import byte_level_tokenizer, write_json
 
 import convert
 from convert import check, to_hf, to_orbax
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters, read_json
-from moespec_jax.families import read_config
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.read import load_config, load_parameters, read_json
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.backend import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,12 +145,12 @@ def test_what_lies_beside_the_weights_comes_along(model: Path, tmp_path: Path, m
 # Where a conversion is killed: a statement run before it starts, in the converting process.
 KILL = "lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)"
 KILLED = {
-    "before the first piece": f"moespec_jax.orbax_io._gather = {KILL}",
+    "before the first piece": f"moespec_jax.checkpoint.orbax_io._gather = {KILL}",
     "between two pieces": (
-        "gather, left = moespec_jax.orbax_io._gather, [0, 1, 2]; moespec_jax.orbax_io._gather ="
+        "gather, left = moespec_jax.checkpoint.orbax_io._gather, [0, 1, 2]; moespec_jax.checkpoint.orbax_io._gather ="
         f" lambda *a: gather(*a) if left and left.pop() else ({KILL})()"
     ),
-    "before the manifest": f"moespec_jax.orbax_io.write_json = {KILL}",
+    "before the manifest": f"moespec_jax.checkpoint.orbax_io.write_json = {KILL}",
     "before the config": f"convert.to_orbax.copy_besides = {KILL}",
     "before the last rename": f"convert.os = type('os', (), dict(replace={KILL}))",
 }
@@ -160,7 +161,8 @@ def test_a_killed_conversion_leaves_nothing_that_loads(
     where: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, config = tmp_path / "b", load_config(model)
-    script = f"import os, signal, convert.to_orbax, moespec_jax.orbax_io\n{KILLED[where]}\nconvert.to_orbax.main()"
+    imports = "import os, signal, convert.to_orbax, moespec_jax.checkpoint.orbax_io"
+    script = f"{imports}\n{KILLED[where]}\nconvert.to_orbax.main()"
     arguments = ["--model", str(model), "--output", str(output)]
     killed = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, env=os.environ, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

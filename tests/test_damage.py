@@ -14,9 +14,10 @@ from hf_models import draw_fields
 from published import draw_tensors, write
 from safetensors.numpy import save_file
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters, read_json
-from moespec_jax.families import read_config
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.read import load_config, load_parameters, read_json
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.backend import BACKENDS
 
 SWITCH = BACKENDS["switch"]
 # Damage: what is done to a directory of two shards with an index, and what the message must say.

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from driver import FAST_COMPILE, build, cached_logits, continue_greedily, fast_jit, positions_of, random_tensors
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import Cache, empty_cache
 from moespec_jax.config import DecoderConfig, RopeConfig
-from moespec_jax.decode import Settings, begin, decode_steps, empty_prefill, prefill_chunk
-from moespec_jax.decoder import Decoder, forward, layer_runs, unembed
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.decoding.autoregressive import Settings, begin, decode_steps, empty_prefill, prefill_chunk
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.cache import Cache, empty_cache
+from moespec_jax.nn.decoder import Decoder, forward, layer_runs, unembed
 
 CONFIG = DecoderConfig(
     model_type="qwen2_moe",

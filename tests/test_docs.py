@@ -16,7 +16,7 @@ import pytest
 from driver import FAST_COMPILE
 from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
 
-from moespec_jax import budget
+from moespec_jax.decoding import budget
 
 DOCS = Path(__file__).parent.parent / "docs"
 DEMO = Path(__file__).parent.parent / "moespec_jax" / "demo" / "target"

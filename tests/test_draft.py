@@ -10,10 +10,10 @@ import pytest
 from driver import fast_jit
 from head_oracle import VARIANTS, VOCAB, head_of
 
-from moespec_jax.attention import causal_mask
 from moespec_jax.config import DraftConfig
-from moespec_jax.draft import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_taps, next_features
-from moespec_jax.propose import extend_draft
+from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_taps, next_features
 
 PAIRS = 24  # more than `max_position_embeddings`
 TOLERANCE = 1e-5  # float32 against float64, on values of about 1

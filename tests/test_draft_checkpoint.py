@@ -29,11 +29,11 @@ from draft_heads import (
 )
 from safetensors.numpy import load_file, save_file
 
-from moespec_jax.cache import Cache
-from moespec_jax.draft import draft_forward, draft_logits, fuse_taps
-from moespec_jax.draft_checkpoint import LoadedDraft, load_draft
-from moespec_jax.draft_export import export_draft
-from moespec_jax.files import CheckpointError
+from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.eagle3 import draft_forward, draft_logits, fuse_taps
 
 NORMS = {"midlayer.self_attn.q_norm.weight": (HEAD,), "midlayer.self_attn.k_norm.weight": (HEAD,)}
 EMBEDDING = {"embed_tokens.weight": (VOCAB, MODEL)}

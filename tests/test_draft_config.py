@@ -16,11 +16,10 @@ from draft_heads import (
     target,
 )
 
+from moespec_jax.checkpoint.head.boundaries import resolve_boundaries
+from moespec_jax.checkpoint.head.config import HeadDescription, describe_head
 from moespec_jax.config import RopeConfig
-from moespec_jax.draft_boundaries import resolve_boundaries
-from moespec_jax.draft_config import HeadDescription, describe_head
-from moespec_jax.fields import UnsupportedConfig
-from moespec_jax.files import CheckpointError
+from moespec_jax.errors import CheckpointError, UnsupportedConfig
 
 IDS = "eagle_aux_hidden_state_layer_ids"
 FIELDS = {"eagle": eagle_fields, "specforge": specforge_fields, "speculators": speculators_fields}

@@ -25,9 +25,10 @@ from draft_heads import (
 )
 from safetensors.numpy import load_file
 
-from moespec_jax.draft_checkpoint import LoadedDraft, load_draft, share_embedding
-from moespec_jax.draft_export import ExportFormat, export_draft
-from moespec_jax.files import CheckpointError, read_json
+from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding
+from moespec_jax.checkpoint.head.write import ExportFormat, export_draft
+from moespec_jax.errors import CheckpointError
+from moespec_jax.files import read_json
 
 NORMS = {"midlayer.self_attn.q_norm.weight": (HEAD,), "midlayer.self_attn.k_norm.weight": (HEAD,)}
 QUERY, KEY = (HEADS * HEAD,), (KV_HEADS * HEAD,)
@@ -146,7 +147,9 @@ def test_an_export_replaces_a_checkpoint_whole_or_not_at_all(
     (directory / "model.safetensors.index.json").write_text("{}")
     options = {"target_embedding": EMBED}
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr("moespec_jax.draft_export.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(
+            "moespec_jax.checkpoint.head.write.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+        )
         export(first, directory, format, **options)
     (directory / "model.safetensors.index.json").unlink()
     assert same_tree(load(directory).head, first.head)

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.endurance import ONE_TURN, Compilations, endure, summary
 from moespec_jax import load
-from moespec_jax.prompt_sets import held_out_pieces
+from moespec_jax.measure.prompt_sets import held_out_pieces
 
 
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:

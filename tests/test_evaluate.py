@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from driver import cached_logits
 from speculation import FastPrograms
 from tiny import write_tiny
 from tiny_pair import write_pair
 
-from moespec_jax import arguments
-from moespec_jax.backend import Backend
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.cli import arguments
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.evaluate import accuracy
 from moespec_jax.evaluate.__main__ import main
 from moespec_jax.evaluate.report import within
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.ledger import Ledger
-from moespec_jax.loading import load
-from moespec_jax.model import Model
-from moespec_jax.profile import write_profile
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.nn.backend import Backend
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.tuned_profile import write_profile
 
-pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.budget_config.BudgetWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.decoding.budget_config.BudgetWarning")
 
 DENSE = Backend("dense", "flat", False, dense_experts)
 FILES = ["evaluate.jsonl", "evaluate.md", "evaluate.png", "pieces.jsonl"]

@@ -8,22 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from driver import cached_logits
 from speculation import FastPrograms
 from tiny_pair import write_pair
 
-from moespec_jax import decode
-from moespec_jax.backend import Backend
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding import autoregressive as decode
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Scored, Text, score_batch
 from moespec_jax.evaluate.ways import Way, way_of
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.loading import load
-from moespec_jax.model import Model, RequestError
+from moespec_jax.nn.backend import Backend
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 
-pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.budget_config.BudgetWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::moespec_jax.decoding.budget_config.BudgetWarning")
 
 DENSE = Backend("dense", "flat", False, dense_experts)
 TREES = {"chain": TreeConfig(2, 1, 4), "tree": TreeConfig(2, 3, 9)}

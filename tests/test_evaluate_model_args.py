@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from moespec_jax.arguments import chosen
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.cli.arguments import chosen
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
-from moespec_jax.loading import DEMO_TARGET
-from moespec_jax.model import RequestError
+from moespec_jax.runtime.load import DEMO_TARGET
 
 
 def test_arguments_are_flags_without_dashes() -> None:

@@ -11,11 +11,12 @@ from published import DTYPES, draw_tensors, same, write
 from safetensors import safe_open
 
 from convert.check import our_logits
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters
-from moespec_jax.export import config_fields, export, write_config
-from moespec_jax.families import read_config
-from moespec_jax.parameters import random_decoder
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.parameters import random_decoder
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.checkpoint.write import config_fields, export, write_config
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.backend import BACKENDS
 
 INDEX = "model.safetensors.index.json"
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hf_models import FAMILIES, Fields, draw_fields
 
+from moespec_jax.checkpoint.families import read_config, read_rope
 from moespec_jax.config import RopeConfig
-from moespec_jax.families import read_config, read_rope
-from moespec_jax.fields import UnsupportedConfig
+from moespec_jax.errors import UnsupportedConfig
 
 
 def fields_of(family: str, **changes: Any) -> Fields:

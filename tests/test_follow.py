@@ -11,10 +11,10 @@ from speculation import FastPrograms
 from tiny_pair import write_pair
 
 from moespec_jax import BudgetConfig, TreeConfig, load
-from moespec_jax.attention import causal_mask
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.fidelity import Texts, interval, summary
-from moespec_jax.model import Model
+from moespec_jax.measure.fidelity import Texts, interval, summary
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.runtime.model import Model
 
 TREE, NEW = TreeConfig(2, 3, 8), 14
 PROMPTS = [[5, 17, 9, 30, 2], [40, 41, 42, 7, 8, 9, 1], [3, 3, 3, 60]]

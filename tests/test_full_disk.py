@@ -16,15 +16,15 @@ from test_convert import refused, run
 from tiny_pair import write_pair
 
 from convert import draft, to_hf, to_orbax
-from moespec_jax import trace
 from moespec_jax.bench import __main__ as bench
-from moespec_jax.checkpoint import load_config
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.draft_export import export_draft
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.checkpoint.read import load_config
+from moespec_jax.cli import round_trace as trace
+from moespec_jax.cli.round_trace import tracing
+from moespec_jax.errors import RequestError
 from moespec_jax.files import write_json, writing
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import RequestError
-from moespec_jax.trace import tracing
+from moespec_jax.measure.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 FULL = os.strerror(27)
@@ -105,7 +105,7 @@ def test_an_older_head_stays(
             export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
         assert tree(Path(head)) == before
     with monkeypatch.context() as patch, pytest.raises(OSError, match="config.json"):
-        patch.setattr("moespec_jax.draft_export.write_json", full)
+        patch.setattr("moespec_jax.checkpoint.head.write.write_json", full)
         export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
     assert tree(Path(head)) == before
     asked = ["--model", target, "--draft-model", head, "--output", tmp_path / "out", "--format", "specforge"]

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 import moespec_jax
 from moespec_jax.generate import main
-from moespec_jax.loading import DEMO_TARGET
+from moespec_jax.runtime.load import DEMO_TARGET
 
 ROOT = Path(__file__).parent.parent
 

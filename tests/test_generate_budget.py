@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tiny_pair import run_json, write_pair
 
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.generate import main
-from moespec_jax.loading import load
-from moespec_jax.model import RequestError
+from moespec_jax.runtime.load import load
 
 NEW = 24
 PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]

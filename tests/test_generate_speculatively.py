@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tiny_pair import run_json, write_pair
 
-from moespec_jax.backend import BACKENDS
 from moespec_jax.config import TreeConfig
 from moespec_jax.generate import main
-from moespec_jax.loading import DEMO_DRAFT, load
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.load import DEMO_DRAFT, load
 
 NEW = 24
 PROMPTS = ["--prompt", "the cat", "--prompt", "def add(a"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from driver import cached_logits, continue_greedily
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.nn.backend import BACKENDS
 
 DIRECTORIES = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.npz"))
 

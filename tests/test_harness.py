@@ -11,18 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from speculation import FastPrograms
 from tiny_pair import write_pair
 
-from moespec_jax import arguments
-from moespec_jax.backend import Backend
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.loading import load
-from moespec_jax.model import RequestError
+from moespec_jax.cli import arguments
+from moespec_jax.errors import RequestError
+from moespec_jax.nn.backend import Backend
+from moespec_jax.runtime.load import load
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::moespec_jax.budget_config.BudgetWarning"),
+    pytest.mark.filterwarnings("ignore::moespec_jax.decoding.budget_config.BudgetWarning"),
     # What lm-eval and its dependencies warn of is not ours to fix.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

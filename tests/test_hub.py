@@ -16,9 +16,9 @@ from fake_hub import FakeHub, commit_of
 from tiny import tiny_tensors, write_tiny
 
 import moespec_jax
-from moespec_jax.files import CheckpointError
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.errors import CheckpointError
 from moespec_jax.generate import main
-from moespec_jax.hub import locate
 
 ROOT = Path(__file__).parent.parent
 TINY = "owner/tiny"

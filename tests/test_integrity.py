@@ -13,10 +13,10 @@ from tiny_pair import write_pair
 
 from convert import check, draft, to_hf, to_orbax
 from convert.integrity import check_hashes, count_not_finite
-from moespec_jax.checkpoint import load_config
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.draft_export import export_draft
-from moespec_jax.files import CheckpointError
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.checkpoint.read import load_config
+from moespec_jax.errors import CheckpointError
 
 NORM, ROUTER = "model.norm.weight", "model.layers.1.mlp.gate.weight"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import RequestError
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.ledger import Ledger
 
 ASKED = {"model": "m", "budgets": [8, 0.5]}
 PIECES = {"a": {"x": 1.5}, "b": [1, 2], "ü": "text\nof two lines", "none": None}

@@ -8,13 +8,13 @@ import pytest
 from devices import results
 from tiny import write_tiny
 
-from moespec_jax.backend import BACKENDS
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
-from moespec_jax.families import read_config
 from moespec_jax.generate import main
-from moespec_jax.loading import load
-from moespec_jax.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
-from moespec_jax.shapes import MODELS
+from moespec_jax.measure.published_shapes import MODELS
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.parallel.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
+from moespec_jax.runtime.load import load
 
 MESHES = {
     "olmoe": ("tensor=8", ["tree"]),

@@ -10,12 +10,13 @@ import pytest
 from tiny import CONTEXT, byte_fallback_tokenizer, write_tiny
 
 import moespec_jax
-import moespec_jax.decode
-import moespec_jax.run
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS
-from moespec_jax.decoder import forward, unembed
-from moespec_jax.model import Model, RequestError
+import moespec_jax.decoding.autoregressive
+import moespec_jax.runtime.run
+from moespec_jax.errors import RequestError
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.decoder import forward, unembed
+from moespec_jax.runtime.model import Model
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -71,7 +72,7 @@ def test_prompts_of_one_and_of_several_chunks_in_a_batch(model: Model, monkeypat
     random = np.random.default_rng(0)
     prompts = [random.integers(1, 300, n).tolist() for n in (5, 32, 40, 16)]
     whole = [greedy(model, prompt, 6, ignore_eos=True) for prompt in prompts]
-    monkeypatch.setattr(moespec_jax.decode, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(moespec_jax.decoding.autoregressive, "PREFILL_CHUNK", 16)
     batch = model.generate(prompts, max_new_tokens=6, ignore_eos=True)
     assert [p.token_ids for p in batch.prompts] == whole
 
@@ -135,7 +136,7 @@ SAMPLINGS = {
 def test_streaming_changes_nothing(
     model: Model, sampling: dict[str, float], interval: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moespec_jax.run, "_STREAM_INTERVAL_S", interval)
+    monkeypatch.setattr(moespec_jax.runtime.run, "_STREAM_INTERVAL_S", interval)
     whole = model.generate(PROMPTS, max_new_tokens=24, **sampling)
     calls: list[list[list[int]]] = []
     streamed = model.generate(PROMPTS, max_new_tokens=24, on_tokens=calls.append, **sampling)

@@ -27,10 +27,10 @@ from flat_experts import (
     some_choice,
 )
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.mosaic_gpu import KERNEL_ACTIVATIONS, STAGES, TILE, fused_experts, mosaic_experts, supported
-from moespec_jax.experts.slots import distinct_experts
-from moespec_jax.routing import Routing, combine_weights
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.mosaic_gpu import KERNEL_ACTIVATIONS, STAGES, TILE, fused_experts, mosaic_experts, supported
+from moespec_jax.nn.experts.slots import distinct_experts
+from moespec_jax.nn.routing import Routing, combine_weights
 
 # What the compiler wants to know of an H100.
 H100 = """

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from mutations import bounded_examples, damaged, json_files, outcome, size_of
 from safetensors.numpy import save_file
 
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.layers import rope_frequencies
-from moespec_jax.torch_archive import read_arrays, read_index
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.torch_archive import read_arrays, read_index
+from moespec_jax.nn.layers import rope_frequencies
 
 BUFFER = 41 << 20  # what reading tensors takes whatever their size
 

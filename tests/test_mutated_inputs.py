@@ -18,13 +18,13 @@ from mutations import bounded_examples, damaged, json_files, outcome, size_of
 from published import draw_tensors, write
 from safetensors.numpy import load_file
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
 from moespec_jax.files import read_json
-from moespec_jax.layers import rope_frequencies
-from moespec_jax.orbax_io import write_orbax
-from moespec_jax.tensors import tensor_table
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.layers import rope_frequencies
 
 # What reading tensors takes whatever their size: the buffer that all go through.
 BUFFER = 41 << 20

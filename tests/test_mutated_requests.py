@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from mutations import bounded_examples, damaged, json_files, outcome, size_of
 from tiny import CONFIG, byte_level_tokenizer, write_json, write_tiny
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.checkpoint import load_config
+from moespec_jax.checkpoint.read import load_config
+from moespec_jax.checkpoint.tokenizer import chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.answers import read_questions
 from moespec_jax.generate import main
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, RequestError
-from moespec_jax.profile import FORMAT, read_profile
-from moespec_jax.prompts import gather_texts, parse_prompt_ids
-from moespec_jax.text import chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.tuned_profile import FORMAT, read_profile
 from moespec_jax.train.records import read_samples
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
@@ -109,7 +110,7 @@ def test_chat_template(model: Model) -> None:
     @bounded_examples(40)
     @given(st.lists(st.sampled_from(PARTS), max_size=4).map("".join))
     def check(template: str) -> None:
-        from moespec_jax.text import _transformers_tokenizer
+        from moespec_jax.checkpoint.tokenizer import _transformers_tokenizer
 
         _transformers_tokenizer.cache_clear()
         file.write_text(template)

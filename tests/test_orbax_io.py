@@ -10,9 +10,10 @@ import pytest
 from hf_models import draw_fields
 from published import draw_tensors, write
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters, open_safetensors, read_json
-from moespec_jax.orbax_io import write_orbax
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_safetensors, read_json
+from moespec_jax.errors import CheckpointError
+from moespec_jax.nn.backend import BACKENDS
 
 
 @pytest.fixture(scope="module")

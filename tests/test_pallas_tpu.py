@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.pallas_tpu import WEIGHT_BUFFER_BYTES, ffn_tile, fused_experts, pallas_experts
-from moespec_jax.experts.slots import distinct_experts
-from moespec_jax.routing import Routing, combine_weights
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.pallas_tpu import WEIGHT_BUFFER_BYTES, ffn_tile, fused_experts, pallas_experts
+from moespec_jax.nn.experts.slots import distinct_experts
+from moespec_jax.nn.routing import Routing, combine_weights
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 16, 48
 
@@ -68,7 +68,7 @@ def test_nobody_routed_gives_zero() -> None:
 
 def test_several_tiles_of_the_ffn_axis_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tiles, and slots past the active ones, which must add nothing although their weights are finite."""
-    monkeypatch.setattr("moespec_jax.experts.pallas_tpu.WEIGHT_BUFFER_BYTES", 6 * MODEL * 128 * 4)
+    monkeypatch.setattr("moespec_jax.nn.experts.pallas_tpu.WEIGHT_BUFFER_BYTES", 6 * MODEL * 128 * 4)
     experts, rng = random_experts(ffn=384), np.random.default_rng(2)
     assert ffn_tile(MODEL, 384, 4) == 128
     x = rng.standard_normal((2, MODEL)).astype(np.float32)

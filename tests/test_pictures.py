@@ -7,8 +7,8 @@ from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 
-from moespec_jax import pictures
-from moespec_jax.pictures import ACCEPTED
+from moespec_jax.measure import plots as pictures
+from moespec_jax.measure.plots import ACCEPTED
 
 #        0
 #      / | \

@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from driver import FAST_COMPILE
 from tiny import CONTEXT, write_tiny
 
 import convert
 from convert import probe_draft
-from moespec_jax.backend import Backend
+from moespec_jax.checkpoint.head.tensor_table import random_head
+from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.config import DraftConfig
-from moespec_jax.draft_export import export_draft
-from moespec_jax.draft_tensors import random_head
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.loading import load
-from moespec_jax.model import Model
+from moespec_jax.nn.backend import Backend
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 
 LAYERS, TRUE = 4, (1, 2, 4)
 DENSE = Backend("dense", "flat", False, dense_experts)

@@ -10,8 +10,8 @@ from published import same
 from safetensors.numpy import load_file
 from tiny_pair import write_pair
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.nn.backend import BACKENDS
 
 
 def test_generation(tmp_path: Path) -> None:

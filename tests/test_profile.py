@@ -8,7 +8,7 @@ from tiny_pair import run_json, write_pair
 
 from moespec_jax import BudgetConfig, RequestError, TreeConfig, read_profile
 from moespec_jax.generate import main
-from moespec_jax.profile import FORMAT, write_profile
+from moespec_jax.runtime.tuned_profile import FORMAT, write_profile
 
 TREE, BUDGET = TreeConfig(2, 3, 8), BudgetConfig(6, anchor="root", faithfulness=0.3)
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moespec_jax import programs
-from moespec_jax.programs import Programs
+from moespec_jax.runtime import programs
+from moespec_jax.runtime.programs import Programs
 
 
 def add(settings: int, params: jnp.ndarray, x: jnp.ndarray) -> jnp.ndarray:

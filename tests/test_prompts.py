@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moespec_jax.model import RequestError
-from moespec_jax.prompts import DEFAULT_PROMPT, gather_texts, parse_prompt_ids, read_prompt_file
+from moespec_jax.cli.prompts import DEFAULT_PROMPT, gather_texts, parse_prompt_ids, read_prompt_file
+from moespec_jax.errors import RequestError
 
 
 def arguments(

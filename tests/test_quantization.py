@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from driver import fast_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from tiny import tiny_tensors, write_tiny
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import CheckpointError, load_config, load_parameters, open_safetensors
-from moespec_jax.experts.cpu import cpu_experts
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.pallas_tpu import pallas_experts
-from moespec_jax.experts.slots import slot_experts
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_safetensors
+from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.generate import main
-from moespec_jax.layers import GatedMlp
-from moespec_jax.model import RequestError
-from moespec_jax.orbax_io import write_orbax
-from moespec_jax.quantization import Quantized, quantize_rows, widened
-from moespec_jax.routing import Routing
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.experts.cpu import cpu_experts
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.pallas_tpu import pallas_experts
+from moespec_jax.nn.experts.slots import slot_experts
+from moespec_jax.nn.layers import GatedMlp
+from moespec_jax.nn.quantization import Quantized, quantize_rows, widened
+from moespec_jax.nn.routing import Routing
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 16, 48
 

@@ -8,13 +8,13 @@ import oracles
 import pytest
 from driver import build, fast_jit, positions_of, random_tensors
 
-import moespec_jax.decoder
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import empty_cache
+import moespec_jax.nn.decoder
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoder import Decoder, ForwardInfo, forward
-from moespec_jax.moe import sparse_mlp
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, ForwardInfo, forward
+from moespec_jax.nn.moe import sparse_mlp
 
 CONFIG = DecoderConfig(
     model_type="qwen2_moe",
@@ -106,5 +106,5 @@ def test_a_program_that_does_not_use_inputs_does_not_keep_them(
         return y, info._replace(inputs=None)
 
     given_out = cost()
-    monkeypatch.setattr(moespec_jax.decoder, "sparse_mlp", without)
+    monkeypatch.setattr(moespec_jax.nn.decoder, "sparse_mlp", without)
     assert cost() == given_out

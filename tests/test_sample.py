@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from moespec_jax.sample import SamplingConfig, draw, log_probabilities
+from moespec_jax.decoding.sampling import SamplingConfig, draw, log_probabilities
 
 SETTINGS = [
     SamplingConfig(temperature=1.0),

@@ -13,21 +13,21 @@ from driver import build, fast_jit
 from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
-from moespec_jax import decode as decode_module
-from moespec_jax import run as run_module
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import Cache, empty_cache
+from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.draft import DraftHead, empty_draft_cache
-from moespec_jax.families import read_config
-from moespec_jax.method import Method
-from moespec_jax.propose import extend_draft
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationState
+from moespec_jax.decoding import autoregressive as decode_module
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationState
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.cache import Cache, empty_cache
+from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
+from moespec_jax.runtime import run as run_module
+from moespec_jax.runtime.method import Method
+from moespec_jax.runtime.run import Batch, Run
 
 Pair = tuple[DecoderConfig, Decoder, Backend, DraftConfig, DraftHead]
 
@@ -150,7 +150,7 @@ def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: 
     ids = np.concatenate([np.tile(np.array(prompt, np.int32), (len(paths), 1)), paths], axis=1)
 
     def score(params: Decoder, ids: jax.Array) -> jax.Array:
-        from moespec_jax.sample import log_probabilities
+        from moespec_jax.decoding.sampling import log_probabilities
 
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
         cache = empty_cache(config, ids.shape[0], ids.shape[1], jnp.float32, stacked=backend.stacked)

@@ -15,13 +15,13 @@ from tiny import CONFIG, tiny_tensors
 from tiny_pair import write_pair
 
 import moespec_jax.study.__main__ as study
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.fidelity import Texts
-from moespec_jax.ledger import Ledger
-from moespec_jax.loading import load
-from moespec_jax.model import Model
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.fidelity import Texts
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 from moespec_jax.study.coactivation import lift, order, together
 from moespec_jax.study.demand import kept_mass, least_budget, uniform_union, unions
 from moespec_jax.study.finding import contrast, standing, standing_sentence

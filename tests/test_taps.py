@@ -12,14 +12,14 @@ import pytest
 from driver import build, fast_jit, positions_of, random_tensors
 from hf_models import FAMILIES, draw_fields, write_checkpoint
 
-import moespec_jax.decoder
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS, Backend
-from moespec_jax.cache import empty_cache
-from moespec_jax.checkpoint import load_config, load_parameters
+import moespec_jax.nn.decoder
+from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoder import Decoder, forward
-from moespec_jax.layers import rms_norm
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, forward
+from moespec_jax.nn.layers import rms_norm
 
 CONFIG = DecoderConfig(
     model_type="qwen2_moe",
@@ -74,7 +74,7 @@ def cut_states() -> list[np.ndarray]:
     """What decoders of 0, 1, ... layers leave when nothing norms it."""
     backend, states = BACKENDS["switch"], [TENSORS["model.embed_tokens.weight"][IDS]]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moespec_jax.decoder, "rms_norm", lambda x, w, eps: x if w is None else rms_norm(x, w, eps))
+        patch.setattr(moespec_jax.nn.decoder, "rms_norm", lambda x, w, eps: x if w is None else rms_norm(x, w, eps))
         for layers in ALL[1:]:
             config = dataclasses.replace(
                 CONFIG,

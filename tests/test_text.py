@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny import byte_fallback_tokenizer, byte_level_tokenizer, write_json, write_tiny
 from tokenizers import Tokenizer
 
-from moespec_jax.files import CheckpointError
-from moespec_jax.text import TextStream, chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.errors import CheckpointError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer(), "byte-fallback": byte_fallback_tokenizer()}
 EVERY_TOKENIZER = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from draft_heads import head_tensors, state_dict_program, tensor_program, write_archive
 
-from moespec_jax.files import CheckpointError
-from moespec_jax.torch_archive import read_arrays, read_index
+from moespec_jax.checkpoint.torch_archive import read_arrays, read_index
+from moespec_jax.errors import CheckpointError
 
 ONE = {"norm.weight": np.arange(4, dtype=np.float32)}
 

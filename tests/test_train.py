@@ -13,19 +13,20 @@ import jax
 import numpy as np
 import optax
 import pytest
+from dense_experts import dense_experts
 from driver import fast_jit
 from full_disk import full_disk
 from tiny import write_tiny
 
 import moespec_jax.train.__main__ as command
-from moespec_jax.backend import Backend
+from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DraftConfig
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_checkpoint import load_draft
-from moespec_jax.draft_tensors import random_head
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.loading import load
-from moespec_jax.model import Model, RequestError
+from moespec_jax.errors import RequestError
+from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train import run, trainer
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.records import Sample

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from tiny import CONTEXT, byte_level_tokenizer, write_json, write_tiny
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config
-from moespec_jax.files import CheckpointError
-from moespec_jax.model import Model, RequestError
+from moespec_jax.checkpoint.read import load_config
+from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.regenerate import read_prompts, regenerate
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack

@@ -11,7 +11,7 @@ import tree_oracle
 from driver import fast_jit
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.tree import Beam, Tree, ancestors, depths, first_level, next_level, prune
+from moespec_jax.decoding.tree import Beam, Tree, ancestors, depths, first_level, next_level, prune
 
 SHAPES = [
     TreeConfig(depth=7, top_k=10, size=60),

@@ -27,10 +27,10 @@ from flat_experts import (
     some_choice,
 )
 
-from moespec_jax.experts.layouts import Flat
-from moespec_jax.experts.slots import SLOT_TOKENS, distinct_experts
-from moespec_jax.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, fused_experts, supported, triton_experts
-from moespec_jax.routing import Routing, combine_weights
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts
+from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, fused_experts, supported, triton_experts
+from moespec_jax.nn.routing import Routing, combine_weights
 
 # Said at lowering, from jax 0.11 on; the module tells why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -176,7 +176,7 @@ def not_cached() -> Iterator[None]:
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90"])
 def test_compiles_to_machine_code_and_copies_no_expert(gpu: str) -> None:
     from benchmarks.gpu_compile import row
-    from moespec_jax.families import read_config
-    from moespec_jax.shapes import MODELS
+    from moespec_jax.checkpoint.families import read_config
+    from moespec_jax.measure.published_shapes import MODELS
 
     assert row(read_config(MODELS["OLMoE-1B-7B"]), gpu, "triton", tokens=60, slots=64)["copies"] == []

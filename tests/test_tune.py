@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dense_experts import dense_experts
 from tiny_pair import write_pair
 
-from moespec_jax import TreeConfig, arguments, load, read_profile
-from moespec_jax.backend import Backend
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.experts.dense import dense_experts
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import continued
-from moespec_jax.timing import Setting
+from moespec_jax import TreeConfig, load, read_profile
+from moespec_jax.cli import arguments
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.prompt_sets import continued
+from moespec_jax.measure.timing import Setting
+from moespec_jax.nn.backend import Backend
+from moespec_jax.runtime.model import Model
 from moespec_jax.tune import search as searching
 from moespec_jax.tune.__main__ import main
 from moespec_jax.tune.candidates import Candidate, exact_candidates, grid, trees_for_budgets

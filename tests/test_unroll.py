@@ -16,9 +16,9 @@ import pytest
 from driver import fast_jit
 from head_oracle import VOCAB, head_of
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.draft import draft_forward, draft_logits, empty_draft_cache, next_features
-from moespec_jax.propose import extend_draft
+from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.eagle3 import draft_forward, draft_logits, empty_draft_cache, next_features
 from moespec_jax.train.objective import LOSSES, Teacher, unrolled_scores
 from moespec_jax.train.unroll import unroll
 

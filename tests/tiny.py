@@ -10,8 +10,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moespec_jax.families import read_config
-from moespec_jax.tensors import tensor_table
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.tensor_table import tensor_table
 
 CONTEXT = 96
 STOP = 0  # the tokenizer's <|end|>

@@ -9,10 +9,10 @@ import pytest
 from speculation import draft_config, small_head
 from tiny import write_tiny
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.checkpoint import load_config, load_parameters
-from moespec_jax.draft_export import export_draft
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.generate import main
+from moespec_jax.nn.backend import BACKENDS
 
 
 def write_pair(directory: Path, new: int, **changes: Any) -> list[str]:

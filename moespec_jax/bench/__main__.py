@@ -18,23 +18,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from moespec_jax.arguments import add_model_flags, check_budget, load_asked, shown_name
 from moespec_jax.bench.random_pair import EXPONENTS, check_memory, published_accept_length, random_model, shapes_of
 from moespec_jax.bench.rows import result_rows
 from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
-from moespec_jax.ceiling import copy_bandwidth, verification_bytes
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.checkpoint.tokenizer import chat_prompt
+from moespec_jax.cli.arguments import add_model_flags, check_budget, load_asked, shown_name
+from moespec_jax.cli.command import Parser, run_command, write_output
 from moespec_jax.config import TreeConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
-from moespec_jax.ledger import Ledger
-from moespec_jax.loading import DEMO_TARGET
-from moespec_jax.model import Model, RequestError
-from moespec_jax.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
-from moespec_jax.results import versions
-from moespec_jax.text import chat_prompt
-from moespec_jax.timing import Setting, take_turns
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
+from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
+from moespec_jax.measure.timing import Setting, take_turns
+from moespec_jax.runtime.load import DEMO_TARGET
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import versions
 
 EXAMPLE = """
 examples:

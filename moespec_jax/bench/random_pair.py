@@ -22,18 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from moespec_jax.backend import Backend, default_backend
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.head.read import LoadedDraft
+from moespec_jax.checkpoint.head.tensor_table import random_head
+from moespec_jax.checkpoint.parameters import abstract_decoder, random_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decoder import Decoder, Layer
-from moespec_jax.draft import DraftHead, DraftLayer
-from moespec_jax.draft_checkpoint import LoadedDraft
-from moespec_jax.draft_tensors import random_head
-from moespec_jax.families import read_config
-from moespec_jax.model import Model, RequestError
-from moespec_jax.moe import SparseMlp
-from moespec_jax.parameters import abstract_decoder, random_decoder
-from moespec_jax.shapes import MODELS, draft_config
-from moespec_jax.speculate import Speculator
+from moespec_jax.decoding.speculative import Speculator
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import Backend, default_backend
+from moespec_jax.nn.decoder import Decoder, Layer
+from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
+from moespec_jax.nn.moe import SparseMlp
+from moespec_jax.runtime.model import Model
 
 # How skewed routing is: fitted to the published figures above (tests/test_bench_random.py measures what comes of it).
 EXPONENTS = {"OLMoE-1B-7B": 0.9, "Qwen3-30B-A3B": 0.67, "Mixtral-8x7B": 0.9, "toy": 0.8}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moespec_jax.bench.sweep import budget_name
-from moespec_jax.compare import agreement
-from moespec_jax.timing import Setting, speed, spread, tree_name
+from moespec_jax.cli.compare import agreement
+from moespec_jax.measure.timing import Setting, speed, spread, tree_name
 
 Turns = Sequence[Mapping[str, Mapping[str, Any]]]
 # Of a run, what is the same in every turn.

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from moespec_jax.arguments import add_rule_flags, parse_budget, rule_of
-from moespec_jax.budget_config import BudgetConfig
+from moespec_jax.cli.arguments import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
-from moespec_jax.model import Model, RequestError
-from moespec_jax.timing import Setting, parse_tree, tree_name
-from moespec_jax.tree import check_draft_vocabulary
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.tree import check_draft_vocabulary
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.timing import Setting, parse_tree, tree_name
+from moespec_jax.runtime.model import Model
 
 TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
 BUDGETS = ("0.5", "0.25")

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moespec_jax.measure.markdown import markdown_table
+
 HEAD = (
     "tree", "budget", "output", "tokens/s", "over plain", "over exact, same tree", "over best exact", "tokens a round",
     "experts read (wanted)", "mass kept", "text as plain's", "copy bandwidth: round, verification", "compile s",
@@ -17,7 +19,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         what = f"{first['prompts']}: {first['count']} prompts, {first['new_tokens']} new tokens each"
         what += f", {first['batch_size']} at a time" if first["batch_size"] > 1 else ""
         cells = [HEAD, *([*map(str, cells_of(row))] for row in part)]
-        sections += [f"{what}. Best exact setting, by its median: **{exact}**.", aligned(cells)]
+        sections += [f"{what}. Best exact setting, by its median: **{exact}**.", markdown_table(cells)]
     return "\n\n".join([*sections, footing(rows[0])]) + "\n"
 
 
@@ -82,10 +84,3 @@ def spread_text(values: dict[str, float], form: str) -> str:
     """`1.20 (1.10 to 1.25)`."""
     median, low, high = (form.format(values[name]) for name in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first row its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "| " + " | ".join("-" * w for w in widths) + " |", *lines[1:]])

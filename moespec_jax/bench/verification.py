@@ -13,15 +13,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.budget_config import resolve
-from moespec_jax.cache import Cache
-from moespec_jax.decode import experts_read, mean_distinct_experts
-from moespec_jax.model import Model
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, draft_trees, verify_trees
-from moespec_jax.timing import Setting, decode_once
-from moespec_jax.tree import Tree
+from moespec_jax.decoding.budget_config import resolve
+from moespec_jax.decoding.round_info import experts_read, mean_distinct_experts
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import (
+    SpeculationSettings,
+    SpeculationState,
+    Speculator,
+    draft_trees,
+    verify_trees,
+)
+from moespec_jax.decoding.tree import Tree
+from moespec_jax.measure.timing import Setting, decode_once
+from moespec_jax.nn.cache import Cache
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 # Rounds after which the tree is taken, and seconds that a loop is made to last.
 _ROUNDS, _LASTING = 8, 0.2

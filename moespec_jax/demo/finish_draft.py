@@ -13,12 +13,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from moespec_jax.command import Parser, run_command
+from moespec_jax.checkpoint.head.write import export_draft
+from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.demo.train_draft import RESPONSES, TEXT_ROWS, recipe
-from moespec_jax.draft_export import export_draft
 from moespec_jax.files import write_json
-from moespec_jax.loading import DEMO_DRAFT, load
-from moespec_jax.model import Model
+from moespec_jax.runtime.load import DEMO_DRAFT, load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.rows import Rows, draft_vocabulary
 from moespec_jax.train.run import draw_training, last_state
 from moespec_jax.train.trainer import finished_head

@@ -24,16 +24,16 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.backend import BACKENDS
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.demo import corpus
+from moespec_jax.checkpoint.write import export
 from moespec_jax.demo.train_target import CONFIG, Recipe, init_params, optimizer
-from moespec_jax.export import export
 from moespec_jax.files import write_json
-from moespec_jax.layers import GatedMlp
-from moespec_jax.loading import load
-from moespec_jax.model import Model
+from moespec_jax.measure import corpus
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.layers import GatedMlp
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 
 WINDOW, STRIDE = 1024, 512
 TREE_ROWS = 60

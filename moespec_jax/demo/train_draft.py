@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from moespec_jax.command import Parser, run_command
+from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.config import DraftConfig
-from moespec_jax.demo import corpus
-from moespec_jax.loading import load
-from moespec_jax.model import Model
+from moespec_jax.measure import corpus
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.regenerate import regenerate

@@ -24,12 +24,12 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moespec_jax.attention import Attention, causal_mask
 from moespec_jax.config import DecoderConfig, RopeConfig
-from moespec_jax.decoder import Decoder, Layer, forward, unembed
-from moespec_jax.demo import corpus
-from moespec_jax.experts.capacity import ExpertStack, capacity_experts
-from moespec_jax.moe import RouterInfo, SparseMlp
+from moespec_jax.measure import corpus
+from moespec_jax.nn.attention import Attention, causal_mask
+from moespec_jax.nn.decoder import Decoder, Layer, forward, unembed
+from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts
+from moespec_jax.nn.moe import RouterInfo, SparseMlp
 
 LAYERS = 4
 CONFIG = DecoderConfig(

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from moespec_jax.arguments import (
+from moespec_jax.checkpoint.tokenizer import chat_prompt
+from moespec_jax.cli.arguments import (
     add_model_flags,
     add_profile_flag,
     add_rule_flags,
@@ -28,8 +29,9 @@ from moespec_jax.arguments import (
     shown_name,
     tree_of,
 )
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.accuracy import answer
 from moespec_jax.evaluate.answers import Question, read_questions
 from moespec_jax.evaluate.divergence import measure
@@ -38,12 +40,11 @@ from moespec_jax.evaluate.rows import answer_rows, text_rows
 from moespec_jax.evaluate.texts import TextSet, add_text_flags, own_sets, prompts_to_continue, text_files, written_sets
 from moespec_jax.evaluate.ways import Way, way_of
 from moespec_jax.files import write_text
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import AskedTree, Model, RequestError
-from moespec_jax.profile import read_profile
-from moespec_jax.prompt_sets import add_prompt_set_flags, check_prompt_sets
-from moespec_jax.results import versions
-from moespec_jax.text import chat_prompt
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets
+from moespec_jax.runtime.model import AskedTree, Model
+from moespec_jax.runtime.results import versions
+from moespec_jax.runtime.tuned_profile import read_profile
 
 EXAMPLE = """
 examples:

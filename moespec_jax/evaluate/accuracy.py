@@ -9,8 +9,8 @@ from moespec_jax.evaluate.answers import Question
 from moespec_jax.evaluate.generation import continue_batch
 from moespec_jax.evaluate.intervals import paired, wilson
 from moespec_jax.evaluate.ways import Way
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.runtime.model import Model
 
 
 def answer(

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.trial import Trial, complete, passes, read_trial
-from moespec_jax.model import RequestError
 
 # Thousands are set off by commas in groups of three: `1,2,3` are three numbers. A sign follows neither a word nor a
 # number: `7-3` ends in 3. A digit of a name (`x2`) is no number.

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from moespec_jax.evaluate.texts import TextSet
 from moespec_jax.evaluate.ways import Way
-from moespec_jax.fidelity import DRAWS, Texts, interval
-from moespec_jax.follow import Followed
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model
+from moespec_jax.measure.fidelity import DRAWS, Texts, interval
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.teacher_forcing import Followed
+from moespec_jax.runtime.model import Model
 
 
 def measure(model: Model, sets: Sequence[TextSet], ways: Sequence[Way], batch: int, ledger: Ledger) -> None:

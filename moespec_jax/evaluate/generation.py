@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.ways import Way
-from moespec_jax.model import Model, RequestError
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 # Whether a sequence is over, from its number and its new token ids.
 Over = Callable[[int, list[int]], bool]

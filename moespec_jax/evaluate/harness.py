@@ -24,15 +24,15 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moespec_jax.arguments import chosen, load_asked
-from moespec_jax.command import use_compilation_cache
+from moespec_jax.cli.arguments import chosen, load_asked
+from moespec_jax.cli.command import use_compilation_cache
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Text, score_batch
 from moespec_jax.evaluate.model_args import read_model_args
 from moespec_jax.evaluate.ways import way_of
-from moespec_jax.model import RequestError
-from moespec_jax.results import versions
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.runtime.results import versions
 
 # Generation arguments that ask for nothing.
 _NOTHING_SAID = (("num_beams", 1), ("num_return_sequences", 1))

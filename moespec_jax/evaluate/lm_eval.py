@@ -8,8 +8,7 @@ Versions of it that look for plug-ins need no such help.
 
 import sys
 
-from moespec_jax.files import CheckpointError
-from moespec_jax.model import RequestError
+from moespec_jax.errors import CheckpointError, RequestError
 
 
 def main() -> int:

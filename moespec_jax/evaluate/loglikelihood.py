@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.accept import Accepted
-from moespec_jax.decode import (
+from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.autoregressive import (
     SMALLEST_BUCKET,
     PrefillState,
     Settings,
@@ -23,15 +23,15 @@ from moespec_jax.decode import (
     prefill_chunk,
     read_chunk,
 )
-from moespec_jax.decoder import Decoder, unembed
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator
 from moespec_jax.evaluate.ways import Way
-from moespec_jax.fidelity import with_texts
-from moespec_jax.follow import follow_round
-from moespec_jax.layers import rms_norm
-from moespec_jax.model import Model
-from moespec_jax.run import SMALLEST_CACHE, Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator
+from moespec_jax.measure.fidelity import with_texts
+from moespec_jax.measure.teacher_forcing import follow_round
+from moespec_jax.nn.decoder import Decoder, unembed
+from moespec_jax.nn.layers import rms_norm
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import SMALLEST_CACHE, Batch, Run
 
 
 class Text(NamedTuple):
@@ -105,7 +105,7 @@ def score_chunk(
     start: Int[Array, ""],
     lengths: Int[Array, " batch"],
 ) -> tuple[PrefillState, Float[Array, "batch chunk"], Bool[Array, "batch chunk"]]:
-    """As `decode.prefill_chunk`, and what each position says of the token after it."""
+    """As `autoregressive.prefill_chunk`, and what each position says of the token after it."""
     config, (batch, chunk) = settings.config, tokens[:, 1:].shape
     layers = (config.num_hidden_layers,)
     state, left = read_chunk(settings, params, state, tokens[:, :-1], start, lengths, layers)

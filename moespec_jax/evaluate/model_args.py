@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from moespec_jax.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
-from moespec_jax.command import Parser
-from moespec_jax.model import RequestError
+from moespec_jax.cli.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.command import Parser
+from moespec_jax.errors import RequestError
 
 # What lm-eval passes to every model, and JAX decides by itself.
 _IGNORED = ("device", "max_batch_size")

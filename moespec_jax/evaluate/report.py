@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moespec_jax.bench.table import aligned
+from moespec_jax.measure.markdown import markdown_table
 
 _TEXTS = (
     "decoding", "output", "divergence", "same first choice", "perplexity", "bits a byte", "nats lost a token",
@@ -20,7 +20,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         first = part[0]
         of_texts = first["measured"] == "texts"
         cells = [_TEXTS, *map(text_cells, part)] if of_texts else [_ANSWERS, *map(answer_cells, part)]
-        parts += [_title(first), aligned(cells)]
+        parts += [_title(first), markdown_table(cells)]
     kinds = {row["measured"] for row in rows}
     parts += [_READING[kind] for kind in ("texts", "answers") if kind in kinds]
     return "\n\n".join(parts) + "\n"

@@ -9,9 +9,9 @@ from moespec_jax.evaluate import accuracy, divergence
 from moespec_jax.evaluate.answers import Question
 from moespec_jax.evaluate.texts import TextSet
 from moespec_jax.evaluate.ways import Way
-from moespec_jax.fidelity import interval
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model
+from moespec_jax.measure.fidelity import interval
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.runtime.model import Model
 
 
 def text_rows(model: Model, sets: Sequence[TextSet], ways: Sequence[Way], ledger: Ledger) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, RequestError
-from moespec_jax.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces, prompt_sets
-from moespec_jax.prompts import read_prompt_file
+from moespec_jax.cli.prompts import read_prompt_file
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces, prompt_sets
+from moespec_jax.runtime.model import Model
 
 WRITTEN, OWN = "as written", "the target's own"
 

@@ -17,7 +17,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from moespec_jax.model import RequestError
+from moespec_jax.errors import RequestError
 
 CPU_SECONDS, WALL_SECONDS, BYTES = 5, 15.0, 1 << 30
 _LIMITED = Path(__file__).with_name("limited.py")

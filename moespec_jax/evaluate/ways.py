@@ -7,16 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from moespec_jax.budget import Nodes, Restricted, check_names
-from moespec_jax.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
 from moespec_jax.config import TreeConfig
-from moespec_jax.follow import restrict_each
-from moespec_jax.method import Method
-from moespec_jax.model import DEFAULT_TREE, AskedTree, Model, RequestError
-from moespec_jax.routing import Routing
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings
-from moespec_jax.tree import check_draft_vocabulary
+from moespec_jax.decoding.budget import Nodes, check_names
+from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings
+from moespec_jax.decoding.tree import check_draft_vocabulary
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.teacher_forcing import restrict_each
+from moespec_jax.nn.routing import Restricted, Routing
+from moespec_jax.runtime.method import Method
+from moespec_jax.runtime.model import DEFAULT_TREE, AskedTree, Model
 
 
 @dataclasses.dataclass(frozen=True)

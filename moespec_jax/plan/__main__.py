@@ -12,19 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.arguments import add_budget_flags, add_tree_flags, budget_of, check_budget, mesh_of, tree_of
-from moespec_jax.budget_config import BudgetConfig
-from moespec_jax.checkpoint import load_config, read_config_file
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.read import load_config, read_config_file
+from moespec_jax.cli.arguments import add_budget_flags, add_tree_flags, budget_of, check_budget, mesh_of, tree_of
+from moespec_jax.cli.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
-from moespec_jax.families import read_config
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
-from moespec_jax.hub import locate
-from moespec_jax.mesh import MeshConfig, split_decoder
-from moespec_jax.model import RequestError
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.quantization import QUANTIZATIONS
+from moespec_jax.parallel.mesh import MeshConfig, split_decoder
 from moespec_jax.plan.table import table
-from moespec_jax.quantization import QUANTIZATIONS
-from moespec_jax.shapes import MODELS, draft_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moespec_jax.accept import accept_rule
-from moespec_jax.backend import Backend
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.cache import empty_cache
+from moespec_jax.checkpoint.head.tensor_table import build_head, draft_table
+from moespec_jax.checkpoint.parameters import abstract_decoder, final_shape
+from moespec_jax.checkpoint.placement import Placement, decoder_placement, head_placement, with_repeated_heads
+from moespec_jax.checkpoint.tensor_table import Path
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decode import DecodeState, Settings
-from moespec_jax.draft import DraftHead, empty_draft_cache
-from moespec_jax.draft_tensors import build_head, draft_table
-from moespec_jax.method import Method, speculative_method
-from moespec_jax.parameters import abstract_decoder, final_shape
-from moespec_jax.placement import Placement, decoder_placement, head_placement, with_repeated_heads
-from moespec_jax.programs import Programs
-from moespec_jax.quantization import Quantization
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, expected_reach
-from moespec_jax.tensors import Path
+from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.autoregressive import DecodeState, Settings
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, expected_reach
+from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
+from moespec_jax.nn.quantization import Quantization
+from moespec_jax.runtime.method import Method, speculative_method
+from moespec_jax.runtime.programs import Programs
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 

@@ -2,14 +2,14 @@
 
 from typing import Any, NamedTuple
 
-from moespec_jax.backend import BACKENDS
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.mesh import MeshConfig, best_mesh, make_mesh
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.quantization import Quantization
+from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
 from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices, local_bytes
 from moespec_jax.plan.collectives import traffic
 from moespec_jax.plan.program import Round, Wanted, abstract_round, lower_round
-from moespec_jax.quantization import Quantization
 
 
 class Slice(NamedTuple):

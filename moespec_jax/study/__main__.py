@@ -17,20 +17,21 @@ from typing import Any
 
 import jax
 
-from moespec_jax.arguments import add_model_flags, add_tree_flags, load_asked, parse_budget, tree_of
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.checkpoint.tokenizer import chat_prompt
+from moespec_jax.cli.arguments import add_model_flags, add_tree_flags, load_asked, parse_budget, tree_of
+from moespec_jax.cli.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
-from moespec_jax.ledger import Ledger
-from moespec_jax.loading import DEMO_DRAFT, DEMO_TARGET
-from moespec_jax.model import Model, RequestError
-from moespec_jax.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
-from moespec_jax.results import versions
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.errors import RequestError
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
+from moespec_jax.measure.timing import tree_name
+from moespec_jax.runtime.load import DEMO_DRAFT, DEMO_TARGET
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import versions
 from moespec_jax.study.measure import RECONSTRUCTED, Plan, measure
 from moespec_jax.study.routing import check_studied
 from moespec_jax.study.rules import FEW, RULES, TIMED, default_budgets, named_rules
-from moespec_jax.text import chat_prompt
-from moespec_jax.timing import tree_name
 
 EXAMPLE = """
 examples:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moespec_jax.config import DecoderConfig
-from moespec_jax.ledger import Ledger
+from moespec_jax.measure.ledger import Ledger
 from moespec_jax.study.finding import (
     ByText,
     Standing,

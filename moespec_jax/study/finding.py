@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moespec_jax.fidelity import DRAWS
+from moespec_jax.measure.fidelity import DRAWS
 
 # Divergences of every text under a rule, one array for each set.
 ByText = Sequence[np.ndarray]

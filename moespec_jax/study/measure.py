@@ -7,19 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.fidelity import Texts, summary
-from moespec_jax.follow import Followed
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.fidelity import Texts, summary
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces
+from moespec_jax.measure.teacher_forcing import Followed
+from moespec_jax.measure.timing import Setting, take_turns
+from moespec_jax.runtime.model import Model
 from moespec_jax.study.coactivation import together
 from moespec_jax.study.demand import kept_mass, unions
 from moespec_jax.study.reconstruction import Loss, loss, outputs
 from moespec_jax.study.routing import TreeRouting, observed_rounds, text_experts
 from moespec_jax.study.rules import RULES, rule_of
-from moespec_jax.timing import Setting, take_turns
 
 # Texts of a set: what the target writes after a prompt, or what was there.
 OWN, GIVEN = "own text", "given text"

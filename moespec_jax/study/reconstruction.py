@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.budget import Nodes
-from moespec_jax.budget_config import BudgetConfig, resolve
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder
-from moespec_jax.follow import restrict_each
-from moespec_jax.model import Model
-from moespec_jax.routing import Routing, normalise
-from moespec_jax.sample import SamplingConfig
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.budget import Nodes
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.tree import ancestors, depths
+from moespec_jax.measure.teacher_forcing import restrict_each
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.routing import Routing, normalise
+from moespec_jax.runtime.model import Model
 from moespec_jax.study.routing import TreeRouting
-from moespec_jax.tree import ancestors, depths
 
 
 class Loss(NamedTuple):

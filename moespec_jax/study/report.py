@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.files import write_text
-from moespec_jax.ledger import Ledger
+from moespec_jax.measure.ledger import Ledger
 from moespec_jax.study import sheets
 from moespec_jax.study.conclusion import Finding, finding_budgets, finding_rows, findings, subjects
 from moespec_jax.study.measure import OWN, Plan

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.cache import empty_cache
 from moespec_jax.config import TreeConfig
-from moespec_jax.decode import Settings
-from moespec_jax.decoder import Decoder, ForwardInfo, forward
-from moespec_jax.model import Model, RequestError
-from moespec_jax.rounds import RoundInfo
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, speculation_round
+from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, speculation_round
+from moespec_jax.errors import RequestError
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, ForwardInfo, forward
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 
 class TreeRouting(NamedTuple):

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from moespec_jax.compare import agreement
+from moespec_jax.cli.compare import agreement
 from moespec_jax.config import DecoderConfig
-from moespec_jax.fidelity import DRAWS
-from moespec_jax.ledger import Ledger
+from moespec_jax.measure.fidelity import DRAWS
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.timing import speed, spread
 from moespec_jax.study.coactivation import lift
 from moespec_jax.study.demand import least_budget, uniform_union
 from moespec_jax.study.finding import mean_interval
@@ -23,7 +24,6 @@ from moespec_jax.study.measure import (
     timed_settings,
 )
 from moespec_jax.study.rules import mark
-from moespec_jax.timing import speed, spread
 
 Row = dict[str, Any]
 HELD = 0.9  # the share of the mass that a budget is asked to hold

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moespec_jax.budget_config import BudgetConfig, is_exact, resolve
 from moespec_jax.config import DecoderConfig
-from moespec_jax.model import RequestError
+from moespec_jax.decoding.budget_config import BudgetConfig, is_exact, resolve
+from moespec_jax.errors import RequestError
 
 # MoE-Spec's own rule, which others are measured against.
 PAPER = "MoE-Spec (probability, all)"

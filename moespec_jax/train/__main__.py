@@ -13,16 +13,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.checkpoint import read_architectures
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.checkpoint.head.write import FORMATS, check_exportable, export_draft
+from moespec_jax.checkpoint.orbax_io import quiet_orbax
+from moespec_jax.checkpoint.read import read_architectures
+from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.cli.process_flags import add_process_flags, join_processes
 from moespec_jax.config import DecoderConfig, DraftConfig
-from moespec_jax.draft_export import FORMATS, check_exportable, export_draft
+from moespec_jax.errors import RequestError
 from moespec_jax.files import parse_numbers
-from moespec_jax.loading import load
-from moespec_jax.model import Model, RequestError
-from moespec_jax.orbax_io import quiet_orbax
-from moespec_jax.process_flags import add_process_flags, join_processes
-from moespec_jax.processes import is_first_process
+from moespec_jax.parallel.processes import is_first_process
+from moespec_jax.runtime.load import load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.cache import empty_cache
 from moespec_jax.config import DecoderConfig, DraftConfig
-from moespec_jax.decoder import Decoder, forward, unembed
-from moespec_jax.draft import DraftHead
-from moespec_jax.moe import ExpertCompute
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.train.unroll import unroll
 
 # Takes the target's logits and the head's, both over the draft vocabulary, and gives a loss a position.

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import optax
 
-from moespec_jax.draft import DraftHead
+from moespec_jax.nn.eagle3 import DraftHead
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moespec_jax.files import CheckpointError
-from moespec_jax.model import Model, RequestError
-from moespec_jax.text import render_chat
+from moespec_jax.checkpoint.tokenizer import render_chat
+from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.runtime.model import Model
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moespec_jax.command import Parser, run_command
+from moespec_jax.checkpoint.tokenizer import render_chat
+from moespec_jax.cli.command import Parser, run_command
+from moespec_jax.errors import RequestError
 from moespec_jax.files import writing
-from moespec_jax.loading import DEMO_TARGET, load
-from moespec_jax.model import Model, RequestError
-from moespec_jax.text import render_chat
+from moespec_jax.runtime.load import DEMO_TARGET, load
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import chat_turns, read_records
 
 

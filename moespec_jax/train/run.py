@@ -21,14 +21,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from moespec_jax.backend import Backend
-from moespec_jax.decoder import Decoder
-from moespec_jax.draft import DraftHead
-from moespec_jax.draft_tensors import random_head
+from moespec_jax.checkpoint.head.tensor_table import random_head
+from moespec_jax.errors import RequestError
 from moespec_jax.files import read_json, replacing, write_json, write_text, writing
-from moespec_jax.model import Model, RequestError
-from moespec_jax.moe import ExpertCompute
-from moespec_jax.processes import all_or_none, everywhere, fetch, is_first_process
+from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.moe import ExpertCompute
+from moespec_jax.parallel.processes import all_or_none, everywhere, fetch, is_first_process
+from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
 from moespec_jax.train.trainer import (

@@ -17,12 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moespec_jax.config import DecoderConfig, DraftConfig
-from moespec_jax.decoder import Decoder
-from moespec_jax.draft import DraftHead
-from moespec_jax.model import RequestError
-from moespec_jax.moe import ExpertCompute
-from moespec_jax.placement import put_global
-from moespec_jax.processes import everywhere
+from moespec_jax.errors import RequestError
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.moe import ExpertCompute
+from moespec_jax.parallel.processes import everywhere, put_global
 from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.rows import Rows

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.attention import project_qkv
 from moespec_jax.config import DraftConfig
-from moespec_jax.draft import DraftHead, draft_logits, finish_layer, fuse_taps, layer_input, next_features
-from moespec_jax.layers import rope_angles
+from moespec_jax.nn.attention import project_qkv
+from moespec_jax.nn.eagle3 import DraftHead, draft_logits, finish_layer, fuse_taps, layer_input, next_features
+from moespec_jax.nn.layers import rope_angles
 
 # Keys and values of every step so far, one entry a layer and step: `[batch, tokens, kv_heads, head]`.
 _Keys = tuple[tuple[tuple[Array, Array], ...], ...]

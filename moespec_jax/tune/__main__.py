@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 
-from moespec_jax.arguments import add_model_flags, load_asked, shown_name
-from moespec_jax.command import Parser, run_command, write_output
+from moespec_jax.checkpoint.tokenizer import chat_prompt
+from moespec_jax.cli.arguments import add_model_flags, load_asked, shown_name
+from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model, RequestError
-from moespec_jax.profile import write_profile
-from moespec_jax.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
-from moespec_jax.results import versions
-from moespec_jax.text import chat_prompt
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import versions
+from moespec_jax.runtime.tuned_profile import write_profile
 from moespec_jax.tune.candidates import grid
 from moespec_jax.tune.cost import TERMS
 from moespec_jax.tune.report import bound_text, draw, rows, table, verdict

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.timing import Setting, tree_name
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.timing import Setting, tree_name
 from moespec_jax.tune.cost import Cost
 from moespec_jax.tune.replay import replay
 

@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.attention import causal_mask
-from moespec_jax.cache import empty_cache
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoder import Decoder, forward
-from moespec_jax.fidelity import with_texts
-from moespec_jax.model import Model
-from moespec_jax.run import Batch, Run
-from moespec_jax.sample import SamplingConfig
-from moespec_jax.speculate import SpeculationSettings, SpeculationState, Speculator, draft_trees
-from moespec_jax.tree import Tree
+from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, draft_trees
+from moespec_jax.decoding.tree import Tree
+from moespec_jax.measure.fidelity import with_texts
+from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder, forward
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.run import Batch, Run
 
 # The rank of what is not in the pool.
 ABSENT = np.iinfo(np.int32).max

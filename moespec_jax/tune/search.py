@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from moespec_jax.budget_config import BudgetConfig
 from moespec_jax.config import TreeConfig
-from moespec_jax.fidelity import Texts, summary
-from moespec_jax.ledger import Ledger
-from moespec_jax.model import Model
-from moespec_jax.prompt_sets import continued
-from moespec_jax.timing import Setting, speed, spread, take_turns, tree_name
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.fidelity import Texts, summary
+from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.prompt_sets import continued
+from moespec_jax.measure.timing import Setting, speed, spread, take_turns, tree_name
+from moespec_jax.runtime.model import Model
 from moespec_jax.tune.candidates import (
     ANCHORS,
     BUDGETED_ANCHORS,

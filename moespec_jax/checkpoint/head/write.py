@@ -1,0 +1,283 @@
+"""Draft heads out: a directory that SGLang runs (SpecForge's format) or vLLM (speculators'), and this library loads.
+
+What a format, or the engine that reads it, would compute differently is refused by name.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors.numpy import save_file
+
+from moespec_jax.checkpoint.head.boundaries import IDS
+from moespec_jax.checkpoint.head.config import describe_head
+from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, draft_table, layer_number, layer_prefix, leaf_at
+from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
+from moespec_jax.checkpoint.leaves import cast
+from moespec_jax.checkpoint.read import INDEX, WHOLE
+from moespec_jax.checkpoint.write import config_fields
+from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
+from moespec_jax.errors import CheckpointError
+from moespec_jax.files import replacing, write_json, writing
+from moespec_jax.nn.eagle3 import DraftHead
+
+ExportFormat = Literal["specforge", "speculators"]
+FORMATS: tuple[ExportFormat, ...] = ("specforge", "speculators")
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "attention_bias",
+)
+# Per scaling, what readers of it require even where it has its default.
+_ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def export_draft(
+    head: DraftHead,
+    config: DraftConfig,
+    directory: Path,
+    format: ExportFormat = "specforge",
+    *,
+    target: DecoderConfig,
+    dtype: DTypeLike | None = None,
+    target_name: str = "",
+    target_architectures: Sequence[str] = (),
+    target_embedding: jax.Array | np.ndarray | None = None,
+    speculative_tokens: int = 3,
+) -> tuple[str, ...]:
+    """Write a head as `model.safetensors` and `config.json`; returns lines to show whoever asked for it.
+
+    Without a `dtype` each parameter keeps its own. The speculators format always holds an embedding, so a head without
+    one needs `target_embedding` `[vocab, model]`; it also names its target: `target_name` is a hub id or directory,
+    `target_architectures` what the target's config.json says (default: as this library would write it), and
+    `speculative_tokens` how many tokens vLLM drafts by default.
+
+    Raises:
+        CheckpointError: the format cannot express the head, an embedding is needed, a value does not fit `dtype`, or
+            the head's parameters are not those of `config`.
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"expected a format among {', '.join(FORMATS)}; came {format!r}")
+    check_exportable(config, format)
+    tensors = _float_tensors(head, config, None if dtype is None else jnp.dtype(dtype))
+    fields = _specforge_fields(config)
+    if format == "speculators":
+        tensors = _for_speculators(tensors, config, target_embedding, dtype)
+        architectures = list(target_architectures) or config_fields(target)["architectures"]
+        fields = _speculators_fields(config, target_name, architectures, speculative_tokens)
+    d2t, t2d = vocabulary_maps(np.asarray(head.target_ids), config.vocab_size)
+    if format == "specforge" or config.draft_vocab_size < config.vocab_size:
+        tensors |= {"d2t": d2t, "t2d": t2d}
+    kept = str(tensors["fc.weight"].dtype)
+    _check_reads_back(fields, tensors, config, target, format)
+    published = {_published_name(name, format): tensor for name, tensor in tensors.items()}
+    _write(directory, published, fields | {"dtype": kept, "torch_dtype": kept})
+    return _warnings(config, format)
+
+
+def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
+    """Refuse what a format has no word for, or its engine no arithmetic.
+
+    Raises:
+        CheckpointError: there is such a thing; all are named.
+    """
+    refused = {
+        "norm_before_residual": format == "specforge" and config.norm_before_residual,
+        "norm_before_fc": format == "specforge" and config.norm_before_fc,
+        # SpecForge means something else by the flag than SGLang, which runs its heads.
+        "norm_output": format == "specforge" and config.norm_output,
+        "attention_bias": format == "specforge" and config.attention_bias,
+        "fc_bias": format == "speculators" and config.fc_bias,
+        f"qk_norm {config.qk_norm}": config.qk_norm == "flat" or (format == "specforge" and config.qk_norm != "none"),
+        f"num_hidden_layers {config.num_hidden_layers}": format == "specforge" and config.num_hidden_layers > 1,
+        f"{len(config.boundaries)} boundaries": len(config.boundaries) != 3,
+        "boundary 0 (the embedding)": format == "specforge" and 0 in config.boundaries,
+    }
+    if names := [name for name, is_refused in refused.items() if is_refused]:
+        raise CheckpointError(f"expected a head that the {format} format can express; it cannot: {', '.join(names)}")
+
+
+def _float_tensors(head: DraftHead, config: DraftConfig, dtype: np.dtype | None) -> dict[str, np.ndarray]:
+    """All parameters on the host, in their published orientation, by canonical name."""
+    table = draft_table(config, o_bias=any(layer.attention.o_bias is not None for layer in head.layers))
+    tensors = {}
+    for name, place in table.items():
+        leaf = leaf_at(head, place.path)
+        shape = place.shape[::-1] if place.transpose else place.shape
+        if leaf is None or leaf.shape != shape:
+            came = "none" if leaf is None else f"one of {list(leaf.shape)}"
+            raise CheckpointError(f"expected a parameter {name} kept as {list(shape)}; the head has {came}")
+        array = np.asarray(leaf)
+        array = array if dtype is None else cast(array, dtype, name)
+        tensors[name] = np.ascontiguousarray(array.T if place.transpose else array)
+    return tensors
+
+
+def _for_speculators(
+    tensors: dict[str, np.ndarray], config: DraftConfig, embedding: Any, dtype: DTypeLike | None
+) -> dict[str, np.ndarray]:
+    """The same with what vLLM expects besides: an embedding, and a bias of `o` wherever q, k and v have theirs."""
+    added = {}
+    if EMBEDDING not in tensors:
+        shape = (config.vocab_size, config.hidden_size)
+        if embedding is None or embedding.shape != shape:
+            came = "none" if embedding is None else f"one of {list(embedding.shape)}"
+            raise CheckpointError(
+                f"expected the target's embedding {list(shape)} for the speculators format; came {came}"
+            )
+        array = np.ascontiguousarray(np.asarray(embedding))
+        added[EMBEDDING] = array if dtype is None else cast(array, jnp.dtype(dtype), EMBEDDING)
+    if config.attention_bias:
+        for i in range(config.num_hidden_layers):
+            name = f"{layer_prefix(i)}self_attn.o_proj.bias"
+            if name not in tensors:
+                added[name] = np.zeros(config.hidden_size, tensors["fc.weight"].dtype)
+    return tensors | added
+
+
+def _specforge_fields(config: DraftConfig) -> dict[str, Any]:
+    """A config.json of SpecForge; ids name the layer whose output is tapped, one below the boundary."""
+    fields: dict[str, Any] = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
+    fields |= _layer_fields(config)
+    fields |= {
+        "draft_vocab_size": config.draft_vocab_size,
+        "eagle_config": {IDS: [b - 1 for b in config.boundaries], "use_aux_hidden_state": True},
+    }
+    # Absent where they say nothing: engines ask whether a key is there at all.
+    if config.fc_norm:
+        fields["fc_norm"] = True
+    if config.fc_bias:
+        fields["bias"] = True
+    if config.target_hidden_size != config.hidden_size:
+        fields["target_hidden_size"] = config.target_hidden_size
+    return fields
+
+
+def _speculators_fields(
+    config: DraftConfig, target_name: str, architectures: list[str], speculative_tokens: int
+) -> dict[str, Any]:
+    """A config.json of speculators, whose ids are boundaries."""
+    qwen3 = config.qk_norm == "head"
+    layer = {"architectures": ["Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM"]}
+    layer |= {"model_type": "qwen3" if qwen3 else "llama"} | _layer_fields(config)
+    narrower = config.target_hidden_size != config.hidden_size
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": speculative_tokens,
+        "verifier_accept_k": 1,
+        "accept_tolerance": 0.0,
+    }
+    return {
+        "architectures": ["Eagle3Speculator"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "draft_vocab_size": config.draft_vocab_size,
+        "norm_before_residual": config.norm_before_residual,
+        "norm_before_fc": config.norm_before_fc,
+        "fc_norm": config.fc_norm,
+        "norm_output": config.norm_output,
+        "target_hidden_size": config.target_hidden_size if narrower else None,
+        IDS: list(config.boundaries),
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": target_name, "architectures": architectures},
+        },
+    }
+
+
+def _layer_fields(config: DraftConfig) -> dict[str, Any]:
+    """Sizes and rotary settings, the latter in the spellings of transformers 4 and 5."""
+    rope = _rope_fields(config.rope)
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {name: getattr(config, name) for name in _SIZES} | {
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": config.rope.rope_theta,
+        "rope_scaling": None if config.rope.rope_type == "default" else scaling,
+        "rope_parameters": rope,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _rope_fields(rope: RopeConfig) -> dict[str, Any]:
+    plain = RopeConfig()
+    names = [field.name for field in dataclasses.fields(rope)]
+    told = ("rope_type", "rope_theta", *_ROPE_REQUIRED[rope.rope_type])
+    return {n: getattr(rope, n) for n in names if n in told or getattr(rope, n) != getattr(plain, n)}
+
+
+def _check_reads_back(
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    config: DraftConfig,
+    target: DecoderConfig,
+    format: ExportFormat,
+) -> None:
+    """Load what is about to be written, as far as that goes without a file."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    again = describe_head(fields, shapes, target, where="what was to be written").config
+    for field in dataclasses.fields(config):
+        asked, got = getattr(config, field.name), getattr(again, field.name)
+        if asked != got and not (field.name == "own_embedding" and format == "speculators"):
+            raise CheckpointError(f"expected {field.name} that {format} can express ({got!r}); came {asked!r}")
+
+
+def _published_name(name: str, format: ExportFormat) -> str:
+    layer = layer_number(name)
+    if format == "specforge" or layer is None:
+        return name
+    return f"layers.{layer}.{name.removeprefix(layer_prefix(layer))}"
+
+
+def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Both files under other names first. Two files cannot be replaced at once: the config goes before and comes last,
+    so that an interruption leaves a directory that does not load, never a mixture."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights, config, temporary = directory / WHOLE, directory / "config.json", directory / f".{WHOLE}.incomplete"
+    try:
+        with writing(weights):
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        with replacing(config) as described:
+            write_json(described, fields)
+            for old in (config, directory / INDEX):
+                old.unlink(missing_ok=True)
+            os.replace(temporary, weights)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _warnings(config: DraftConfig, format: ExportFormat) -> tuple[str, ...]:
+    if format == "specforge" and config.boundaries[0] != 2:
+        return (
+            f"the first tapped layer is {config.boundaries[0] - 1}; recent SGLang takes ids that do not start at 1 for"
+            " boundaries, and would tap one layer too low",
+        )
+    return ()

@@ -1,0 +1,294 @@
+"""Safetensors out: parameters as a directory that transformers and this library load.
+
+Tensors are written one by one to where the header says, so that no shard is ever in memory, under a temporary name that
+becomes the real one when everything is written.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.leaves import Source, cast, copy_into, counted
+from moespec_jax.checkpoint.parameters import build_decoder, leaf_shapes, place_of
+from moespec_jax.checkpoint.read import FLOATS, INDEX, WHOLE
+from moespec_jax.checkpoint.tensor_table import Path as TreePath
+from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.config import DecoderConfig, RopeConfig
+from moespec_jax.files import write_json
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.experts.layouts import Flat
+
+MAX_SHARD_BYTES = 5_000_000_000
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
+
+
+class Shard(NamedTuple):
+    """One file to be written: its tensors' dtypes and byte ranges in the data that follows the header."""
+
+    dtypes: dict[str, np.dtype]
+    ranges: dict[str, tuple[int, int]]
+
+
+def export(
+    params: Decoder,
+    config: DecoderConfig,
+    directory: Path,
+    dtype: DTypeLike,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write parameters in any back-end's layout, and their config.json, as a Hugging Face directory.
+
+    `extra` holds further fields of config.json, such as `eos_token_id`.
+
+    Raises:
+        CheckpointError: a value does not fit `dtype`.
+        ValueError: the family's config.json cannot express `config`.
+    """
+    fields = checked_fields(config, {"dtype": str(jnp.dtype(dtype))} | dict(extra or {}))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(decoder_source(params, config), config, directory, dtype, max_shard_bytes, progress)
+    write_json(directory / "config.json", fields)
+
+
+def write_safetensors(
+    source: Source,
+    config: DecoderConfig,
+    directory: Path,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Write all tensors as one file, or as shards with an index; without a `dtype` each keeps its own.
+
+    Raises:
+        CheckpointError: the source is damaged, or a value does not fit `dtype`.
+    """
+    table = tensor_table(config)
+    kinds = {name: source.dtypes[name] if dtype is None else jnp.dtype(dtype) for name in table}
+    shards = _plan({name: (tensor.shape, kinds[name]) for name, tensor in table.items()}, max_shard_bytes)
+    tensors = counted(_each(source, shards), len(table), "writing", progress)
+    names = [_shard_name(i, len(shards)) for i in range(len(shards))]
+    temporary = [directory / f".{name}.incomplete" for name in names]
+    try:
+        for shard, file in zip(shards, temporary, strict=True):
+            _write_shard(shard, {name: table[name].shape for name in shard.ranges}, tensors, file)
+        _publish(directory, names, temporary, shards)
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+
+
+def write_config(config: DecoderConfig, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
+    """Write config.json as the family publishes it: transformers loads it, and `read_config` gives `config` back.
+
+    Raises:
+        ValueError: as `checked_fields`.
+    """
+    write_json(directory / "config.json", checked_fields(config, extra))
+
+
+def checked_fields(config: DecoderConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The published fields and `extra`, which read back as `config`.
+
+    Raises:
+        ValueError: the family's file cannot say what `config` says; the message names the field.
+    """
+    fields = config_fields(config) | dict(extra or {})
+    again = read_config(fields)
+    for field in dataclasses.fields(config):
+        asked, got = getattr(config, field.name), getattr(again, field.name)
+        if asked != got:
+            raise ValueError(f"expected {field.name} that {config.model_type} can express ({got!r}); came {asked!r}")
+    return fields
+
+
+def config_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The published fields of a config.json. Token ids are null: some families' defaults lie outside the vocabulary."""
+    fields: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]], "model_type": config.model_type}
+    fields |= {name: getattr(config, name) for name in _SAME}
+    fields |= {"rope_theta": config.rope.rope_theta, "rope_parameters": _rope_fields(config)}
+    fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    fields |= _window_fields(config)
+    if config.model_type == "mixtral":
+        return fields | {"num_local_experts": config.num_experts}
+    fields |= {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
+    if config.model_type == "qwen2_moe":
+        fields |= {"qkv_bias": config.qkv_bias}
+        fields |= {"shared_expert_intermediate_size": config.shared_expert_intermediate_size}
+    else:
+        fields |= {"attention_bias": config.qkv_bias}
+    if config.model_type == "olmoe":
+        return fields | {"clip_qkv": config.clip_qkv}
+    dense = [i for i, sparse in enumerate(config.sparse_layers) if not sparse]
+    return fields | {
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "mlp_only_layers": dense,
+        "decoder_sparse_step": 1,
+    }
+
+
+_ARCHITECTURES = {
+    "olmoe": "OlmoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "tie_word_embeddings",
+)
+# What each scaling reads besides rope_type and rope_theta: required fields, then those written only if they were set.
+_ROPE = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor", "beta_fast", "beta_slow", "truncate"),
+        ("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
+}
+
+
+def _rope_fields(config: DecoderConfig) -> dict[str, Any]:
+    rope: RopeConfig = config.rope
+    required, optional = _ROPE[rope.rope_type]
+    fields = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *required)}
+    return fields | {name: getattr(rope, name) for name in optional if getattr(rope, name) is not None}
+
+
+def _window_fields(config: DecoderConfig) -> dict[str, Any]:
+    windows = set(config.sliding_windows)
+    window = max(windows) or None
+    fields: dict[str, Any] = {"sliding_window": window}
+    if config.model_type in ("qwen2_moe", "qwen3_moe"):
+        fields |= {"use_sliding_window": window is not None}
+    # Qwen2-MoE alternates by default; elsewhere one window for all layers needs no list.
+    if len(windows) > 1 or config.model_type == "qwen2_moe":
+        kinds = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
+        fields |= {"layer_types": kinds}
+    return fields
+
+
+def decoder_source(params: Decoder, config: DecoderConfig) -> Source:
+    """The published tensors of loaded parameters, each brought to the host when it is asked for."""
+    table, backend = tensor_table(config), _backend_of(params)
+    leaves = _leaves(params, config, backend)
+    places = {name: place_of(config, backend, tensor.path) for name, tensor in table.items()}
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        for name in names:
+            leaf, row = leaves[places[name].leaf], places[name].row
+            array = np.asarray(leaf if row is None else leaf[row])
+            yield name, array.T if table[name].transpose else array
+
+    return Source({name: jnp.dtype(leaves[place.leaf].dtype) for name, place in places.items()}, read)
+
+
+def _backend_of(params: Decoder) -> Backend:
+    layout = "flat" if isinstance(params.experts, Flat) else "per_expert"
+    for backend in BACKENDS.values():
+        if backend.stacked == params.stacked and (backend.layout == layout or not params.experts):
+            return backend
+    raise ValueError(f"expected parameters in a back-end's layout; came stacked={params.stacked} with {layout} experts")
+
+
+def _leaves(params: Decoder, config: DecoderConfig, backend: Backend) -> dict[TreePath, jax.Array]:
+    """Every leaf by its path, found by building the same tree out of numbers."""
+    paths = list(leaf_shapes(config, backend))
+    numbers = build_decoder(config, backend, {path: i for i, path in enumerate(paths)})
+    if jax.tree.structure(numbers) != jax.tree.structure(params):
+        raise ValueError(f"expected the parameters of this {config.model_type}; came those of another config or layout")
+    pairs = zip(jax.tree.leaves(numbers), jax.tree.leaves(params), strict=True)
+    return {paths[number]: leaf for number, leaf in pairs}
+
+
+def _plan(tensors: dict[str, tuple[tuple[int, ...], np.dtype]], max_shard_bytes: int) -> list[Shard]:
+    """Tensors in order, a new shard whenever the next would make it too large."""
+    shards, size = [Shard({}, {})], 0
+    for name, (shape, dtype) in tensors.items():
+        count = math.prod(shape) * dtype.itemsize
+        if size and size + count > max_shard_bytes:
+            shards.append(Shard({}, {}))
+            size = 0
+        shards[-1].dtypes[name] = dtype
+        shards[-1].ranges[name] = (size, size + count)
+        size += count
+    return shards
+
+
+def _each(source: Source, shards: list[Shard]) -> Iterator[tuple[str, np.ndarray]]:
+    for shard in shards:
+        yield from source.read(shard.ranges)
+
+
+def _write_shard(
+    shard: Shard, shapes: dict[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], file: Path
+) -> None:
+    """Write the shard's tensors, the next ones of the iterator, in whatever order they come."""
+    header = {"__metadata__": {"format": "pt"}} | {
+        name: {"dtype": _CODES[str(shard.dtypes[name])], "shape": shapes[name], "data_offsets": span}
+        for name, span in shard.ranges.items()
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for _ in shard.ranges:
+            name, tensor = next(tensors)
+            out.seek(8 + len(text) + shard.ranges[name][0])
+            out.write(_bytes_of(cast(tensor, shard.dtypes[name], name)))
+
+
+def _publish(directory: Path, names: list[str], temporary: list[Path], shards: list[Shard]) -> None:
+    """Give the files their names. Several cannot be replaced at once: what was there before goes first, and the index
+    comes last, so that an interruption leaves missing tensors, never a mixture."""
+    old = [file for file in (directory / INDEX, *directory.glob("model*.safetensors")) if file.exists()]
+    if len(names) > 1:
+        for file in old:
+            file.unlink()
+    for name, file in zip(names, temporary, strict=True):
+        os.replace(file, directory / name)
+    if len(names) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.ranges}
+        total = sum(max(end for _, end in shard.ranges.values()) for shard in shards)
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return
+    for file in old:
+        if file.name != WHOLE:
+            file.unlink()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return WHOLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    if not array.flags.c_contiguous:
+        strided, array = array, np.empty(array.shape, array.dtype)
+        copy_into(array, strided)
+    return array.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer protocol of its own

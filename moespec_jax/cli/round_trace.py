@@ -1,0 +1,68 @@
+"""What every round did, as JSON lines: one a round and sequence."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.errors import RequestError
+from moespec_jax.runtime.run import OnRound
+
+
+@contextlib.contextmanager
+def tracing(path: str | None) -> Iterator[OnRound | None]:
+    """What writes each round to `path`, which appears when everything is written; None without a path.
+
+    Raises:
+        RequestError: the file cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    if not Path(path).name or Path(path).is_dir():
+        raise RequestError(f"expected a file to write a trace to; got {path!r}")
+    temporary = Path(path).with_name(Path(path).name + ".incomplete")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield lambda number, info: _write_round(file, number, info)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RequestError(f"expected to write a trace to {path}; {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
+    """One record for every sequence that took part in a round.
+
+    `tokens`, `parents` and `scores` are the tree's nodes, the root first; `accepted` holds the node indices after the
+    root; `experts[layer]` the experts that any of the sequence's rows went to; `shortlist[layer]` those that a budget
+    let the batch go to, best first; `mass_kept[layer]` the shortlist's share of the scores.
+    """
+    for sequence in np.flatnonzero(info.active).tolist():
+        tree, count = info.tree, int(info.accepted.count[sequence])
+        layers, num_experts, budget = info.read.shape[0], info.read.shape[2], info.budget
+        yield {
+            "sequence": sequence,
+            "round": number,
+            "root": int(tree.tokens[sequence, 0]),
+            "tokens": tree.tokens[sequence].tolist(),
+            "parents": tree.parents[sequence].tolist(),
+            "scores": [round(float(score), 6) for score in tree.scores[sequence]],
+            "accepted": info.accepted.path[sequence, 1:count].tolist(),
+            "bonus": int(info.accepted.bonus[sequence]),
+            "shortlist": budget and [[e for e in layer if e < num_experts] for layer in budget.shortlist.tolist()],
+            "experts": [np.flatnonzero(info.read[layer, sequence]).tolist() for layer in range(layers)],
+            "mass_kept": [1.0] * layers if budget is None else [round(kept, 6) for kept in budget.mass_kept.tolist()],
+        }
+
+
+def _write_round(file: TextIO, number: int, info: RoundInfo) -> None:
+    for record in round_records(number, info):
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,97 @@
+"""The short table of figures after a run, for people."""
+
+import math
+
+from moespec_jax.cli.compare import Comparison, SpeedUp
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import RunResult
+
+
+def statistics_table(model: Model, result: RunResult, comparison: Comparison | None) -> str:
+    """One figure a line: what ran, how exact it is, and how long each part took."""
+    rows = [
+        ("model", f"{model.config.model_type} from {model.directory}"),
+        ("device", f"{_devices(result)}, {model.precision}"),
+        ("output", _output(result)),
+        *_drafting(result),
+        ("compilation", f"{result.compile_s:.2f} s"),
+        ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
+        ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
+        (
+            "experts",
+            f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass{_by_device(result)}"
+            f"{_lost(result)}",
+        ),
+    ]
+    if comparison is not None:
+        rows.append(("compared", _compared(comparison)))
+    return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
+
+
+def _output(result: RunResult) -> str:
+    new, ends = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
+    exact = f"exact{_of_what(result)}" if result.exact else "LOSSY, the model's under an expert budget"
+    if result.simulated_accept_length is not None:
+        exact = "SIMULATED, not the model's"
+    how = "plain decoding" if result.tree is None else "speculative decoding"
+    return f"{exact}, {how}; {new} new tokens, ended by {', '.join(sorted(ends))}"
+
+
+def _devices(result: RunResult) -> str:
+    if result.mesh is None:
+        return result.device
+    shape = ", ".join(f"{axis} {size}" for axis, size in result.mesh.items())
+    return f"{math.prod(result.mesh.values())} x {result.device} ({shape})"
+
+
+def _by_device(result: RunResult) -> str:
+    return "" if result.mesh is None else f", at most {result.experts_slowest:.1f} by one device"
+
+
+def _of_what(result: RunResult) -> str:
+    return (
+        ""
+        if result.quantization is None
+        else f" for the {result.quantization} model, which is not the checkpoint's own"
+    )
+
+
+def _lost(result: RunResult) -> str:
+    """What a budget cost."""
+    if result.budget is None:
+        return ""
+    return (
+        f", {result.experts_wanted:.1f} wanted; {result.mass_kept:.0%} of the scores kept,"
+        f" {result.tokens_replaced:.0%} of tokens lost an expert"
+    )
+
+
+def _drafting(result: RunResult) -> list[tuple[str, str]]:
+    """Head, tree and acceptance, over all rounds of all prompts."""
+    rounds = sum(p.rounds for p in result.prompts)
+    if result.tree is None or not rounds:
+        return []
+    depths = range(max(len(p.accepted_by_depth) for p in result.prompts))
+    shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / rounds for d in depths]
+    tree = result.tree
+    shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
+    marked = "" if result.simulated_accept_length is None else " (simulated)"
+    return [
+        ("draft", f"{result.draft_model}; {shape}, depth {tree['depth']}, {tree['size']} tokens a pass"),
+        (
+            "acceptance",
+            f"{1 + sum(shares):.2f} tokens a round{marked}; by depth {' '.join(f'{s:.2f}' for s in shares)}",
+        ),
+    ]
+
+
+def _compared(comparison: Comparison) -> str:
+    same = "" if comparison.same_tokens is None else f"; {comparison.same_tokens:.1%} the same tokens as plain"
+    text = f"{_times(comparison.over_plain)} of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s"
+    if comparison.over_exact is not None:
+        text += f", {_times(comparison.over_exact)} of exact speculation's {comparison.exact_tokens_per_s:.1f}"
+    return f"{text}; median and range of {comparison.repeats} runs{same}"
+
+
+def _times(ratio: SpeedUp) -> str:
+    return f"{ratio.median:.2f}x ({ratio.min:.2f} to {ratio.max:.2f})"

@@ -1,0 +1,73 @@
+"""From logits to a token: the distribution that temperature, top-k and top-p leave, and one draw from it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.parallel.collectives import first_row
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"expected a temperature of at least 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"expected top_k of at least 0, got {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"expected top_p above 0 and at most 1, got {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0.0
+
+
+def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
+    """Natural log of the distribution tokens are drawn from, float32; excluded tokens are -inf.
+
+    In the order transformers applies them: temperature, top-k, top-p. Greedy puts all mass on the first maximum.
+    """
+    logits = logits.astype(jnp.float32)
+    if sampling.greedy:
+        best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.bool_)
+        return jnp.where(best, 0.0, -jnp.inf)
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1.0:
+        logits = jnp.where(_outside_nucleus(logits, sampling.top_p), -jnp.inf, logits)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+def draw(
+    sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"], index: Int[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """One token a sequence. `index` is the position of the new token: with the sequence's number it makes the key, so
+    that a sequence's draws depend neither on how the loop is cut nor on how far its neighbours are."""
+    if sampling.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    row = first_row(logits.shape[0]) + jnp.arange(logits.shape[0], dtype=jnp.int32)
+    keys = jax.vmap(lambda r, i: jax.random.fold_in(jax.random.fold_in(key, r), i))(row, index)
+    return jax.vmap(jax.random.categorical)(keys, log_probabilities(sampling, logits)).astype(jnp.int32)
+
+
+def _outside_nucleus(logits: Array, top_p: float) -> Array:
+    """True for tokens outside the smallest set of most probable tokens that holds at least `top_p` of the mass."""
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
+    return jnp.take_along_axis(before >= top_p, jnp.argsort(order, axis=-1), axis=-1)

@@ -1,0 +1,37 @@
+"""How fast a verification could be: the bytes that it must read over what this device copies in a second."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.nn.decoder import Decoder
+
+
+def verification_bytes(config: DecoderConfig, target: Decoder, experts_read: float) -> float:
+    """Bytes that a forward pass over a few tokens cannot do without: the weights of `experts_read` experts of every
+    sparse layer, and all other weights but those of an embedding that is only looked up."""
+    embedding = 0 if target.lm_head is None else _bytes(target.embed)
+    others = _bytes(target) - _bytes(target.experts) - embedding
+    return others + _bytes(target.experts) * experts_read / max(config.num_experts, 1)
+
+
+def copy_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
+    """Bytes a second, read and written, of changing a large array on this device: the best of `repeats`.
+
+    In place: on CPUs a new array of this size costs ten times as much, for pages that were never touched.
+    """
+    array = jnp.ones((megabytes << 18,), jnp.float32)
+    add = jax.jit(lambda a: a + 1.0, donate_argnums=0)
+    array, times = jax.block_until_ready(add(array)), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        array = jax.block_until_ready(add(array))
+        times.append(time.perf_counter() - started)
+    return 2 * array.nbytes / min(times)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

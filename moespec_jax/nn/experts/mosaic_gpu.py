@@ -1,0 +1,135 @@
+"""Expert compute as two fused Hopper kernels over the `Flat` layout: each distinct expert's weights are read once.
+
+Lowered for CUDA, compiled for an H100 and emulated, all on hosts without a GPU, but never run on a device yet:
+therefore opt-in. It needs `wgmma`, which Hopper (H100, H200, GH200) has and neither older nor newer GPUs do.
+
+The first launch makes every slot's hidden rows, the second its output rows. A block of threads makes one tile of 64
+columns and streams just the weights above it; blocks of unused slots return at once. XLA adds up the slots.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.nn.experts.gpu import kernel_experts
+from moespec_jax.nn.experts.slots import add_slots
+from moespec_jax.nn.layers import ACTIVATIONS
+from moespec_jax.nn.moe import ExpertCompute
+
+# Rows of a wgmma, and the width in 16-bit numbers of what TMA can swizzle.
+TILE = 64
+# Steps whose tiles are held at once: up to 104 KiB, so that two blocks of threads fit a multiprocessor's 227.
+STAGES = 4
+
+# What lowers in Mosaic: `erfc` (exact gelu) does not, nor does the custom derivative of `jax.nn.relu` in jax 0.10.
+KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    **{name: ACTIVATIONS[name] for name in ("silu", "swish", "gelu_pytorch_tanh")},
+    "relu": lambda x: jnp.maximum(x, 0.0),
+}
+
+
+def mosaic_experts(activation: str) -> ExpertCompute:
+    """Expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
+    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
+
+
+def supported(device: object) -> bool:
+    """Whether the kernels run on a device. Where they do not, compiling them may end the process: ask beforehand."""
+    return getattr(device, "compute_capability", None) == "9.0"
+
+
+def fused_experts(
+    activation: str,
+    x: Float[Array, "tokens model"],
+    gate: Float[Array, "all model ffn"],
+    up: Float[Array, "all model ffn"],
+    down: Float[Array, "all ffn model"],
+    combine: Float[Array, "tokens slots"],
+    rows: Int[Array, " slots"],
+    active: Int[Array, ""],
+    *,
+    interpret: object = None,
+) -> Float[Array, "tokens model"]:
+    """All tokens through the experts in the first `active` of `rows`, weighted by `combine` and summed, float32.
+
+    `rows` index the flat weights and are not looked at past `active`. `interpret` takes the settings of Pallas' GPU
+    emulator, for tests.
+    """
+    tokens = x.shape[0]
+    run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
+
+    def gated(gate: Array, up: Array) -> Array:
+        return KERNEL_ACTIVATIONS[activation](gate) * up
+
+    padded = jnp.pad(x, ((0, TILE - tokens), (0, 0)))
+    hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
+    # Whole groups of 8 rows are what a swizzled tile can be cut to.
+    out = run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
+    return add_slots(out, combine, active)
+
+
+def _multiply(
+    finish: Callable[..., Array],
+    x: Float[Array, "*slots rows inner"],
+    weights: tuple[Float[Array, "all inner columns"], ...],
+    *,
+    rows: Int[Array, " slots"],
+    active: Int[Array, "1"],
+    kept: int,
+    dtype: jax.typing.DTypeLike,
+    interpret: object,
+) -> Float[Array, "slots kept columns"]:
+    """`finish` of `x` times every slot's matrices, the first `kept` rows; those of unused slots are undefined."""
+    slots, (_, inner, columns) = rows.shape[0], weights[0].shape
+
+    def block(rows, active, x, *references):
+        *weights, out, tile = references
+        slot, column = jax.lax.axis_index("slot"), jax.lax.axis_index("column")
+
+        @pl.when(slot < active[0])
+        def _():
+            matrices = [matrix.at[rows[slot]] for matrix in weights]
+            products = _stream(inner // TILE, column, x.at[slot] if x.ndim == 3 else x, matrices)
+            tile[...] = finish(*products).astype(dtype)
+            plgpu.commit_smem()
+            where = (slot, slice(None), pl.ds(column * TILE, TILE))
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, kept)], out.at[where])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        block,
+        out_type=jax.ShapeDtypeStruct((slots, kept, columns), dtype),
+        scratch_types=[plgpu.SMEM((TILE, TILE), dtype, transforms=_swizzled(dtype))],
+        grid=(slots, columns // TILE),
+        grid_names=("slot", "column"),
+        interpret=interpret,
+    )(rows, active, x, *weights)
+
+
+def _stream(steps: int, column, x, matrices) -> tuple[Array, ...]:
+    """Products, float32, of `x` with one column of tiles of each matrix, fetched some steps ahead of their use."""
+    across = plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=_swizzled(x.dtype), delay_release=1)
+    along = plgpu.BlockSpec((TILE, TILE), lambda k: (k, column), transforms=_swizzled(x.dtype), delay_release=1)
+
+    def accumulate(*sums):
+        def step(_, x_tile, *tiles):
+            for total, tile in zip(sums, tiles, strict=True):
+                plgpu.wgmma(total, x_tile, tile)
+            # `delay_release=1`: the previous step's tiles are overwritten next, so its products must be done.
+            plgpu.wgmma_wait(len(sums))
+
+        specs = [across] + [along] * len(sums)
+        plgpu.emit_pipeline(step, grid=(steps,), in_specs=specs, max_concurrent_steps=STAGES)(x, *matrices)
+        return tuple(total[...] for total in sums)
+
+    return pl.run_scoped(accumulate, *[plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32)] * len(matrices))
+
+
+def _swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """How tiles lie in shared memory: what wgmma reads, and free of bank conflicts. 128 is in bytes."""
+    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)

@@ -1,0 +1,142 @@
+"""The small parts every decoder is made of: RMS norm, rotary embedding, gated MLP."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.config import RopeConfig
+from moespec_jax.nn.quantization import Matrix, Quantized, product
+from moespec_jax.parallel.collectives import average
+from moespec_jax.parallel.mesh import Axes
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@struct.dataclass
+class GatedMlp:
+    """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`."""
+
+    gate: Float[Matrix, "model ffn"]
+    up: Float[Matrix, "model ffn"]
+    down: Float[Matrix, "ffn model"]
+
+
+def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float, axes: Axes = ()) -> Array:
+    """Root-mean-square norm in float32, scaled in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467). `axes` say
+    over which axes of a mesh `x` is split, in equal parts."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(average(jnp.mean(wide * wide, axis=-1, keepdims=True), axes) + eps)
+    return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
+    """The dense feed-forward block (and the shared expert): SwiGLU where `activation` is silu."""
+    if isinstance(mlp.gate, Quantized) or isinstance(mlp.up, Quantized) or isinstance(mlp.down, Quantized):
+        hidden = ACTIVATIONS[activation](product(x, mlp.gate)) * product(x, mlp.up)
+        return product(hidden.astype(x.dtype), mlp.down).astype(x.dtype)
+    return (ACTIVATIONS[activation](x @ mlp.gate) * (x @ mlp.up)) @ mlp.down
+
+
+def apply_rope(x: Float[Array, "batch tokens heads head"], cos: Array, sin: Array) -> Array:
+    """Rotate the two halves of each head; `cos`, `sin` are `[batch, tokens, head / 2]` float32."""
+    a, b = jnp.split(x, 2, axis=-1)
+    c, s = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
+    return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+
+
+def rope_angles(
+    rope: RopeConfig,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions: Int[Array, "batch tokens"],
+    longest: Int[Array, "*rows"],
+) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
+    """Cosine and sine of every position's angles, float32.
+
+    `dynamic` scaling depends on the sequence length: rows are rotated by the base that suits `longest`, the length of
+    the longest sequence (transformers' way), or, where `longest` is `[batch, tokens]`, of each row's own: so a sequence
+    does not depend on its neighbours, nor a node of a draft tree, which stands for a pass of its own, on the tree.
+    """
+    if rope.rope_type == "dynamic":
+        inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, longest)
+        scale = 1.0
+    else:
+        inverse, scale = rope_frequencies(rope, head_dim, max_position_embeddings)
+    inverse = jnp.asarray(inverse).reshape((1,) * (3 - inverse.ndim) + inverse.shape)
+    angles = positions[:, :, None].astype(jnp.float32) * inverse
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies `[head_dim / 2]` float32 and the factor on cosine and sine, for the static scalings."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = (1.0 / np.float32(rope.rope_theta) ** exponents).astype(np.float32)
+    if rope.rope_type == "linear":
+        return inverse / np.float32(rope.factor), 1.0
+    if rope.rope_type == "llama3":
+        return _llama3_frequencies(rope, inverse, max_position_embeddings), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn_frequencies(rope, head_dim, inverse, max_position_embeddings)
+    return inverse, 1.0
+
+
+def _dynamic_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: Array) -> Array:
+    """NTK-aware scaling whose base grows with the sequence once it passes the trained context."""
+    length = jnp.maximum(length, max_position_embeddings).astype(jnp.float32)
+    stretch = rope.factor * length / max_position_embeddings - (rope.factor - 1.0)
+    base = rope.rope_theta * stretch ** (head_dim / (head_dim - 2))
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    return 1.0 / base[..., None] ** exponents.reshape((1,) * base.ndim + exponents.shape)
+
+
+def _llama3_frequencies(rope: RopeConfig, inverse: np.ndarray, max_position_embeddings: int) -> np.ndarray:
+    """Low frequencies are divided by `factor`, high ones kept, those between interpolated (Llama 3.1)."""
+    context = rope.original_max_position_embeddings or max_position_embeddings
+    wavelength = 2 * np.pi / inverse
+    low, high = context / rope.low_freq_factor, context / rope.high_freq_factor
+    smooth = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    between = (1 - smooth) * inverse / rope.factor + smooth * inverse
+    scaled = np.where(wavelength > low, inverse / rope.factor, inverse)
+    return np.where((wavelength <= low) & (wavelength >= high), between, scaled).astype(np.float32)
+
+
+def _yarn_frequencies(
+    rope: RopeConfig, head_dim: int, inverse: np.ndarray, max_position_embeddings: int
+) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv:2309.00071): interpolate slow dimensions, keep fast ones, and sharpen the attention."""
+    context = rope.original_max_position_embeddings or max_position_embeddings
+
+    def dimension(rotations: float) -> float:
+        """The (fractional) dimension that turns `rotations` times over the trained context."""
+        return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    span = (high - low) or 0.001
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / span, 0, 1)
+    scaled = inverse / np.float32(rope.factor) * ramp + inverse * (1 - ramp)
+    return scaled.astype(np.float32), _yarn_attention_factor(rope)
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)

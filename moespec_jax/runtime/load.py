@@ -1,0 +1,117 @@
+"""Loading a model with its tokenizer and, if it has one, its draft head: what `moespec_jax.load` does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding
+from moespec_jax.checkpoint.hub import locate
+from moespec_jax.checkpoint.placement import (
+    Placement,
+    decoder_placement,
+    head_placement,
+    place_head,
+    with_repeated_heads,
+)
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.checkpoint.tokenizer import load_tokenizer, read_stop_ids
+from moespec_jax.config import DecoderConfig
+from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
+from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
+from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.programs import Programs
+
+DEMO_TARGET = str(Path(__file__).parent.parent / "demo" / "target")
+DEMO_DRAFT = str(Path(__file__).parent.parent / "demo" / "draft")
+
+
+def load(
+    model: str = DEMO_TARGET,
+    draft_model: str | None = None,
+    *,
+    revision: str | None = None,
+    draft_revision: str | None = None,
+    draft_boundaries: tuple[int, ...] | None = None,
+    offline: bool = False,
+    dtype: DTypeLike | None = None,
+    backend: Backend | None = None,
+    quantization: Quantization | None = None,
+    mesh: MeshConfig | Literal["auto"] | None = None,
+    progress: bool = False,
+    check: Callable[[DecoderConfig], object] | None = None,
+) -> Model:
+    """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
+
+    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
+    one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
+    The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
+    `quantization` keeps routed experts in int8, which changes what comes out a little.
+    `mesh` spreads model and head over that many devices, the first there are, or, "auto", over all as suits the model;
+    every process of several must load.
+    `check` is called with the model's settings before anything large is read, and may raise.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not one we can run, or the head does not fit it; the message
+            says what is wrong and where.
+        RequestError: the model cannot be spread over the mesh, or there are too few devices.
+    """
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise RequestError(f"expected a quantization of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
+    directory = locate(model, revision, offline, progress)
+    config = load_config(directory)
+    if check is not None:
+        check(config)
+    placement = None if mesh is None else _placement(config, mesh)
+    backend, device = backend or _backend(placement), jax.devices()[0]
+    if device.platform == "gpu" and not backend.supported(device):
+        raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
+    if placement is not None and backend.layout == "per_expert":
+        raise RequestError(f"expected a back-end whose experts can be spread over a mesh; {backend.name} is none")
+    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    if draft_model is None:
+        draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
+    draft = None
+    if draft_model != "none":
+        # First: it is small, and whether it fits is known before the model is read.
+        draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
+        draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
+        draft = draft if placement is None else _spread(draft, placement)
+    tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
+    tokens = 0 if tokenizer is None else tokenizer.get_vocab_size()
+    if tokens > config.vocab_size:
+        raise CheckpointError(
+            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
+        )
+    params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
+    draft = draft and share_embedding(draft, params.embed)
+    programs = Programs(None if placement is None else placement.mesh)
+    config = config if placement is None else with_repeated_heads(config, placement)
+    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
+
+
+def _placement(config: DecoderConfig, mesh: MeshConfig | Literal["auto"]) -> Placement:
+    try:
+        if isinstance(mesh, str) and mesh != "auto":
+            raise ValueError(f'expected a MeshConfig or "auto"; got {mesh!r}')
+        sizes = best_mesh(config, len(jax.devices())) if isinstance(mesh, str) else mesh
+        return decoder_placement(config, make_mesh(sizes))
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _backend(placement: Placement | None) -> Backend:
+    """The platform's, or one whose experts can be spread: what suits a CPU keeps every expert by itself."""
+    preferred = default_backend()
+    return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
+
+
+def _spread(draft: LoadedDraft, placement: Placement) -> LoadedDraft:
+    head = head_placement(draft.config, placement.mesh)
+    config = with_repeated_heads(draft.config, head)
+    return draft._replace(config=config, head=place_head(draft.head, config, head))
