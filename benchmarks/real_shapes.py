@@ -36,7 +36,7 @@ from moespec_jax.decoding.round_info import experts_read, experts_wanted, mean_d
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import (
     SpeculationSettings,
-    Speculator,
+    SpeculativeParams,
     draft_trees,
     speculation_rounds,
     verify_trees,
@@ -124,7 +124,7 @@ def measure(
     }  # fmt: skip
 
 
-def prepare(name: str, settings: SpeculationSettings, params: Speculator, dtype: Any, with_rounds: bool) -> Case:
+def prepare(name: str, settings: SpeculationSettings, params: SpeculativeParams, dtype: Any, with_rounds: bool) -> Case:
     """Compile one case, on the state after a prompt and, if rounds are timed, two of them."""
     method = speculative_method(settings, params, dtype)
     margin = ROUNDS * settings.tree.longest_path * 4

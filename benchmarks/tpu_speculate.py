@@ -40,7 +40,7 @@ from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import (
     SpeculationSettings,
     SpeculationState,
-    Speculator,
+    SpeculativeParams,
     expected_reach,
     speculation_rounds,
 )
@@ -151,7 +151,7 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
 
 
 def compile_rounds(
-    config: DecoderConfig, draft: DraftConfig, case: Case, params: Speculator, state: SpeculationState
+    config: DecoderConfig, draft: DraftConfig, case: Case, params: SpeculativeParams, state: SpeculationState
 ) -> Program:
     """Compile for the device of the arguments; the state is donated."""
     tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
@@ -168,9 +168,9 @@ def budget_rule(config: DecoderConfig, experts: float | None) -> BudgetConfig | 
     return None if experts is None else resolve(BudgetConfig(experts, score="path", credit="squares"), config)
 
 
-def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[Speculator, SpeculationState]:
+def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[SpeculativeParams, SpeculationState]:
     """Parameters and state without memory behind them, on one chip."""
-    params = Speculator(abstract_decoder(config, BACKENDS[case.backend], DTYPE), abstract_head(draft))
+    params = SpeculativeParams(abstract_decoder(config, BACKENDS[case.backend], DTYPE), abstract_head(draft))
     sharding = SingleDeviceSharding(devices(case.chip)[0])
     return placed(params, sharding), placed(abstract_state(config, draft, TREES[case.tree]), sharding)
 

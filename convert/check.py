@@ -83,8 +83,7 @@ def our_logits(directory: Path, config: DecoderConfig, tokens: np.ndarray) -> np
     @jax.jit
     def logits(params, cache):
         mask = causal_mask(positions, length)
-        compute = backend.compute(config.hidden_act)
-        hidden, _, _ = forward(config, params, jnp.asarray(tokens), positions, mask, cache, compute)
+        hidden, _, _ = forward(config, params, jnp.asarray(tokens), positions, mask, cache, backend)
         return unembed(params, hidden)
 
     with jax.default_matmul_precision("highest"):

@@ -24,7 +24,7 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
-from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
+from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
 
 _LONGEST = 512
 # Its own source, unless told otherwise: any text the target was trained on will do.
@@ -80,18 +80,17 @@ def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     moved = {shift: bs for shift, bs in moved.items() if 0 <= bs[0] and bs[-1] <= layers}
     tapped = tuple(sorted({b for boundaries in moved.values() for b in boundaries}))
-    compute = model.backend.compute(model.config.hidden_act)
 
     @jax.jit
     def scores(params: Decoder, head: DraftHead, tokens: jax.Array) -> list[StepScore]:
-        teacher = ask_teacher(model.config, params, compute, tapped, head.target_ids, tokens)
-        states = jnp.split(teacher.taps, len(tapped), axis=-1)
+        teacher = run_teacher(model.config, params, model.backend, tapped, head.target_ids, tokens)
+        states = jnp.split(teacher.aux_hidden_states, len(tapped), axis=-1)
         first = functools.partial(unrolled_scores, draft.config, head, params.embed)
         counts, found = jnp.ones(tokens.shape, bool), []
         for boundaries in moved.values():
-            taps = jnp.concatenate([states[tapped.index(b)] for b in boundaries], axis=-1)
-            assert taps.shape[-1] == len(boundaries) * width
-            found += first(teacher._replace(taps=taps), tokens, counts, 1, LOSSES["cross-entropy"], False)
+            aux = jnp.concatenate([states[tapped.index(b)] for b in boundaries], axis=-1)
+            assert aux.shape[-1] == len(boundaries) * width
+            found += first(teacher._replace(aux_hidden_states=aux), tokens, counts, 1, LOSSES["cross-entropy"], False)
         return found
 
     hits, positions = np.zeros(len(moved)), np.zeros(len(moved))

@@ -188,11 +188,16 @@ class TreeConfig:
             )
 
     @property
+    def name(self) -> str:
+        """`60/7/10`: size, depth and top-k."""
+        return f"{self.size}/{self.depth}/{self.top_k}"
+
+    @property
     def pool(self) -> int:
-        """How many nodes are drafted, of which the best `size - 1` are kept."""
+        """Number of nodes that are drafted, of which the best `size - 1` are kept."""
         return self.top_k + self.depth * self.top_k**2
 
     @property
     def longest_path(self) -> int:
-        """The most nodes a path from the root can have, the root included; also the most tokens a round can give."""
+        """Largest number of nodes on a path, the root included; also the largest number of tokens a round can gain."""
         return min(self.depth + 2, self.size)

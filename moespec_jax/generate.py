@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt
-from moespec_jax.cli.arguments import chosen, load_asked
+from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
 from moespec_jax.cli.generate_arguments import build_parser, refuse_flags, refuse_processes
@@ -34,9 +34,9 @@ def _run(arguments: argparse.Namespace) -> None:
     refuse_flags(arguments)
     join_processes(arguments)
     refuse_processes(arguments)
-    tree, budget = chosen(arguments)
+    spec = requested_spec(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
-    model = load_asked(arguments, budget)
+    model = load_requested(arguments, spec.budget)
     speaks = is_first_process()
     if speaks and model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
@@ -65,8 +65,8 @@ def _run(arguments: argparse.Namespace) -> None:
             writes = files.enter_context(tracing(arguments.trace if speaks else None))
         # All processes stop after every round, if one does.
         on_round = writes if speaks or arguments.trace is None else _trace_elsewhere
-        result = generate(tree=tree, budget=budget, on_tokens=streams, on_round=on_round)
-    comparison = compare(generate, tree, budget) if arguments.compare else None
+        result = generate(tree=spec.tree, budget=spec.budget, on_tokens=streams, on_round=on_round)
+    comparison = compare(generate, spec) if arguments.compare else None
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")

@@ -14,7 +14,7 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Settings
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, Speculator
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculativeParams
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
@@ -87,7 +87,7 @@ def speculating(
     """The method that drafts `tree` with `head`."""
     settings = Settings(config, sampling, _compute(backend, config.hidden_act), backend.attention)
     accept = accept_rule(sampling, tree.longest_path, simulate)
-    return speculative_method(SpeculationSettings(settings, draft, tree, accept), Speculator(params, head), jnp.float32)
+    return speculative_method(SpeculationSettings(settings, draft, tree, accept), SpeculativeParams(params, head), jnp.float32)
 
 
 def plainly(config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = GREEDY) -> Method:

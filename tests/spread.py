@@ -24,7 +24,7 @@ from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Settings
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, Speculator
+from moespec_jax.decoding.speculative import SpeculationSettings, SpeculativeParams
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
@@ -91,7 +91,7 @@ class Pair:
         rule = None if rule is None else resolve(rule, self.config)
         accept = accept_rule(sampling, TREE.longest_path)
         speculation = SpeculationSettings(settings, self.draft, TREE, accept, rule)
-        return speculative_method(speculation, Speculator(self.params, self.head), jnp.float32)
+        return speculative_method(speculation, SpeculativeParams(self.params, self.head), jnp.float32)
 
 
 @cache

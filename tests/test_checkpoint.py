@@ -150,7 +150,7 @@ from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.checkpoint.read import load_config, load_parameters
 directory = Path({str(tmp_path)!r})
 mesh = make_mesh(MeshConfig(expert=4))
-place = Placement(mesh, Split(experts=4))
+place = Placement(mesh, ShardingPlan(experts=4))
 spread, everywhere = NamedSharding(mesh, P(EXPERT)), NamedSharding(mesh, P())
 for dtype in ("float32", "bfloat16"):
     load = lambda *args: load_parameters(directory, load_config(directory), BACKENDS["slots"], dtype, *args)

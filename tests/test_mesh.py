@@ -13,7 +13,7 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.generate import main
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.parallel.mesh import MeshConfig, Split, best_mesh, make_mesh, parse_mesh, split_decoder
+from moespec_jax.parallel.mesh import MeshConfig, ShardingPlan, best_mesh, make_mesh, parse_mesh, shard_decoder
 from moespec_jax.runtime.load import load
 
 MESHES = {
@@ -114,19 +114,19 @@ def config(name: str, **changes: Any) -> DecoderConfig:
 
 def test_what_cannot_be_split_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected expert= to divide the model's 128 experts; got 3"):
-        split_decoder(config("Qwen3-30B-A3B"), MeshConfig(expert=3))
+        shard_decoder(config("Qwen3-30B-A3B"), MeshConfig(expert=3))
     with pytest.raises(ValueError, match=r"expected tensor= to divide the model's 32 attention heads.*got 3"):
-        split_decoder(config("Qwen3-30B-A3B"), MeshConfig(tensor=3))
+        shard_decoder(config("Qwen3-30B-A3B"), MeshConfig(tensor=3))
     with pytest.raises(ValueError, match=r"expected 64 devices for a mesh of data=64,expert=1,tensor=1; there"):
         make_mesh(MeshConfig(64))
 
 
 def test_attention_is_split_over_all_devices_that_share_a_sequence() -> None:
     both = ("expert", "tensor")
-    found = split_decoder(config("Qwen3-30B-A3B"), MeshConfig(2, 4, 2))
-    assert found == Split(both, both, both, 4, ("tensor",))
+    found = shard_decoder(config("Qwen3-30B-A3B"), MeshConfig(2, 4, 2))
+    assert found == ShardingPlan(both, both, both, 4, ("tensor",))
     # 24 ways do not divide 32 heads; 3 do not, either, and so the heads stay whole.
-    assert split_decoder(config("Qwen3-30B-A3B", num_experts=24), MeshConfig(expert=3)).heads == ()
+    assert shard_decoder(config("Qwen3-30B-A3B", num_experts=24), MeshConfig(expert=3)).heads == ()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
 from moespec_jax.checkpoint.tokenizer import chat_prompt
-from moespec_jax.cli.arguments import add_model_flags, check_budget, load_asked, shown_name
+from moespec_jax.cli.arguments import add_model_flags, check_budget, load_requested, shown_name
 from moespec_jax.cli.command import Parser, run_command, write_output
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
@@ -32,7 +32,7 @@ from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
-from moespec_jax.measure.timing import Setting, take_turns
+from moespec_jax.measure.timing import TimingCase, time_interleaved
 from moespec_jax.runtime.load import DEMO_TARGET
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import versions
@@ -88,25 +88,25 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    settings = sweep(arguments, _simulation(arguments))
-    model = _model(arguments, list(settings.values()))
+    cases = sweep(arguments, _simulation(arguments))
+    model = _model(arguments, list(cases.values()))
     sets = _prompts(arguments, model)
     for prompts in sets.values():
-        check_sweep(list(settings.values()), model, len(prompts))
+        check_sweep(list(cases.values()), model, len(prompts))
     about = _about(model, arguments)
     file = arguments.output / "turns.jsonl"
-    ledger = Ledger(file, about | _asked(settings, sets))
-    if len(ledger) == 1 + arguments.repeats * len(settings) * len(sets):
+    ledger = Ledger(file, about | _requested(cases, sets))
+    if len(ledger) == 1 + arguments.repeats * len(cases) * len(sets):
         print(f"{file} has all turns, and nothing is measured; remove it to measure anew", file=sys.stderr)
-    bandwidth = ledger.piece("bytes copied in a second", copy_bandwidth)
+    bandwidth = ledger.task("bytes copied in a second", copy_bandwidth)
     about["copy_gb_per_s"] = bandwidth / 1e9
     rows = []
     for name, prompts in sets.items():
-        turns = take_turns(
-            model, prompts, settings, arguments.tokens, arguments.repeats, ledger, decode_and_verify, f"{name}: turn"
+        turns = time_interleaved(
+            model, prompts, cases, arguments.tokens, arguments.repeats, ledger, decode_and_verify, f"{name}: turn"
         )
         sample = {"prompts": name, "count": len(prompts)}
-        rows += result_rows(settings, turns, _floor(model, bandwidth), about | sample)
+        rows += result_rows(cases, turns, _floor(model, bandwidth), about | sample)
     _write(rows, arguments)
 
 
@@ -148,11 +148,11 @@ def _simulation(arguments: argparse.Namespace) -> Callable[[TreeConfig], float] 
     return published_accept_length if given is None else lambda tree: min(given, float(tree.longest_path))
 
 
-def _model(arguments: argparse.Namespace, settings: Sequence[Setting]) -> Model:
+def _model(arguments: argparse.Namespace, cases: Sequence[TimingCase]) -> Model:
     """The model that is asked for, if it can have the budgets."""
-    budgets = [setting.budget for setting in settings]
+    budgets = [case.spec.budget for case in cases]
     if arguments.random is None:
-        return load_asked(arguments, *budgets)
+        return load_requested(arguments, *budgets)
     shape = SHAPES[arguments.random]
     config, _ = shapes_of(shape, arguments.layers)
     for budget in budgets:
@@ -189,10 +189,23 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _asked(settings: Mapping[str, Setting], sets: Mapping[str, list[list[int]]]) -> dict[str, Any]:
-    """What turns depend on besides: every setting, and the prompts."""
+def _requested(cases: Mapping[str, TimingCase], sets: Mapping[str, list[list[int]]]) -> dict[str, Any]:
+    """Further inputs of the measurement: every case, and the prompts."""
     prompts = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in sets.items()}
-    return {"settings": {name: repr(setting) for name, setting in settings.items()}, "prompts": prompts}
+    return {"settings": {name: _recorded(case) for name, case in cases.items()}, "prompts": prompts}
+
+
+def _recorded(case: TimingCase) -> str:
+    """A case as turns.jsonl has recorded it since 0.1: a file that was begun before is continued."""
+    budget = case.spec.budget
+    if budget is not None:
+        coverage, anchor = ("guarantee", "none") if budget.anchor == "likely" else (budget.coverage, budget.anchor)
+        rule = f"coverage={coverage!r}, score={budget.score!r}, credit={budget.credit!r}"
+        rule += f", anchor={anchor!r}, size={budget.size!r}, mass={budget.mass!r}"
+        rule += f", guarantee={budget.anchor_probability!r}, faithfulness={budget.min_kept_weight!r}"
+        budget = f"BudgetConfig(experts={budget.experts!r}, {rule}, groups={budget.groups!r})"
+    simulate = case.spec.simulate_accept_length
+    return f"Setting(tree={case.spec.tree!r}, budget={budget}, batch={case.batch!r}, simulate={simulate!r})"
 
 
 def _floor(model: Model, bandwidth: float) -> Callable[[float], float]:

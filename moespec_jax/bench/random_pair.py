@@ -27,7 +27,7 @@ from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.checkpoint.parameters import abstract_decoder, random_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decoding.speculative import Speculator
+from moespec_jax.decoding.speculative import SpeculativeParams
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import Backend, default_backend
@@ -71,7 +71,7 @@ def shapes_of(model: str, layers: int | None = None) -> tuple[DecoderConfig, Dra
 
 def random_pair(
     config: DecoderConfig, draft: DraftConfig, backend: Backend, dtype: DTypeLike, exponent: float
-) -> Speculator:
+) -> SpeculativeParams:
     """Target and head; the routing of the target is skewed by `exponent`, 0 for not at all."""
     weights, ranks, head = jax.random.split(jax.random.key(0), 3)
     target = skewed(config, random_decoder(config, backend, weights, dtype), exponent, ranks)
@@ -80,7 +80,7 @@ def random_pair(
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
         decided(draft, random_head(draft, target, ids, head)),
     )
-    return Speculator(target, parameters)
+    return SpeculativeParams(target, parameters)
 
 
 def random_model(model: str, layers: int | None, dtype: DTypeLike | None, backend: Backend | None = None) -> Model:

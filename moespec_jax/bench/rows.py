@@ -1,39 +1,39 @@
-"""One row for each setting: what its turns told, in the field's words, and how it compares with what is exact."""
+"""One row for each case: its measurements under SpecForge's and our names, and how it compares with exact decoding."""
 
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from moespec_jax.bench.sweep import budget_name
 from moespec_jax.cli.compare import agreement
-from moespec_jax.measure.timing import Setting, speed, spread, tree_name
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.measure.timing import TimingCase, spread, tokens_per_second
 
 Turns = Sequence[Mapping[str, Mapping[str, Any]]]
-# Of a run, what is the same in every turn.
+# Measurements that are the same in every turn.
 _SAME = ("accept_length", "accepted_by_depth", "experts_wanted", "mass_kept", "tokens_replaced")
 
 
 def result_rows(
-    settings: Mapping[str, Setting], turns: Turns, floor: Callable[[float], float], about: Mapping[str, Any]
+    cases: Mapping[str, TimingCase], turns: Turns, floor: Callable[[float], float], about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Rows in the order of the settings, each with `about`.
+    """Make rows in the order of the cases, each with the columns `about`.
 
-    `floor` is the seconds that a pass over a few tokens takes at the least which reads so many experts a layer. Ratios
-    are of speeds in the same turn, and so is every median's range over turns.
+    `floor` gives the seconds that a pass over a few tokens takes at least if a layer reads so many experts. Ratios are
+    of speeds in the same turn.
     """
-    best = best_exact(settings, turns)
+    best = best_exact(cases, turns)
     rows = []
-    for name, setting in settings.items():
+    for name, case in cases.items():
         against = {
-            "over_plain": name_of(settings, setting._replace(tree=None, budget=None, simulate=None)),
-            "over_exact_same_tree": name_of(settings, setting._replace(budget=None)),
-            "over_best_exact": best[setting.batch],
+            "over_plain": name_of(cases, case._replace(spec=DecodingSpec())),
+            "over_exact_same_tree": name_of(cases, case._replace(spec=dataclasses.replace(case.spec, budget=None))),
+            "over_best_exact": best[case.batch],
         }
         rows.append(
             dict(about)
             | {"setting": name}
-            | setting_columns(setting)
+            | case_columns(case)
             | measured_columns([turn[name] for turn in turns], floor)
             | {column: ratios(turns, name, base) for column, base in against.items()}
             | {"best_exact": against["over_best_exact"]}
@@ -42,30 +42,30 @@ def result_rows(
     return rows
 
 
-def best_exact(settings: Mapping[str, Setting], turns: Turns) -> dict[int, str]:
-    """For each batch size the setting without a budget, plain decoding included, of the highest median speed."""
+def best_exact(cases: Mapping[str, TimingCase], turns: Turns) -> dict[int, str]:
+    """Find for each batch size the case without a budget, plain decoding included, of the highest median speed."""
     found: dict[int, str] = {}
-    for name, setting in settings.items():
-        if setting.budget is None:
-            other = found.setdefault(setting.batch, name)
+    for name, case in cases.items():
+        if case.spec.budget is None:
+            other = found.setdefault(case.batch, name)
             if median_speed(turns, name) > median_speed(turns, other):
-                found[setting.batch] = name
+                found[case.batch] = name
     return found
 
 
 def median_speed(turns: Turns, name: str) -> float:
     """Tokens a second."""
-    return statistics.median(speed(turn[name]) for turn in turns)
+    return statistics.median(tokens_per_second(turn[name]) for turn in turns)
 
 
-def name_of(settings: Mapping[str, Setting], setting: Setting) -> str:
-    """The name that an equal setting has."""
-    return next(name for name, other in settings.items() if other == setting)
+def name_of(cases: Mapping[str, TimingCase], case: TimingCase) -> str:
+    """Name of an equal case."""
+    return next(name for name, other in cases.items() if other == case)
 
 
 def ratios(turns: Turns, name: str, base: str) -> dict[str, float]:
     """Speed over that of `base` in the same turn."""
-    return spread([speed(turn[name]) / speed(turn[base]) for turn in turns])
+    return spread([tokens_per_second(turn[name]) / tokens_per_second(turn[base]) for turn in turns])
 
 
 def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) -> float | None:
@@ -75,33 +75,34 @@ def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) ->
     return agreement(turn[plain]["token_ids"], turn[name]["token_ids"])
 
 
-def setting_columns(setting: Setting) -> dict[str, Any]:
-    """The setting in SpecForge's words, zeros for plain decoding, and in ours."""
-    tree, budget = setting.tree, setting.budget
+def case_columns(case: TimingCase) -> dict[str, Any]:
+    """Columns of tree and budget under SpecForge's names, with zeros for plain decoding, and under ours."""
+    tree, budget = case.spec.tree, case.spec.budget
+    assert tree != "default"
     steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
     return {
-        "batch_size": setting.batch, "steps": steps, "topk": top_k, "num_draft_tokens": size,
-        "tree": tree_name(tree), "expert_budget": None if budget is None else budget_name(budget),
-        "budget": None if budget is None else dataclasses.asdict(budget),
+        "batch_size": case.batch, "steps": steps, "topk": top_k, "num_draft_tokens": size,
+        "tree": case.spec.tree_name, "expert_budget": None if budget is None else budget.name,
+        "budget": None if budget is None else budget.as_dict(),
     }  # fmt: skip
 
 
 def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], float]) -> dict[str, Any]:
-    """What one setting's turns told: medians and ranges of times, and what is the same in all of them."""
-    rounds = [told["decode_s"] / told["rounds"] for told in own]
+    """Columns of one case's turns: medians and ranges of times, and measurements that are the same in all turns."""
+    rounds = [stats["decode_s"] / stats["rounds"] for stats in own]
     verified = own[0]["verify_s"] is not None
-    alone = [floor(told["verify_experts"]) / told["verify_s"] for told in own] if verified else None
+    alone = [floor(stats["verify_experts"]) / stats["verify_s"] for stats in own] if verified else None
     return {
-        "output_throughput": spread([speed(told) for told in own]),
+        "output_throughput": spread([tokens_per_second(stats) for stats in own]),
         "round_ms": spread([seconds * 1e3 for seconds in rounds]),
-        "verify_ms": spread([told["verify_s"] * 1e3 for told in own]) if verified else None,
-        "prefill_ms": spread([told["prefill_s"] * 1e3 for told in own]),
+        "verify_ms": spread([stats["verify_s"] * 1e3 for stats in own]) if verified else None,
+        "prefill_ms": spread([stats["prefill_s"] * 1e3 for stats in own]),
         "compile_s": own[0]["compile_s"],
         "rounds": own[-1]["rounds"],
         **{name: own[-1][name] for name in _SAME},
-        "experts_read": own[-1]["experts_loaded"],
-        "round_share_of_copy_bandwidth": spread([floor(own[-1]["experts_loaded"]) / seconds for seconds in rounds]),
+        "experts_read": own[-1]["experts_read"],
+        "round_share_of_copy_bandwidth": spread([floor(own[-1]["experts_read"]) / seconds for seconds in rounds]),
         "verify_share_of_copy_bandwidth": None if alone is None else spread(alone),
-        "exact": all(told["exact"] for told in own),
+        "exact": all(stats["exact"] for stats in own),
         "simulated_accept_length": own[-1]["simulated"],
     }

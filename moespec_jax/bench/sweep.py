@@ -1,4 +1,4 @@
-"""Which ways to decode are compared: trees or SpecForge's configs, each without a budget and under every budget."""
+"""Cases to time: trees or SpecForge's configs, each without a budget and under every budget."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from moespec_jax.cli.arguments import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError
-from moespec_jax.measure.timing import Setting, parse_tree, tree_name
+from moespec_jax.measure.timing import TimingCase, parse_tree
 from moespec_jax.runtime.model import Model
 
 TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
@@ -42,9 +43,10 @@ def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
     add_rule_flags(group)
 
 
-def sweep(arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None) -> dict[str, Setting]:
-    """All settings by name, those that are compared with before those that are compared. `simulate` says how many
-    tokens a round of a tree is made to accept.
+def sweep(
+    arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None
+) -> dict[str, TimingCase]:
+    """List all cases by name, baselines first. `simulate` gives the simulated accept length of a tree.
 
     Raises:
         RequestError: there is no such tree, config or budget, or one is named twice.
@@ -55,18 +57,18 @@ def sweep(arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float]
         shapes = [(1, parse_tree(text)) for text in arguments.trees or TREES]
     batches = list(dict.fromkeys(batch for batch, _ in shapes))
     drafted = [(batch, tree) for batch, tree in shapes if tree is not None]
-    settings = [Setting(batch=batch) for batch in batches]
+    cases = [TimingCase(batch=batch) for batch in batches]
     for batch, tree in drafted:
         length = None if simulate is None else simulate(tree)
-        settings += [Setting(tree, budget, batch, length) for budget in (None, *budgets_of(arguments))]
-    named = {setting_name(setting): setting for setting in settings}
-    if len(named) < len(settings):
+        cases += [TimingCase(DecodingSpec(tree, b, length), batch) for b in (None, *budgets_of(arguments))]
+    named = {case_name(case): case for case in cases}
+    if len(named) < len(cases):
         raise RequestError("expected trees and budgets that differ; some of these are the same")
     return named
 
 
 def parse_config(text: str) -> tuple[int, TreeConfig | None]:
-    """Batch size and tree from `batch-size,steps,topk,num-draft-tokens`; no tree where the three are 0.
+    """Parse batch size and tree from `batch-size,steps,topk,num-draft-tokens`; no tree where the last three are 0.
 
     Raises:
         RequestError: there is no such config.
@@ -84,7 +86,7 @@ def parse_config(text: str) -> tuple[int, TreeConfig | None]:
 
 
 def budgets_of(arguments: argparse.Namespace) -> list[BudgetConfig]:
-    """The budgets that the flags ask for beside none.
+    """List the budgets of the flags, without none.
 
     Raises:
         RequestError: there is no such budget, or a rule without one.
@@ -98,13 +100,13 @@ def budgets_of(arguments: argparse.Namespace) -> list[BudgetConfig]:
         raise RequestError(str(error)) from None
 
 
-def check_sweep(settings: Sequence[Setting], model: Model, count: int) -> None:
-    """Refuse what this model, or a set of `count` prompts, cannot have, before anything is timed.
+def check_sweep(cases: Sequence[TimingCase], model: Model, count: int) -> None:
+    """Refuse cases that this model, or a set of `count` prompts, cannot run, before anything is timed.
 
     Raises:
         RequestError: there is no draft head, or it knows too few tokens; or batches do not come out even.
     """
-    trees = {setting.tree for setting in settings if setting.tree is not None}
+    trees = {case.spec.tree for case in cases if isinstance(case.spec.tree, TreeConfig)}
     if model.draft is None and trees:
         raise RequestError("expected a draft head (--draft-model) to draft trees with, or --config-list 1,0,0,0 alone")
     for tree in trees:
@@ -112,20 +114,11 @@ def check_sweep(settings: Sequence[Setting], model: Model, count: int) -> None:
             check_draft_vocabulary(tree, model.draft.config.draft_vocab_size if model.draft else 0)
         except ValueError as error:
             raise RequestError(str(error)) from None
-    for setting in settings:
-        if count % setting.batch:
-            raise RequestError(f"expected as many prompts as fill batches of {setting.batch}; there are {count}")
+    for case in cases:
+        if count % case.batch:
+            raise RequestError(f"expected as many prompts as fill batches of {case.batch}; there are {count}")
 
 
-def setting_name(setting: Setting) -> str:
+def case_name(case: TimingCase) -> str:
     """`4/2/1`, `4/2/1 B=0.5`, `plain x8`: tree, budget, and batch size where it is not 1."""
-    budget = "" if setting.budget is None else f" B={budget_name(setting.budget)}"
-    return tree_name(setting.tree) + budget + ("" if setting.batch == 1 else f" x{setting.batch}")
-
-
-def budget_name(budget: BudgetConfig | None) -> str:
-    """As it was asked for: a number or fraction, or one for each layer between commas."""
-    if budget is None:
-        return "none"
-    experts = budget.experts
-    return ",".join(f"{e:g}" for e in experts) if isinstance(experts, tuple) else f"{experts:g}"
+    return case.spec.name + ("" if case.batch == 1 else f" x{case.batch}")

@@ -1,11 +1,12 @@
-"""How long the target's pass over a tree takes by itself, as one of many in a compiled loop.
+"""Time of the target's verification of a tree by itself, as one of many in a compiled loop.
 
-A pass that is called alone costs the host as much as passing all parameters takes, which on small models is more than
-the pass: so a loop makes many passes of one tree, and each needs the one before.
+Called alone, a pass would be timed with the host's work of passing all parameters, which takes longer than a small
+model's pass: so a loop verifies one tree many times, and each pass depends on the one before.
 """
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,55 +14,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.decoding.budget_config import resolve
+from moespec_jax.decoding.budget_config import BudgetWarning
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.round_info import experts_read, mean_distinct_experts
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import (
-    SpeculationSettings,
-    SpeculationState,
-    Speculator,
-    draft_trees,
-    verify_trees,
-)
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
-from moespec_jax.measure.timing import Setting, decode_once
+from moespec_jax.measure.timing import TimingCase, decode_once
 from moespec_jax.nn.cache import Cache
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
-# Rounds after which the tree is taken, and seconds that a loop is made to last.
+# Rounds after which the tree is drafted, and seconds that a loop is to last.
 _ROUNDS, _LASTING = 8, 0.2
 
 
 def decode_and_verify(
-    model: Model, prompts: Sequence[Sequence[int]], setting: Setting, new_tokens: int
+    model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int
 ) -> dict[str, Any]:
     """As `decode_once`, with `verify_s` of one verification, and `verify_experts` that each of its layers read; both
     None in plain decoding."""
-    told = decode_once(model, prompts, setting, new_tokens)
-    if setting.tree is None:
-        return told | {"verify_s": None, "verify_experts": None}
-    return told | time_verification(model, prompts[: setting.batch], setting, new_tokens)
+    stats = decode_once(model, prompts, case, new_tokens)
+    if case.spec.tree is None:
+        return stats | {"verify_s": None, "verify_experts": None}
+    return stats | time_verification(model, prompts[: case.batch], case, new_tokens)
 
 
 def time_verification(
-    model: Model, prompts: Sequence[Sequence[int]], setting: Setting, new_tokens: int
+    model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int
 ) -> dict[str, Any]:
-    """Seconds of one verification of the tree that one batch of prompts has after some rounds."""
-    assert setting.tree is not None
-    budget = None if setting.budget is None else resolve(setting.budget, model.config)
-    method = model.method(SamplingConfig(), setting.tree, budget, setting.simulate)
-    settings, pair, programs = method.settings, method.params, model.programs
-    assert isinstance(settings, SpeculationSettings)
+    """Time one verification of the tree that one batch of prompts drafts after some rounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)  # given by `decode_once` before
+        spec = model.resolve(case.spec)
+    method, params, programs = model.speculative(spec, SamplingConfig()), model.speculative_params, model.programs
     limit = [min(len(prompt) + new_tokens, model.config.context_length) for prompt in prompts]
-    # All rounds gain a path at most: nobody is done before the tree is taken.
-    rounds = min(_ROUNDS, max(0, (new_tokens - 2) // setting.tree.longest_path))
-    state = Run(programs, method, Batch([list(p) for p in prompts], limit, (), 0)).state_after(rounds)
-    trees, _ = programs.run(draft_trees, settings, pair, state)
+    # A round gains a path at most, so that no sequence is done before the tree is drafted.
+    rounds = min(_ROUNDS, max(0, (new_tokens - 2) // method.tree.longest_path))
+    state = Run(programs, method, params, Batch([list(p) for p in prompts], limit, (), 0)).state_after(rounds)
+    trees = programs.run(draft_only, method, params, state)
 
     def seconds(passes: int) -> tuple[float, Array]:
         started = time.perf_counter()
-        read = jax.block_until_ready(programs.run(verify_many, settings, pair, state, trees, jnp.int32(passes)))
+        read = jax.block_until_ready(programs.run(verify_many, method, params, state, trees, jnp.int32(passes)))
         return time.perf_counter() - started, read
 
     seconds(1)  # compiles
@@ -70,19 +65,28 @@ def time_verification(
     return {"verify_s": spent / passes, "verify_experts": float(read)}
 
 
+def draft_only(method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]) -> Tree:
+    """Draft trees and drop the state after it, which would copy the caches."""
+    return method.propose(params, state)[0]
+
+
 def verify_many(
-    settings: SpeculationSettings, pair: Speculator, state: SpeculationState, trees: Tree, passes: Int[Array, ""]
+    method: Speculative[Any, Any],
+    params: SpeculativeParams[Any],
+    state: SpeculationState[Any],
+    trees: Tree,
+    passes: Int[Array, ""],
 ) -> Float[Array, ""]:
-    """Verify the same trees `passes` times; the distinct experts that a layer reads in one."""
+    """Verify the same trees `passes` times; returns the distinct experts that a layer reads in one."""
 
     def verify(_: Array, carry: tuple[Cache, Array, Array]) -> tuple[Cache, Array, Array]:
         cache, tokens, _ = carry
         decoding = dataclasses.replace(state.decoding, cache=cache)
         before = dataclasses.replace(state, decoding=decoding)
-        logits, after, info = verify_trees(settings, pair.target, before, trees._replace(tokens=tokens))
-        # No choice is below 0, which the compiler does not know.
+        logits, after, info = method.verify(params, before, trees._replace(tokens=tokens))
+        # Adds 0, since no token id is negative, which the compiler does not know.
         tokens = tokens + jnp.minimum(jnp.argmax(logits, axis=-1).astype(jnp.int32), 0)
-        read = mean_distinct_experts(experts_read(settings.target.config, info, len(tokens)))
+        read = mean_distinct_experts(experts_read(method.target.config, info, len(tokens)))
         return dataclasses.replace(after, length=cache.length), tokens, read
 
     start = (state.decoding.cache, trees.tokens, jnp.float32(0.0))

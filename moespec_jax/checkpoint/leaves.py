@@ -28,7 +28,7 @@ from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization, quantize_rows
-from moespec_jax.parallel.mesh import WHOLE
+from moespec_jax.parallel.mesh import REPLICATED
 
 # A part of an array: a slice of every dimension.
 Index = tuple[slice, ...]
@@ -131,7 +131,7 @@ class LeafStore:
     ):
         self._backend, self._dtype, self._placement = backend, dtype, placement
         self._quantization: Quantization | None = quantization
-        self._split = WHOLE if placement is None else placement.split
+        self._plan = REPLICATED if placement is None else placement.plan
         self._config = config if placement is None else with_repeated_heads(config, placement)
         self._shapes = leaf_shapes(self._config, backend, quantization)
         self._parts = {path: self._devices(path, shape) for path, shape in self._shapes.items()}
@@ -176,10 +176,10 @@ class LeafStore:
     def finish(self) -> Decoder:
         """The parameters, once every tensor of the table has been put."""
         leaves = {path: self._leaf(path, shape) for path, shape in self._shapes.items()}
-        return build_decoder(self._config, self._backend, leaves, self._split)
+        return build_decoder(self._config, self._backend, leaves, self._plan)
 
     def _place(self, path: Path) -> Place:
-        return place_of(self._config, self._backend, path, self._split)
+        return place_of(self._config, self._backend, path, self._plan)
 
     def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
         """This process's devices that hold a part of a leaf, and which; None is wherever JAX puts it."""

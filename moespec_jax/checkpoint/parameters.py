@@ -18,7 +18,7 @@ from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import GatedMlp
 from moespec_jax.nn.moe import SparseMlp
 from moespec_jax.nn.quantization import Quantization, Quantized
-from moespec_jax.parallel.mesh import WHOLE, Split
+from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
 class Place(NamedTuple):
@@ -28,13 +28,13 @@ class Place(NamedTuple):
     row: int | None = None
 
 
-def place_of(config: DecoderConfig, backend: Backend, path: Path, split: Split = WHOLE) -> Place:
+def place_of(config: DecoderConfig, backend: Backend, path: Path, plan: ShardingPlan = REPLICATED) -> Place:
     """Where the tensor at `path` of the tensor table lies under this back-end. Where experts are in shards, the rows of
     a shard lie together, for each of them is a `Flat` of its own on the devices that hold it."""
     if path[0] == "experts" and backend.layout == "flat":
         _, layer, expert, name = path
         assert isinstance(layer, int) and isinstance(expert, int)
-        held = config.num_experts // split.experts
+        held = config.num_experts // plan.experts
         shard, within = divmod(expert, held)
         return Place(("experts", name), (shard * config.num_sparse_layers + layer) * held + within)
     if path[0] == "layers" and backend.stacked:
@@ -86,18 +86,20 @@ def final_shape(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape[::-1] if tensor.transpose else tensor.shape
 
 
-def build_decoder(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], split: Split = WHOLE) -> Decoder:
+def build_decoder(
+    config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], plan: ShardingPlan = REPLICATED
+) -> Decoder:
     """The parameters made of their leaves (arrays, or abstract shapes)."""
     starts = [run.start for run in layer_runs(config)] if backend.stacked else range(config.num_hidden_layers)
     layers = tuple(_build_layer(config.sparse_layers[start], ("layers", i), leaves) for i, start in enumerate(starts))
     return Decoder(
         embed=leaves[("embed",)],
         layers=layers,
-        experts=_build_experts(config, backend, leaves, split),
+        experts=_build_experts(config, backend, leaves, plan),
         norm=leaves[("norm",)],
         lm_head=leaves.get(("lm_head",)),
         stacked=backend.stacked,
-        split=split,
+        sharding=plan,
     )
 
 
@@ -115,7 +117,7 @@ def abstract_decoder(
         return jax.ShapeDtypeStruct(shape, leaf_dtype(path, dtype, quantization), sharding=sharding)
 
     leaves = {path: leaf(path, shape) for path, shape in leaf_shapes(config, backend, quantization).items()}
-    return build_decoder(config, backend, leaves, where.split if isinstance(where, Placement) else WHOLE)
+    return build_decoder(config, backend, leaves, where.plan if isinstance(where, Placement) else REPLICATED)
 
 
 def random_decoder(config: DecoderConfig, backend: Backend, key: jax.Array, dtype: DTypeLike) -> Decoder:
@@ -143,11 +145,11 @@ def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
     return GatedMlp(*(_matrix(leaves, (*path, name)) for name in ("gate", "up", "down")))
 
 
-def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], split: Split) -> object:
+def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], plan: ShardingPlan) -> object:
     if config.num_sparse_layers == 0:
         return ()
     if backend.layout == "flat":
-        held = config.num_experts // split.experts
+        held = config.num_experts // plan.experts
         return Flat(*(_matrix(leaves, ("experts", name)) for name in ("gate", "up", "down")), num_experts=held)
     layers, experts = range(config.num_sparse_layers), range(config.num_experts)
     return tuple(tuple(_build_mlp(("experts", layer, e), leaves) for e in experts) for layer in layers)

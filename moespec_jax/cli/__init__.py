@@ -1,1 +1,1 @@
-"""Parts that the command lines share: flags, prompts, tables, traces, errors as one line. Private: see `moespec_jax`."""
+"""Parts that the command lines share: flags, prompts, tables, traces, errors as one line. Private."""

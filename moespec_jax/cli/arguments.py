@@ -1,13 +1,14 @@
-"""Flags that several command lines share - model, tree, budget - and what they ask for."""
+"""Flags that several command lines share - model, tree, budget - and the values they stand for."""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moespec_jax.config import DecoderConfig, TreeConfig
-from moespec_jax.decoding.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES
-from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.budget_config import BudgetConfig, current_fields, resolve
+from moespec_jax.decoding.budget_rules import ANCHORS, COVERAGES, EXPERT_WEIGHTS, SCORES, SIZES
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.files import parse_numbers
 from moespec_jax.nn.quantization import QUANTIZATIONS
@@ -16,20 +17,18 @@ from moespec_jax.runtime.load import DEMO_DRAFT, DEMO_TARGET, load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.tuned_profile import read_profile
 
-# Flags of a budget's rule, and the setting each is about.
-_RULE = {
-    "budget_policy": "coverage", "budget_score": "score", "budget_credit": "credit", "budget_anchor": "anchor",
-    "budget_size": "size", "budget_mass": "mass", "budget_guarantee": "guarantee",
-    "budget_faithfulness": "faithfulness", "budget_groups": "groups",
-}  # fmt: skip
+# Fields of `BudgetConfig` that have a flag `--budget-...`.
+_RULE = (
+    "coverage", "score", "credit", "anchor", "size", "mass", "anchor_probability", "min_kept_weight", "groups",
+)  # fmt: skip
 
 
-def load_asked(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> Model:
-    """The model and draft head that the flags name, if they can have the budgets that are asked for.
+def load_requested(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> Model:
+    """Load the model and draft head of the flags; budgets are checked before weights are read.
 
     Raises:
         CheckpointError: they cannot be loaded.
-        RequestError: they cannot have a budget.
+        RequestError: the model cannot have a budget.
     """
 
     def check(config: DecoderConfig) -> None:
@@ -66,19 +65,18 @@ def mesh_of(arguments: argparse.Namespace) -> MeshConfig | Literal["auto"] | Non
         raise RequestError(str(error)) from None
 
 
-def chosen(arguments: argparse.Namespace) -> tuple[TreeConfig | Literal["default"] | None, BudgetConfig | None]:
-    """Tree and budget, by `--profile` or by the other flags; None is plain decoding, "default" the platform's tree.
+def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
+    """Tree and budget of `--profile` or of the other flags, without which the tree is "default".
 
     Raises:
-        RequestError: there are no such tree and budget, or both a profile and flags ask for them.
+        RequestError: there are no such tree and budget, or both a profile and flags give them.
     """
     tree, budget = tree_of(arguments), budget_of(arguments)
     if arguments.profile is None:
-        return tree or "default", budget
+        return DecodingSpec(tree or "default", budget)
     if tree is not None or budget is not None:
         raise RequestError("expected a tree and a budget either from --profile or from flags; got both")
-    found = read_profile(arguments.profile)
-    return found["tree"], found["budget"]
+    return DecodingSpec(**read_profile(arguments.profile))
 
 
 def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
@@ -101,25 +99,26 @@ def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
         raise RequestError(str(error)) from None
 
 
-def rule_of(arguments: argparse.Namespace) -> dict[str, str | float]:
-    """What the flags say of a budget's rule: fields of `BudgetConfig`."""
-    return {name: getattr(arguments, flag) for flag, name in _RULE.items() if getattr(arguments, flag) is not None}
+def rule_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `BudgetConfig` that flags give."""
+    given = {name: getattr(arguments, f"budget_{name}") for name in _RULE}
+    return current_fields({name: value for name, value in given.items() if value is not None})
 
 
 def budget_of(arguments: argparse.Namespace) -> BudgetConfig | None:
-    """The budget that the flags ask for, None without one.
+    """Budget of the flags, None without one.
 
     Raises:
         RequestError: there is no such budget.
     """
-    given = rule_of(arguments)
     if arguments.expert_budget in (None, "none"):
-        if given:
-            flag = next(flag for flag, name in _RULE.items() if name in given)
-            raise RequestError(f"--{flag.replace('_', '-')} is about a budget; expected --expert-budget with it")
+        given = next((name for name in _RULE if getattr(arguments, f"budget_{name}") is not None), None)
+        if given is not None:
+            flag = f"--budget-{given.replace('_', '-')}"
+            raise RequestError(f"{flag} is about a budget; expected --expert-budget with it")
         return None
     try:
-        return BudgetConfig(parse_budget(arguments.expert_budget), **given)  # pyright: ignore[reportArgumentType]
+        return BudgetConfig(parse_budget(arguments.expert_budget), **rule_of(arguments))
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -218,43 +217,46 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_rule_flags(group: argparse._ArgumentGroup) -> None:
-    """The rule of a budget alone."""
+    """Rule of a budget, without the number of experts. Second names are from before 0.2."""
     rule = BudgetConfig
     group.add_argument(
+        "--budget-coverage",
         "--budget-policy",
-        choices=list(COVERAGES),
-        help=f"what becomes of tokens whose experts are not read (default: {rule.coverage})",
+        choices=[*COVERAGES, "guarantee"],
+        help=f"where rows go whose experts are not read ({rule.coverage}); guarantee: substitute with anchor likely",
     )
     group.add_argument(
-        "--budget-score", choices=list(SCORES), help=f"how much each drafted token counts (default: {rule.score})"
+        "--budget-score", choices=list(SCORES), help=f"weight of each row in the experts' scores ({rule.score})"
     )
     group.add_argument(
-        "--budget-credit", choices=list(CREDITS), help=f"what a token says of each expert (default: {rule.credit})"
+        "--budget-credit", choices=list(EXPERT_WEIGHTS), help=f"what a row adds to an expert's score ({rule.credit})"
     )
     group.add_argument(
-        "--budget-anchor", choices=list(ANCHORS), help=f"whose experts are always read (default: {rule.anchor})"
+        "--budget-anchor", choices=list(ANCHORS), help=f"rows whose own experts come first ({rule.anchor})"
     )
-    group.add_argument("--budget-size", choices=list(SIZES), help=f"how many of the B are read (default: {rule.size})")
+    group.add_argument("--budget-size", choices=list(SIZES), help=f"how many of the B are read ({rule.size})")
     group.add_argument(
         "--budget-mass", type=float, metavar="P", help=f"share of the scores that size mass keeps ({rule.mass})"
     )
     group.add_argument(
+        "--budget-anchor-probability",
         "--budget-guarantee",
         type=float,
         metavar="P",
-        help=f"chance of being accepted from which policy guarantee keeps a token's experts ({rule.guarantee})",
+        help=f"path probability from which anchor likely includes a row ({rule.anchor_probability})",
     )
     group.add_argument(
+        "--budget-min-kept-weight",
         "--budget-faithfulness",
         type=float,
         metavar="F",
-        help="give up drafted tokens of which a layer keeps less than this share of their own experts' weight; 1 is"
-        f" exact ({rule.faithfulness:g})",
+        help="prune drafted tokens of which a layer keeps less than this share of their own experts' weight; 1 is"
+        f" exact ({rule.min_kept_weight:g})",
     )
     group.add_argument(
         "--budget-groups",
         type=int,
         metavar="N",
-        help="divide the budget evenly among so many groups of consecutive experts: with as many as --mesh expert=, no"
-        f" device reads more than its share (balanced); {rule.groups} ranks all together (global, default)",
+        help="divide the budget evenly among so many groups of consecutive experts; with as many as --mesh expert=, no"
+        f" device reads more than its share (balanced); {rule.groups} ranks all experts together (global, default)",
     )

@@ -4,10 +4,8 @@ process."""
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Literal
 
-from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.runtime.results import RunResult
 
 REPEATS = 5
@@ -24,9 +22,14 @@ class SpeedUp:
 
 @dataclasses.dataclass
 class Comparison:
-    """Tokens per second of all ways (medians), and how they compare. `same_tokens` is the share of tokens up to the
-    first that differs from plain decoding's: agreement, where a budget is lossy; None where tokens are drawn, and
-    differ by right. The exact figures are None without a budget."""
+    """Tokens per second (medians) of plain decoding, of exact speculation, and of the requested spec.
+
+    Fields:
+        over_plain, over_exact: speed-ups of the requested spec.
+        same_tokens: share of tokens before the first that differs from plain decoding's; None where tokens are sampled
+            and may differ.
+        exact_tokens_per_s, over_exact: None without a budget.
+    """
 
     repeats: int
     plain_tokens_per_s: float
@@ -39,26 +42,25 @@ class Comparison:
 
 def compare(
     generate: Callable[..., RunResult],
-    tree: TreeConfig | Literal["default"] | None,
-    budget: BudgetConfig | None,
+    spec: DecodingSpec,
     repeats: int = REPEATS,
 ) -> Comparison:
-    """Decode in all ways in turn; the first turn warms up and does not count."""
-    plain, exact, asked = [], [], []
+    """Decode plainly, exactly and as requested, in turn; the first turn warms up and is not counted."""
+    plain, exact, requested = [], [], []
     for _ in range(repeats + 1):
         plain.append(generate(tree=None, budget=None, simulate_accept_length=None))
-        if budget is not None:
-            exact.append(generate(tree=tree, budget=None))
-        asked.append(generate(tree=tree, budget=budget))
-    own = asked[-1].greedy and asked[-1].simulated_accept_length is None
+        if spec.budget is not None:
+            exact.append(generate(tree=spec.tree, budget=None))
+        requested.append(generate(tree=spec.tree, budget=spec.budget))
+    comparable = requested[-1].greedy and requested[-1].simulated_accept_length is None
     return Comparison(
         repeats=repeats,
         plain_tokens_per_s=_median(plain),
         exact_tokens_per_s=_median(exact) if exact else None,
-        tokens_per_s=_median(asked),
-        over_plain=_speed_up(asked, plain),
-        over_exact=_speed_up(asked, exact) if exact else None,
-        same_tokens=agreement(*(_tokens(runs[-1]) for runs in (plain, asked))) if own else None,
+        tokens_per_s=_median(requested),
+        over_plain=_speed_up(requested, plain),
+        over_exact=_speed_up(requested, exact) if exact else None,
+        same_tokens=agreement(*(_tokens(runs[-1]) for runs in (plain, requested))) if comparable else None,
     )
 
 

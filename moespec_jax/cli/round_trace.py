@@ -45,8 +45,10 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
     root; `experts[layer]` the experts that any of the sequence's rows went to; `shortlist[layer]` those that a budget
     let the batch go to, best first; `mass_kept[layer]` the shortlist's share of the scores.
     """
+    tree, accepted = info.tree, info.accepted
+    assert tree is not None and accepted is not None
     for sequence in np.flatnonzero(info.active).tolist():
-        tree, count = info.tree, int(info.accepted.count[sequence])
+        count = int(accepted.count[sequence])
         layers, num_experts, budget = info.read.shape[0], info.read.shape[2], info.budget
         yield {
             "sequence": sequence,
@@ -55,8 +57,8 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
             "tokens": tree.tokens[sequence].tolist(),
             "parents": tree.parents[sequence].tolist(),
             "scores": [round(float(score), 6) for score in tree.scores[sequence]],
-            "accepted": info.accepted.path[sequence, 1:count].tolist(),
-            "bonus": int(info.accepted.bonus[sequence]),
+            "accepted": accepted.path[sequence, 1:count].tolist(),
+            "bonus": int(accepted.bonus[sequence]),
             "shortlist": budget and [[e for e in layer if e < num_experts] for layer in budget.shortlist.tolist()],
             "experts": [np.flatnonzero(info.read[layer, sequence]).tolist() for layer in range(layers)],
             "mass_kept": [1.0] * layers if budget is None else [round(kept, 6) for kept in budget.mass_kept.tolist()],

@@ -19,7 +19,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
         (
             "experts",
-            f"{result.experts_loaded:.1f} of {model.config.num_experts} read per layer and pass{_by_device(result)}"
+            f"{result.experts_read:.1f} of {model.config.num_experts} read per layer and pass{_by_device(result)}"
             f"{_lost(result)}",
         ),
     ]
@@ -45,7 +45,7 @@ def _devices(result: RunResult) -> str:
 
 
 def _by_device(result: RunResult) -> str:
-    return "" if result.mesh is None else f", at most {result.experts_slowest:.1f} by one device"
+    return "" if result.mesh is None else f", at most {result.experts_max_per_device:.1f} by one device"
 
 
 def _of_what(result: RunResult) -> str:

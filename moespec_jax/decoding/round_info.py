@@ -1,4 +1,4 @@
-"""What rounds of speculative decoding did: one in full, and sums over the rounds of a call. Collected on the device."""
+"""Measurements of decoding rounds: one round in full, and sums over the rounds of a call. Collected on the device."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,17 @@ from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.decoder import ForwardInfo
-from moespec_jax.parallel.collectives import largest, over_data, total
+from moespec_jax.parallel.collectives import data_axes, pmax, psum
 
 
 class BudgetInfo(NamedTuple):
-    """What a budget did in one pass. `shortlist` holds every sparse layer's expert ids, best first, `num_experts` in
-    slots not in use; `mass_kept` its share of the scores; `replaced` the share of tokens, over layers, that lost an
-    expert of their own."""
+    """An expert budget in one verification.
+
+    Fields:
+        shortlist: expert ids of every sparse layer, best first; `num_experts` in unused slots.
+        mass_kept: the shortlist's share of the scores of all experts.
+        replaced: share of rows, over layers, that lost an expert of their own.
+    """
 
     shortlist: Int[Array, "layers slots"]
     mass_kept: Float[Array, " layers"]
@@ -24,105 +28,160 @@ class BudgetInfo(NamedTuple):
 
 
 class RoundInfo(NamedTuple):
-    """What one round did, for every sequence: whether it took part, its tree, what was accepted, and in each sparse
-    layer which experts its rows chose (`wanted`) and which they went to (`read`)."""
+    """One round of all sequences.
+
+    Fields:
+        active: sequences that took part.
+        wanted: experts that any row of a sequence selected.
+        read: experts that any row of a sequence used, which a budget limits.
+        tree: draft trees; None in plain decoding.
+        accepted: accepted paths; None in plain decoding.
+        budget: None without a budget.
+    """
 
     active: Bool[Array, " batch"]
-    tree: Tree
-    accepted: Accepted
     wanted: Bool[Array, "layers batch experts"]
     read: Bool[Array, "layers batch experts"]
-    budget: BudgetInfo | None
+    tree: Tree | None = None
+    accepted: Accepted | None = None
+    budget: BudgetInfo | None = None
 
 
-class SpeculationInfo(NamedTuple):
-    """Of one call: rounds run; for each sequence the rounds it took part in and how many of them committed a node of
-    depth 1, 2, ...; sums over rounds of the mean number of distinct experts that a layer wanted, that it read, and that
-    the busiest device read of it, of the share of the scores that shortlists kept, and of the share of tokens that lost
-    an expert; the last round."""
+class BudgetSums(NamedTuple):
+    """Sums over rounds under a budget.
+
+    Fields:
+        experts_read: distinct experts that a layer read, mean over sparse layers.
+        mass_kept: the shortlists' share of the scores, mean over sparse layers.
+        replaced: share of rows that lost an expert of their own.
+    """
+
+    experts_read: Float[Array, ""]
+    mass_kept: Float[Array, ""]
+    replaced: Float[Array, ""]
+
+
+class RunInfo(NamedTuple):
+    """Sums over the rounds of one call.
+
+    Fields:
+        rounds: number of rounds, which is that of the target's forward passes.
+        active: rounds that each sequence took part in.
+        experts_wanted: sum of the distinct experts that a layer's rows selected, mean over sparse layers.
+        experts_max_per_device: the same of the most that one device read.
+        accepted: rounds of a sequence that committed a node of depth 1, 2, ...; None in plain decoding.
+        budget: None without a budget.
+        last: the last round; None in plain decoding.
+    """
 
     rounds: Int[Array, ""]
     active: Int[Array, " batch"]
-    accepted: Int[Array, "batch depths"]
     experts_wanted: Float[Array, ""]
-    experts_read: Float[Array, ""]
-    experts_slowest: Float[Array, ""]
-    mass_kept: Float[Array, ""]
-    replaced: Float[Array, ""]
-    last: RoundInfo
+    experts_max_per_device: Float[Array, ""]
+    accepted: Int[Array, "batch depths"] | None = None
+    budget: BudgetSums | None = None
+    last: RoundInfo | None = None
 
 
-def round_info(
+def plain_round_info(config: DecoderConfig, active: Bool[Array, " batch"], info: ForwardInfo) -> RoundInfo:
+    """Measure a round of plain decoding by its forward pass."""
+    wanted = experts_wanted(config, info, active.shape[0])
+    return RoundInfo(active, wanted, wanted)
+
+
+def tree_round_info(
     config: DecoderConfig, active: Bool[Array, " batch"], tree: Tree, accepted: Accepted, info: ForwardInfo
 ) -> RoundInfo:
-    """Of a round whose verifying pass told `info`."""
+    """Measure a round of speculative decoding by its verification."""
     batch = active.shape[0]
     wanted = experts_wanted(config, info, batch)
     restricted = [router.restricted for router in info.routers if router.restricted is not None]
     if not restricted:
-        return RoundInfo(active, tree, accepted, wanted, wanted, None)
-    tokens = total(jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1], over_data())
-    lost = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
-    lost = total(jnp.asarray(lost), over_data())
+        return RoundInfo(active, wanted, wanted, tree, accepted)
+    rows = psum(jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1], data_axes())
+    replaced = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
+    replaced = psum(jnp.asarray(replaced), data_axes())
     budget = BudgetInfo(
         jnp.stack([layer.shortlist for layer in restricted]),
         jnp.stack([layer.mass_kept for layer in restricted]),
-        lost / jnp.maximum(tokens, 1.0),
+        replaced / jnp.maximum(rows, 1.0),
     )
-    return RoundInfo(active, tree, accepted, wanted, experts_read(config, info, batch), budget)
+    return RoundInfo(active, wanted, experts_read(config, info, batch), tree, accepted, budget)
 
 
-def no_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | None, batch: int) -> SpeculationInfo:
-    """Nothing done yet."""
-    shape, path = (batch, tree.size), tree.longest_path
+def no_plain_rounds(batch: int) -> RunInfo:
+    """Start the sums of plain decoding."""
+    zero = jnp.float32(0.0)
+    return RunInfo(jnp.int32(0), jnp.zeros((batch,), jnp.int32), zero, zero)
+
+
+def no_tree_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | None, batch: int) -> RunInfo:
+    """Start the sums of speculative decoding; the last round is a placeholder of the right shapes."""
+    shape, path, layers = (batch, tree.size), tree.longest_path, config.num_sparse_layers
     nodes = Tree(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-    count, nothing = jnp.zeros((batch,), jnp.int32), jnp.float32(0.0)
-    layers = config.num_sparse_layers
-    hit = jnp.zeros((layers, batch, config.num_experts), bool)
-    kept = None
+    count, zero = jnp.zeros((batch,), jnp.int32), jnp.float32(0.0)
+    selected = jnp.zeros((layers, batch, config.num_experts), bool)
+    accepted = Accepted(jnp.zeros((batch, path), jnp.int32), count, count)
+    last_budget, sums = None, None
     if budget is not None and layers:
         shortlist = jnp.zeros((layers, budget.slots), jnp.int32)
-        kept = BudgetInfo(shortlist, jnp.zeros((layers,), jnp.float32), nothing)
-    accepted = Accepted(jnp.zeros((batch, path), jnp.int32), count, count)
-    last = RoundInfo(count > 0, nodes, accepted, hit, hit, kept)
+        last_budget = BudgetInfo(shortlist, jnp.zeros((layers,), jnp.float32), zero)
+        sums = BudgetSums(zero, zero, zero)
+    last = RoundInfo(count > 0, selected, selected, nodes, accepted, last_budget)
     by_depth = jnp.zeros((batch, path - 1), jnp.int32)
-    return SpeculationInfo(jnp.int32(0), count, by_depth, nothing, nothing, nothing, nothing, nothing, last)
+    return RunInfo(jnp.int32(0), count, zero, zero, by_depth, sums, last)
 
 
-def committed_depths(happened: RoundInfo) -> Bool[Array, "batch path"]:
-    """Whether a round committed a node of depth 0 (the root), 1, ... of every sequence that took part."""
-    depth = jnp.arange(happened.accepted.path.shape[1], dtype=jnp.int32)[None, :]
-    return (depth < happened.accepted.count[:, None]) & happened.active[:, None]
-
-
-def add_round(info: SpeculationInfo, last: RoundInfo, shards: int = 1) -> SpeculationInfo:
-    """One round more, by devices that share a layer's experts in so many shards."""
-    wanted = mean_distinct_experts(last.wanted)
-    read, kept, replaced = wanted, jnp.float32(1.0), jnp.float32(0.0)
-    if last.budget is not None:
-        read, kept, replaced = mean_distinct_experts(last.read), jnp.mean(last.budget.mass_kept), last.budget.replaced
-    return SpeculationInfo(
+def add_round(info: RunInfo, last: RoundInfo, shards: int) -> RunInfo:
+    """Add one round to the sums; a layer's experts are in `shards` shards."""
+    accepted, budget = info.accepted, info.budget
+    if accepted is not None and last.accepted is not None:
+        accepted = accepted + committed_depths(last.accepted, last.active)[:, 1:].astype(jnp.int32)
+    if budget is not None and last.budget is not None:
+        budget = BudgetSums(
+            budget.experts_read + mean_distinct_experts(last.read),
+            budget.mass_kept + jnp.mean(last.budget.mass_kept),
+            budget.replaced + last.budget.replaced,
+        )
+    return RunInfo(
         info.rounds + 1,
         info.active + last.active.astype(jnp.int32),
-        info.accepted + committed_depths(last)[:, 1:].astype(jnp.int32),
-        info.experts_wanted + wanted,
-        info.experts_read + read,
-        info.experts_slowest + mean_experts_of_busiest(last.read, shards),
-        info.mass_kept + kept,
-        info.replaced + replaced,
-        last,
+        info.experts_wanted + mean_distinct_experts(last.wanted),
+        info.experts_max_per_device + mean_experts_max_per_device(last.read, shards),
+        accepted,
+        budget,
+        None if info.last is None else last,
     )
+
+
+def committed_depths(accepted: Accepted, active: Bool[Array, " batch"]) -> Bool[Array, "batch path"]:
+    """Mark the depths (0 is the root's) of which each active sequence committed a node."""
+    depth = jnp.arange(accepted.path.shape[1], dtype=jnp.int32)[None, :]
+    return (depth < accepted.count[:, None]) & active[:, None]
 
 
 def experts_wanted(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
-    """Whether any row of a sequence chose an expert, in every sparse layer."""
+    """Mark the experts that any row of a sequence selected, in every sparse layer."""
     return _any_row(config, [router.experts for router in info.routers], batch)
 
 
 def experts_read(config: DecoderConfig, info: ForwardInfo, batch: int) -> Bool[Array, "layers batch experts"]:
-    """Whether any row of a sequence went to an expert, in every sparse layer: what it chose, or what a budget left."""
+    """Mark the experts that any row of a sequence used, in every sparse layer: the selected ones, or a budget's."""
     routed = [r.experts if r.restricted is None else r.restricted.routing.experts for r in info.routers]
     return _any_row(config, routed, batch)
+
+
+def mean_distinct_experts(selected: Bool[Array, "layers batch experts"]) -> Float[Array, ""]:
+    """Count distinct experts of the whole batch, mean over sparse layers; 0 without any."""
+    return jnp.sum(pmax(jnp.any(selected, axis=1), data_axes()), dtype=jnp.float32) / max(selected.shape[0], 1)
+
+
+def mean_experts_max_per_device(selected: Bool[Array, "layers batch experts"], shards: int) -> Float[Array, ""]:
+    """Count the most distinct experts that one device reads, mean over sparse layers: `shards` devices share a layer's
+    experts, and others the batch."""
+    by_shard = jnp.any(selected, axis=1).reshape(selected.shape[0], shards, -1)
+    most = jnp.max(jnp.sum(by_shard, axis=2, dtype=jnp.int32), axis=1)
+    return jnp.sum(pmax(most, data_axes()), dtype=jnp.float32) / max(selected.shape[0], 1)
 
 
 def _any_row(config: DecoderConfig, ids: list[Array], batch: int) -> Bool[Array, "layers batch experts"]:
@@ -131,16 +190,3 @@ def _any_row(config: DecoderConfig, ids: list[Array], batch: int) -> Bool[Array,
     chosen = jnp.stack([layer.reshape(batch, -1) for layer in ids])
     every = jnp.arange(config.num_experts, dtype=jnp.int32)
     return jnp.any(chosen[..., None] == every[None, None, None, :], axis=2)
-
-
-def mean_distinct_experts(hit: Bool[Array, "layers batch experts"]) -> Float[Array, ""]:
-    """Distinct experts routed to in a pass over the whole batch, averaged over sparse layers; 0 without any."""
-    return jnp.sum(largest(jnp.any(hit, axis=1), over_data()), dtype=jnp.float32) / max(hit.shape[0], 1)
-
-
-def mean_experts_of_busiest(hit: Bool[Array, "layers batch experts"], shards: int) -> Float[Array, ""]:
-    """The most distinct experts that one device reads in a pass, of `shards` that share a layer's experts and all that
-    share the batch, averaged over sparse layers."""
-    each = jnp.any(hit, axis=1).reshape(hit.shape[0], shards, -1)
-    most = jnp.max(jnp.sum(each, axis=2, dtype=jnp.int32), axis=1)
-    return jnp.sum(largest(most, over_data()), dtype=jnp.float32) / max(hit.shape[0], 1)

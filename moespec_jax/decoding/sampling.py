@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.parallel.collectives import first_row
+from moespec_jax.parallel.collectives import first_sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def draw(
     that a sequence's draws depend neither on how the loop is cut nor on how far its neighbours are."""
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    row = first_row(logits.shape[0]) + jnp.arange(logits.shape[0], dtype=jnp.int32)
+    row = first_sequence(logits.shape[0]) + jnp.arange(logits.shape[0], dtype=jnp.int32)
     keys = jax.vmap(lambda r, i: jax.random.fold_in(jax.random.fold_in(key, r), i))(row, index)
     return jax.vmap(jax.random.categorical)(keys, log_probabilities(sampling, logits)).astype(jnp.int32)
 

@@ -1,64 +1,69 @@
-"""How the states of decoding lie on a mesh: which axes split which dimension, as trees of `PartitionSpec`.
+"""Sharding of decoding states on a mesh, as trees of `PartitionSpec` in place of arrays.
 
-Everything that belongs to one sequence is where the sequence is; caches are split by heads too, as attention is. What
-is about the whole batch is the same on every device.
+Arrays of one sequence are split with the batch, caches by attention heads too; everything else is replicated.
 """
 
 # States are typed as trees of arrays.
 # pyright: reportArgumentType=false
 
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from moespec_jax.decoding.accept import Accepted
-from moespec_jax.decoding.autoregressive import DecodeInfo, DecodeState, PrefillState
-from moespec_jax.decoding.round_info import RoundInfo, SpeculationInfo
-from moespec_jax.decoding.speculative import SpeculationPrefill, SpeculationState
+from moespec_jax.decoding.round_info import BudgetInfo, BudgetSums, RoundInfo, RunInfo
+from moespec_jax.decoding.states import DecodeState, PrefillState
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.cache import Cache
-from moespec_jax.parallel.mesh import DATA, Split
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.parallel.mesh import DATA, ShardingPlan
 
-EVERYWHERE, BY_SEQUENCE = P(), P(DATA)
+REPLICATED, BY_SEQUENCE = P(), P(DATA)
 
 
-def cache_specs(split: Split, *, stacked: bool) -> Cache:
-    """Of keys, values and lengths, with `[layers, batch, kv_heads, slots, head]` where layers are stacked."""
-    store = P(*([None] if stacked else []), DATA, split.heads or None)
+def cache_specs(sharding: ShardingPlan, *, stacked: bool) -> Cache:
+    """Specs of a KV cache; stacked layers have a leading axis."""
+    store = P(*([None] if stacked else []), DATA, sharding.heads or None)
     return Cache(store, store, BY_SEQUENCE)
 
 
-def prefill_specs(split: Split, *, stacked: bool) -> PrefillState:
-    """Of plain prefill."""
-    return PrefillState(cache_specs(split, stacked=stacked), BY_SEQUENCE)
+def prefill_state_specs(params: Decoder) -> PrefillState:
+    """Specs of the target's prefill."""
+    return PrefillState(cache_specs(params.sharding, stacked=params.stacked), BY_SEQUENCE)
 
 
-def decode_specs(split: Split, *, stacked: bool) -> DecodeState:
-    """Of plain decoding."""
-    specs = dict(tokens=BY_SEQUENCE, length=BY_SEQUENCE, limit=BY_SEQUENCE, done=BY_SEQUENCE)
-    specs |= dict(stop_ids=EVERYWHERE, key=EVERYWHERE)
-    return DecodeState(**specs, cache=cache_specs(split, stacked=stacked))
+def decode_state_specs(params: Decoder) -> DecodeState:
+    """Specs of a batch of sequences."""
+    return DecodeState(
+        tokens=BY_SEQUENCE,
+        length=BY_SEQUENCE,
+        limit=BY_SEQUENCE,
+        done=BY_SEQUENCE,
+        stop_ids=REPLICATED,
+        key=REPLICATED,
+        cache=cache_specs(params.sharding, stacked=params.stacked),
+    )
 
 
-def decode_info_specs() -> DecodeInfo:
-    """Of what plain decoding tells."""
-    return DecodeInfo(EVERYWHERE, BY_SEQUENCE, EVERYWHERE, EVERYWHERE)
+def depth_count_specs() -> Array:
+    """Spec of `SpeculationState.depth_counts`."""
+    return REPLICATED  # pyright: ignore[reportReturnType]
 
 
-def speculation_prefill_specs(target: Split, draft: Split, *, stacked: bool) -> SpeculationPrefill:
-    """Of prefill with a draft head."""
-    caches = cache_specs(target, stacked=stacked), cache_specs(draft, stacked=False)
-    return SpeculationPrefill(caches[0], BY_SEQUENCE, caches[1], BY_SEQUENCE)
+def plain_run_info_specs() -> RunInfo:
+    """Specs of the sums of plain decoding."""
+    return RunInfo(REPLICATED, BY_SEQUENCE, REPLICATED, REPLICATED)
 
 
-def speculation_specs(target: Split, draft: Split, *, stacked: bool) -> SpeculationState:
-    """Of speculative decoding."""
-    decoding, draft_cache = decode_specs(target, stacked=stacked), cache_specs(draft, stacked=False)
-    return SpeculationState(decoding, draft_cache, taps=BY_SEQUENCE, reached=EVERYWHERE)
-
-
-def speculation_info_specs() -> SpeculationInfo:
-    """Of what speculative decoding tells."""
+def tree_run_info_specs(*, budget: bool) -> RunInfo:
+    """Specs of the sums of speculative decoding, with or without a budget."""
     layered = P(None, DATA)
-    tree, accepted = (kind(*[BY_SEQUENCE] * 3) for kind in (Tree, Accepted))
-    last = RoundInfo(BY_SEQUENCE, tree, accepted, layered, layered, EVERYWHERE)
-    fields = dict.fromkeys(SpeculationInfo._fields, EVERYWHERE) | {"active": BY_SEQUENCE, "accepted": BY_SEQUENCE}
-    return SpeculationInfo(**fields | {"last": last})
+    last = RoundInfo(
+        active=BY_SEQUENCE,
+        wanted=layered,
+        read=layered,
+        tree=Tree(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
+        accepted=Accepted(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
+        budget=BudgetInfo(REPLICATED, REPLICATED, REPLICATED) if budget else None,
+    )
+    sums = BudgetSums(REPLICATED, REPLICATED, REPLICATED) if budget else None
+    return RunInfo(REPLICATED, BY_SEQUENCE, REPLICATED, REPLICATED, BY_SEQUENCE, sums, last)

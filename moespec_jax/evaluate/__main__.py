@@ -13,9 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, Literal
 
 from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import (
@@ -23,27 +21,29 @@ from moespec_jax.cli.arguments import (
     add_profile_flag,
     add_rule_flags,
     add_tree_flags,
-    load_asked,
+    load_requested,
     parse_budget,
     rule_of,
     shown_name,
     tree_of,
 )
 from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.accuracy import answer
 from moespec_jax.evaluate.answers import Question, read_questions
 from moespec_jax.evaluate.divergence import measure
 from moespec_jax.evaluate.report import report
 from moespec_jax.evaluate.rows import answer_rows, text_rows
+from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.evaluate.texts import TextSet, add_text_flags, own_sets, prompts_to_continue, text_files, written_sets
-from moespec_jax.evaluate.ways import Way, way_of
 from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets
-from moespec_jax.runtime.model import AskedTree, Model
-from moespec_jax.runtime.results import versions
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import device_name, versions
 from moespec_jax.runtime.tuned_profile import read_profile
 
 EXAMPLE = """
@@ -111,21 +111,23 @@ def _run(arguments: argparse.Namespace) -> None:
     most = arguments.count
     arguments.count = COUNT if most is None else most
     _check(arguments)
-    tree, budgets = _asked(arguments)
+    tree, budgets = _requested_specs(arguments)
     questions, left_out = _questions(arguments, most)
-    model = load_asked(arguments, *(budgets or ()))
-    ways = _ways(model, tree, budgets, rule_of(arguments))
-    drafts = len(ways) > 1
+    model = load_requested(arguments, *(budgets or ()))
+    specs = _specs(model, tree, budgets, rule_of(arguments))
+    drafts = len(specs) > 1
     written = written_sets(model, arguments) if drafts else []
     prompts = prompts_to_continue(model, arguments, _as_chat(model, arguments)) if drafts else {}
     if not (written or prompts or questions):
         raise RequestError("expected a draft head, whose trees are verified, or --answers; there is neither")
     about, batch = _about(model, arguments), arguments.batch
-    ledger = Ledger(arguments.output / "pieces.jsonl", about | _given(arguments, ways, written, prompts, questions))
+    ledger = Ledger(
+        arguments.output / "pieces.jsonl", about | _measured_on(arguments, specs, written, prompts, questions)
+    )
     texts = [*written, *own_sets(model, prompts, arguments.tokens, batch, ledger)]
-    measure(model, texts, ways, batch, ledger)
-    answer(model, questions, ways, _as_prompt(model, arguments), arguments.answer_tokens, batch, ledger)
-    rows = text_rows(model, texts, ways, ledger) + answer_rows(questions, left_out, ways, batch, ledger)
+    measure(model, texts, specs, batch, ledger)
+    answer(model, questions, specs, _as_prompt(model, arguments), arguments.answer_tokens, batch, ledger)
+    rows = text_rows(model, texts, specs, ledger) + answer_rows(questions, left_out, specs, batch, ledger)
     _write([about | row for row in rows], arguments)
 
 
@@ -158,8 +160,10 @@ def _check(arguments: argparse.Namespace) -> None:
     text_files(arguments)
 
 
-def _asked(arguments: argparse.Namespace) -> tuple[AskedTree, list[BudgetConfig] | None]:
-    """The tree, and the budgets, None where it is left to us which.
+def _requested_specs(
+    arguments: argparse.Namespace,
+) -> tuple[TreeConfig | Literal["default"] | None, list[BudgetConfig] | None]:
+    """Tree and budgets of the flags or the profile; None stands for default budgets.
 
     Raises:
         RequestError: there are no such tree and budgets, or both a profile and flags ask for them.
@@ -187,18 +191,23 @@ def _questions(
     return {name: asked for name, (asked, _) in found.items()}, {name: left for name, (_, left) in found.items()}
 
 
-def _ways(model: Model, tree: AskedTree, budgets: list[BudgetConfig] | None, rule: dict[str, Any]) -> list[Way]:
-    """Plain decoding; and with a draft head exact speculation, and every budget."""
-    ways = [way_of(model, None, None)]
+def _specs(
+    model: Model,
+    tree: TreeConfig | Literal["default"] | None,
+    budgets: list[BudgetConfig] | None,
+    rule: dict[str, Any],
+) -> list[EvaluatedSpec]:
+    """List plain decoding, and with a draft head exact speculation and every budget."""
+    specs = [evaluated_spec(model, DecodingSpec())]
     if tree is None or model.draft is None:
-        if budgets or rule:
-            way_of(model, None, (budgets or [BudgetConfig(1)])[0])  # says what is missing
-        return ways
+        if budgets or rule:  # refused with the reason
+            evaluated_spec(model, DecodingSpec(budget=(budgets or [BudgetConfig(1)])[0]))
+        return specs
     total, least = model.config.num_experts, model.config.num_experts_per_tok
     if budgets is None:
         counts = dict.fromkeys(max(total // part, least) for part in (4, 2)) if model.config.num_sparse_layers else ()
         budgets = [BudgetConfig(count, **rule) for count in counts]
-    return ways + [way_of(model, tree, budget) for budget in (None, *budgets)]
+    return specs + [evaluated_spec(model, DecodingSpec(tree, budget)) for budget in (None, *budgets)]
 
 
 def _as_chat(model: Model, arguments: argparse.Namespace) -> Callable[[str], str] | None:
@@ -214,29 +223,29 @@ def _as_prompt(model: Model, arguments: argparse.Namespace) -> Callable[[str], l
 
 def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """What every row says of where its figures come from."""
-    device, draft = jax.devices()[0], model.draft
+    draft = model.draft
     return {
         "model": shown_name(arguments.model),
         "draft_model": None if draft is None else shown_name(draft.name),
         "num_experts": model.config.num_experts, "num_experts_per_tok": model.config.num_experts_per_tok,
-        "device": f"{device.platform} ({device.device_kind})", "dtype": model.precision,
+        "device": device_name(), "dtype": model.precision,
         "backend": model.backend.name, "versions": versions(), "chat": arguments.chat, "temperature": 0.0,
     }  # fmt: skip
 
 
-def _given(
+def _measured_on(
     arguments: argparse.Namespace,
-    ways: Sequence[Way],
+    specs: Sequence[EvaluatedSpec],
     written: Sequence[TextSet],
     prompts: Mapping[str, list[list[int]]],
     questions: Mapping[str, list[Question]],
 ) -> dict[str, Any]:
-    """What the pieces depend on besides."""
+    """Further inputs of the measurement."""
     numbers = {name: getattr(arguments, name) for name in ("tokens", "answer_tokens", "batch")}
     sets = {f"{s.name}, {s.kind}": _hash([s.texts, s.given]) for s in written}
     sets |= {name: _hash(ids) for name, ids in prompts.items()}
     asked = {f"{name}, answered": _hash([repr(q) for q in of]) for name, of in questions.items()}
-    return numbers | {"ways": {way.name: way.about() for way in ways}, "sets": sets | asked}
+    return numbers | {"ways": {evaluated.name: evaluated.columns() for evaluated in specs}, "sets": sets | asked}
 
 
 def _hash(value: Any) -> str:

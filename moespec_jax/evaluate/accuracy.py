@@ -8,37 +8,38 @@ from tqdm import tqdm
 from moespec_jax.evaluate.answers import Question
 from moespec_jax.evaluate.generation import continue_batch
 from moespec_jax.evaluate.intervals import paired, wilson
-from moespec_jax.evaluate.ways import Way
+from moespec_jax.evaluate.specs import EvaluatedSpec
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.runtime.model import Model
 
 
 def answer(
-    model: Model, sets: Mapping[str, Sequence[Question]], ways: Sequence[Way], as_prompt: Callable[[str], list[int]],
+    model: Model, sets: Mapping[str, Sequence[Question]], specs: Sequence[EvaluatedSpec], as_prompt: Callable[[str], list[int]],
     new: int, batch: int, ledger: Ledger,
 ) -> None:  # fmt: skip
-    """Answer every question in every way, greedily with at most `new` tokens, `batch` at a time, and check the answers;
-    each batch and way is a piece: the answers' texts, and which are right."""
-    jobs = [(name, start, way) for name, asked in sets.items() for way in ways for start in range(0, len(asked), batch)]
-    for name, start, way in tqdm(jobs, desc="answers", unit="batch", disable=not jobs):
-        piece = piece_name(name, way, start)
-        if piece not in ledger:
-            asked = sets[name][start : start + batch]
-            prompts = [as_prompt(question.prompt) for question in asked]
-            ids = continue_batch(model, way, prompts, new, size=batch)
-            texts = [model.decode(said, after=prompt) or "" for said, prompt in zip(ids, prompts, strict=True)]
-            right = [question.is_right(text) for question, text in zip(asked, texts, strict=True)]
-            ledger.put(piece, {"answers": texts, "right": right})
+    """Answer every question under every spec, greedily with at most `new` tokens, `batch` at a time, and check the
+    answers. Each batch and spec is a task of the ledger: the answers' texts, and which are right."""
+    starts = {name: range(0, len(questions), batch) for name, questions in sets.items()}
+    tasks = [(name, start, evaluated) for name in sets for evaluated in specs for start in starts[name]]
+    for name, start, evaluated in tqdm(tasks, desc="answers", unit="batch", disable=not tasks):
+        task = task_name(name, evaluated, start)
+        if task not in ledger:
+            questions = sets[name][start : start + batch]
+            prompts = [as_prompt(question.prompt) for question in questions]
+            ids = continue_batch(model, evaluated, prompts, new, size=batch)
+            texts = [model.decode(answer, after=prompt) or "" for answer, prompt in zip(ids, prompts, strict=True)]
+            right = [question.is_right(text) for question, text in zip(questions, texts, strict=True)]
+            ledger.put(task, {"answers": texts, "right": right})
 
 
-def piece_name(name: str, way: Way, start: int) -> str:
-    """What the ledger calls a batch of questions answered in one way."""
-    return f"{name}, answered, {way.name}, from {start}"
+def task_name(name: str, evaluated: EvaluatedSpec, start: int) -> str:
+    """Name in the ledger of a batch of questions answered under one spec."""
+    return f"{name}, answered, {evaluated.name}, from {start}"
 
 
-def rights(ledger: Ledger, name: str, way: Way, count: int, batch: int) -> list[bool]:
-    """Which questions of a set one way answered rightly."""
-    return sum((ledger.get(piece_name(name, way, start))["right"] for start in range(0, count, batch)), [])
+def rights(ledger: Ledger, name: str, evaluated: EvaluatedSpec, count: int, batch: int) -> list[bool]:
+    """Whether the answer to each question of a set is right under one spec."""
+    return sum((ledger.get(task_name(name, evaluated, start))["right"] for start in range(0, count, batch)), [])
 
 
 def figures(right: Sequence[bool], plain: Sequence[bool]) -> dict[str, Any]:

@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.evaluate.ways import Way
+from moespec_jax.evaluate.specs import EvaluatedSpec, start_run
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.run import Batch, Run
+from moespec_jax.runtime.run import Batch
 
 # Whether a sequence is over, from its number and its new token ids.
 Over = Callable[[int, list[int]], bool]
 
 
 class _AllOver(Exception):
-    """Every sequence of a batch has said enough."""
+    """Every sequence of a batch is over."""
 
 
 def continue_batch(
     model: Model,
-    way: Way,
+    evaluated: EvaluatedSpec,
     prompts: Sequence[list[int]],
     new: int,
     *,
@@ -27,9 +27,17 @@ def continue_batch(
     over: Over | None = None,
     size: int | None = None,
 ) -> list[list[int]]:
-    """At most `new` token ids after each prompt, up to a stop id, decoded as one batch; greedily unless `sampling` says
-    otherwise. It is filled up to `size` with copies, so that a last, smaller one compiles nothing. With `over`,
-    decoding ends when it is true of all.
+    """Generate at most `new` token ids after each prompt, up to a stop id, as one batch.
+
+    Args:
+        model: target and draft head.
+        evaluated: how to decode.
+        prompts: token ids.
+        new: largest number of new tokens.
+        sampling: greedy by default.
+        seed: of random draws.
+        over: decoding ends when it is true of every sequence.
+        size: batch size, to which copies of the last prompt are added, so that a smaller batch compiles nothing.
 
     Raises:
         RequestError: a prompt is empty or does not fit the context.
@@ -41,22 +49,20 @@ def continue_batch(
             )
     filled = [*prompts, *[prompts[-1]] * ((size or len(prompts)) - len(prompts))]
     limits = [min(len(prompt) + new, model.config.context_length) for prompt in filled]
-    run = Run(
-        model.programs, way.method(model, sampling or SamplingConfig()), Batch(filled, limits, model.stop_ids, seed)
-    )
-    said: list[list[int]] = [[] for _ in filled]
+    run = start_run(model, evaluated, sampling or SamplingConfig(), Batch(filled, limits, model.stop_ids, seed))
+    new_ids: list[list[int]] = [[] for _ in filled]
 
-    def listen(pieces: list[list[int]]) -> None:
-        for ids, piece in zip(said, pieces, strict=True):
-            ids += piece
-        if over is not None and all(over(i, ids) for i, ids in enumerate(said[: len(prompts)])):
+    def collect(parts: list[list[int]]) -> None:
+        for ids, part in zip(new_ids, parts, strict=True):
+            ids += part
+        if over is not None and all(over(i, ids) for i, ids in enumerate(new_ids[: len(prompts)])):
             raise _AllOver
 
     try:
-        run.execute(on_tokens=listen)
+        run.execute(on_tokens=collect)
     except _AllOver:
         pass
-    return said[: len(prompts)]
+    return new_ids[: len(prompts)]
 
 
 def cut_at(text: str, ends: Sequence[str]) -> str:

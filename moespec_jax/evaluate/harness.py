@@ -17,22 +17,21 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moespec_jax.cli.arguments import chosen, load_asked
+from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import use_compilation_cache
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Text, score_batch
 from moespec_jax.evaluate.model_args import read_model_args
-from moespec_jax.evaluate.ways import way_of
-from moespec_jax.runtime.results import versions
+from moespec_jax.evaluate.specs import evaluated_spec
+from moespec_jax.runtime.results import device_name, versions
 
 # Generation arguments that ask for nothing.
 _NOTHING_SAID = (("num_beams", 1), ("num_return_sequences", 1))
@@ -52,24 +51,26 @@ class MoespecLM(TemplateLM):
     def __init__(self, **model_args: Any):
         super().__init__()
         arguments = read_model_args(model_args)
-        tree, budget = chosen(arguments)
+        spec = requested_spec(arguments)
         use_compilation_cache(arguments.compilation_cache)
-        self.model = load_asked(arguments, budget)
+        self.model = load_requested(arguments, spec.budget)
         if self.model.tokenizer is None:
             raise RequestError(f"expected a tokenizer in {self.model.directory} to read tasks with; it has none")
-        self.way = way_of(self.model, None if arguments.plain else tree, budget)
+        tree = None if arguments.plain else spec.tree
+        self.evaluated = evaluated_spec(self.model, dataclasses.replace(spec, tree=tree))
         self.batch_size, self.seed = arguments.batch_size, arguments.seed
         self.max_length = arguments.max_length or self.model.config.context_length
         self.max_gen_toks, self.thinking = arguments.max_gen_toks, not arguments.no_thinking
 
     def get_model_info(self) -> dict[str, Any]:
         """What becomes part of the results' `config`: whether scores are the model's own, and what they are of."""
-        through = "a direct forward pass" if self.way.budget is None else "verifying passes under the budget"
-        return self.way.about() | {
-            "draft_model": None if self.way.tree is None or self.model.draft is None else self.model.draft.name,
+        spec, draft = self.evaluated.spec, self.model.draft
+        through = "a direct forward pass" if spec.budget is None else "verifying passes under the budget"
+        return self.evaluated.columns() | {
+            "draft_model": None if spec.tree is None or draft is None else draft.name,
             "loglikelihood": through,
             "model_dtype": self.model.precision,
-            "jax_device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
+            "jax_device": device_name(),
             "versions": versions(),
         }
 
@@ -138,13 +139,13 @@ class MoespecLM(TemplateLM):
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i].tokens))
         bar = tqdm(total=len(requests), desc="log-likelihoods", unit="request", disable=disable_tqdm)
         for batch in _chunks(order, self.batch_size):
-            scores = score_batch(self.model, self.way, [texts[i] for i in batch], self.batch_size)
+            scores = score_batch(self.model, self.evaluated, [texts[i] for i in batch], self.batch_size)
             for i, scored in zip(batch, scores, strict=True):
                 inner, greedy = sum(p for p, _ in scored.tokens), all(best for _, best in scored.tokens)
                 for number, (log_p, best) in zip(places[i], scored.candidates, strict=True):
                     found[number] = (inner + log_p, greedy and best)
-                    if (asked := requests[number][0]) is not None:
-                        self.cache_hook.add_partial("loglikelihood", asked, found[number])
+                    if (strings := requests[number][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", strings, found[number])
                 bar.update(len(places[i]))
         bar.close()
         return found
@@ -157,36 +158,36 @@ class MoespecLM(TemplateLM):
             groups.setdefault(repr(request.args[1]), []).append(number)
         texts, bar = [""] * len(requests), tqdm(total=len(requests), unit="request", disable=disable_tqdm)
         for group in groups.values():
-            asked = read_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
+            kwargs = read_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
             for batch in _chunks(sorted(group, key=lambda i: -len(ids[i])), self.batch_size):
-                for i, text in zip(batch, self._continue([ids[i] for i in batch], asked, batch[0]), strict=True):
+                for i, text in zip(batch, self._continue([ids[i] for i in batch], kwargs, batch[0]), strict=True):
                     texts[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
                 bar.update(len(batch))
         bar.close()
         return texts
 
-    def _continue(self, prompts: list[list[int]], asked: "Asked", number: int) -> list[str]:
+    def _continue(self, prompts: list[list[int]], kwargs: "GenerationKwargs", number: int) -> list[str]:
         """One batch; a prompt too long for what may follow it loses its beginning."""
-        room = self.max_length - asked.new
+        room = self.max_length - kwargs.new
         if room < 1:
-            raise RequestError(f"expected max_gen_toks below max_length of {self.max_length}; got {asked.new}")
+            raise RequestError(f"expected max_gen_toks below max_length of {self.max_length}; got {kwargs.new}")
         prompts = [prompt[-room:] for prompt in prompts]
 
         def over(i: int, ids: list[int]) -> bool:
             text = self.model.decode(ids) or ""
-            return ids[-1:] in ([stop] for stop in self.model.stop_ids) or cut_at(text, asked.until) != text
+            return ids[-1:] in ([stop] for stop in self.model.stop_ids) or cut_at(text, kwargs.until) != text
 
         new = continue_batch(
-            self.model, self.way, prompts, asked.new, sampling=asked.sampling, seed=self.seed + number, over=over,
-            size=self.batch_size,
+            self.model, self.evaluated, prompts, kwargs.new, sampling=kwargs.sampling, seed=self.seed + number,
+            over=over, size=self.batch_size,
         )  # fmt: skip
         texts = [self.model.decode(ids, after=prompt) or "" for prompt, ids in zip(prompts, new, strict=True)]
-        return [cut_at(text, asked.until) for text in texts]
+        return [cut_at(text, kwargs.until) for text in texts]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class GenerationKwargs:
     """How to generate: at most `new` tokens, up to one of the texts `until`."""
 
     new: int
@@ -194,7 +195,7 @@ class Asked:
     sampling: SamplingConfig
 
 
-def read_gen_kwargs(given: dict[str, Any], default_new: int) -> Asked:
+def read_gen_kwargs(given: dict[str, Any], default_new: int) -> GenerationKwargs:
     """A task's generation arguments.
 
     Raises:
@@ -213,7 +214,7 @@ def read_gen_kwargs(given: dict[str, Any], default_new: int) -> Asked:
         sampling = SamplingConfig(float(temperature), int(top_k), float(top_p)) if sample else SamplingConfig()
     except ValueError as error:
         raise RequestError(str(error)) from None
-    return Asked(new, tuple(text for text in until if text), sampling)
+    return GenerationKwargs(new, tuple(text for text in until if text), sampling)
 
 
 def _together(requests: Sequence[Request], max_length: int) -> tuple[list[Text], list[list[int]]]:

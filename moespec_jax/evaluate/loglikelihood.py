@@ -1,13 +1,13 @@
 """Log-likelihoods of texts: by a direct forward pass, or by verifying passes under the trees and the budget of a way.
 
-Directly, a text is read as a prompt is. By verifying passes it is followed token by token as in `follow`: the part that
-is given is read exactly, as prompts are, but for its last token, which is the first tree's root; so every token that is
-scored, also a single one, has its probability from a verification, as in the middle of a generation. Where only one
-token is given there is nothing before a root: that token is read, and the one after it scored exactly.
+Directly, a text is prefilled. By verifications it is teacher-forced (`measure/teacher_forcing.py`): the given part is
+prefilled exactly, except for its last token, which is the first tree's root; so every token that is scored has its
+probability from a verification, as in the middle of a generation. Where only one token is given, nothing precedes a
+root: that token is prefilled, and the one after it is scored exactly.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +15,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.accept import Accepted
-from moespec_jax.decoding.autoregressive import (
-    SMALLEST_BUCKET,
-    PrefillState,
-    Settings,
-    bucket_lengths,
-    prefill_chunk,
-    read_chunk,
-)
+from moespec_jax.decoding.autoregressive import SMALLEST_BUCKET, TargetPrefill, bucket_lengths
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator
-from moespec_jax.evaluate.ways import Way
+from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.states import PrefillState
+from moespec_jax.evaluate.specs import EvaluatedSpec, speculative_method
 from moespec_jax.measure.fidelity import with_texts
-from moespec_jax.measure.teacher_forcing import follow_round
+from moespec_jax.measure.teacher_forcing import forced_round
 from moespec_jax.nn.decoder import Decoder, unembed
 from moespec_jax.nn.layers import rms_norm
 from moespec_jax.runtime.model import Model
@@ -43,26 +38,31 @@ class Text(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Of each scored token, and of each candidate: log-probability in nats, and whether it is the most probable."""
+    """Log-probability in nats of each scored token and of each candidate, and whether it is the most probable token."""
 
     tokens: list[tuple[float, bool]]
     candidates: list[tuple[float, bool]]
 
 
 class Rows(NamedTuple):
-    """Of texts side by side, on the device or the host: what position p, which sees the text up to token p, says of
-    token p + 1 (`[texts, slots]`), and the distribution after the last token (`[texts, vocab]`)."""
+    """Scores of a batch of texts, on the device or the host. Position p sees the text up to token p.
+
+    Fields:
+        log_p: log-probability of token p + 1, `[texts, slots]`.
+        best: whether it is the most probable token, `[texts, slots]`.
+        last: log-probabilities after the last token, `[texts, vocab]`.
+    """
 
     log_p: Array | np.ndarray
     best: Array | np.ndarray
     last: Array | np.ndarray
 
 
-def score_batch(model: Model, way: Way, texts: Sequence[Text], size: int) -> list[Scored]:
-    """Texts scored as one batch of `size`, filled up with copies: through verifying passes where the way has a budget,
-    directly where it has none."""
+def score_batch(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text], size: int) -> list[Scored]:
+    """Score texts as one batch of `size`, filled up with copies: by verifications under a budget, directly without."""
     filled = [*texts, *[texts[-1]] * (size - len(texts))]
-    rows = score_directly(model, filled) if way.budget is None else score_verified(model, way, filled)
+    exact = evaluated.spec.budget is None
+    rows = score_directly(model, filled) if exact else score_verified(model, evaluated, filled)
     return [_scored(text, Rows(*row)) for text, row in zip(texts, zip(*rows, strict=True), strict=False)]
 
 
@@ -74,72 +74,72 @@ def _scored(text: Text, row: Rows) -> Scored:
 
 
 def score_directly(model: Model, texts: Sequence[Text]) -> Rows:
-    """Texts read as prompts are, in chunks of bucketed length; a chunk without a scored token is only read."""
-    method, run = model.method(SamplingConfig()), model.programs.run
+    """Score texts by prefill in chunks of bucketed length; a chunk without a scored token is not scored."""
+    prefill, params, run = model.autoregressive(SamplingConfig()).prefill, model.params, model.programs.run
     longest = max(len(text.tokens) for text in texts)
     lengths = jnp.asarray([len(text.tokens) for text in texts], jnp.int32)
     slots = max(SMALLEST_CACHE, 1 << (sum(bucket_lengths(longest)) - 1).bit_length())
-    tokens = _side_by_side(texts, slots + 1)
+    tokens = _padded(texts, slots + 1)
     log_p, best = np.zeros((len(texts), slots), np.float32), np.zeros((len(texts), slots), bool)
-    state, start = method.empty(len(texts), slots), 0
+    state, start = prefill.init(params, len(texts), slots), 0
     for chunk in bucket_lengths(longest):
         span = slice(start, start + chunk)
         part = jnp.asarray(tokens[:, start : start + chunk + 1])
         if any(max(text.given - 1, start) < min(len(text.tokens) - 1, span.stop) for text in texts):
-            arguments = (state, part, jnp.int32(start), lengths)
-            state, *found = run(score_chunk, method.settings, method.params, *arguments, donate=(1,))
+            state, *found = run(score_chunk, prefill, params, state, part, jnp.int32(start), lengths, donate=True)
             log_p[:, span], best[:, span] = (np.asarray(values) for values in found)
         else:
-            arguments = (state, part[:, :-1], jnp.int32(start), lengths)
-            state = run(prefill_chunk, method.settings, method.params, *arguments, donate=(1,))
+            chunk_tokens, at = part[:, :-1], jnp.int32(start)
+            state = run(TargetPrefill.read, prefill, params, state, chunk_tokens, at, lengths, donate=True)
         start += chunk
-    last = run(score_last, method.settings, method.params, state.last_hidden)
+    last = run(score_last, prefill, params, state.last_hidden)
     return Rows(log_p, best, np.asarray(last))
 
 
 def score_chunk(
-    settings: Settings,
+    prefill: TargetPrefill,
     params: Decoder,
     state: PrefillState,
     tokens: Int[Array, "batch chunk_and_one"],
     start: Int[Array, ""],
     lengths: Int[Array, " batch"],
 ) -> tuple[PrefillState, Float[Array, "batch chunk"], Bool[Array, "batch chunk"]]:
-    """As `autoregressive.prefill_chunk`, and what each position says of the token after it."""
-    config, (batch, chunk) = settings.config, tokens[:, 1:].shape
-    layers = (config.num_hidden_layers,)
-    state, left = read_chunk(settings, params, state, tokens[:, :-1], start, lengths, layers)
-    assert left is not None
-    hidden = rms_norm(left, params.norm, config.rms_norm_eps)
+    """Read a chunk; also the log-probability of the token after each position, and whether it is the most probable."""
+    config, (batch, chunk) = prefill.config, tokens[:, 1:].shape
+    last_boundary = (config.num_hidden_layers,)
+    state, hidden = prefill.read_with_aux(params, state, tokens[:, :-1], start, lengths, last_boundary)
+    assert hidden is not None
+    hidden = rms_norm(hidden, params.norm, config.rms_norm_eps)
 
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        return say(unembed(params, block[0]), block[1])
+        return score_rows(unembed(params, block[0]), block[1])
 
     # A few rows at a time: the logits of a whole chunk may be larger than the model.
     blocks = (batch, chunk // SMALLEST_BUCKET, SMALLEST_BUCKET)
-    split = (hidden.reshape(*blocks, -1).swapaxes(0, 1), tokens[:, 1:].reshape(blocks).swapaxes(0, 1))
-    log_p, best = (found.swapaxes(0, 1).reshape(batch, chunk) for found in jax.lax.map(score, split))
+    in_blocks = (hidden.reshape(*blocks, -1).swapaxes(0, 1), tokens[:, 1:].reshape(blocks).swapaxes(0, 1))
+    log_p, best = (found.swapaxes(0, 1).reshape(batch, chunk) for found in jax.lax.map(score, in_blocks))
     return state, log_p, best
 
 
 def score_last(
-    settings: Settings, params: Decoder, last_hidden: Float[Array, "batch model"]
+    prefill: TargetPrefill, params: Decoder, last_hidden: Float[Array, "batch model"]
 ) -> Float[Array, "batch vocab"]:
-    """Log-probabilities after each text's last token."""
+    """Compute log-probabilities after each text's last token."""
     return jax.nn.log_softmax(unembed(params, last_hidden), axis=-1)
 
 
-def score_verified(model: Model, way: Way, texts: Sequence[Text]) -> Rows:
-    """Texts followed through verifying passes, each a batch of its own to the budget."""
-    method, given = way.method(model, SamplingConfig()), [max(text.given - 1, 1) for text in texts]
-    # One token more, whichever: a text is done when it has it, and then its own last token has been verified.
+def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]) -> Rows:
+    """Score texts by teacher-forced verifications, each text a batch of its own to the budget."""
+    method, given = speculative_method(model, evaluated, SamplingConfig()), [max(text.given - 1, 1) for text in texts]
+    # With any token more, a text is done when that one is committed, after its own last token was verified.
     longer = [[*text.tokens, 0] for text in texts]
     batch = Batch([text[:count] for text, count in zip(longer, given, strict=True)], [len(t) for t in longer], (), 0)
-    state = with_texts(Run(model.programs, method, batch).state_after(0), longer, given)
-    _, found = model.programs.run(follow_scored, method.settings, method.params, state, donate=(1,))
+    params = model.speculative_params
+    state = with_texts(Run(model.programs, method, params, batch).state_after(0), longer, given)
+    _, found = model.programs.run(score_forced, method, params, state, donate=True)
     log_p, best, last = (np.array(values) for values in found)
     if any(text.given == 1 for text in texts):
-        # What follows a single given token, exactly.
+        # After a single given token, exactly.
         first = np.asarray(score_directly(model, [Text(text.tokens[:1], 1, []) for text in texts]).last)
         for i, text in enumerate(texts):
             if len(text.tokens) == 1:
@@ -149,16 +149,16 @@ def score_verified(model: Model, way: Way, texts: Sequence[Text]) -> Rows:
     return Rows(log_p, best, last)
 
 
-def follow_scored(
-    settings: SpeculationSettings, params: Speculator, state: SpeculationState
-) -> tuple[SpeculationState, Rows]:
-    """Every text of `state` to its end; the last token before its limit is not the text's."""
+def score_forced(
+    method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]
+) -> tuple[SpeculationState[Any], Rows]:
+    """Score every text of `state` to its end; the last token before its limit is not the text's."""
     slots = state.decoding.tokens.shape
-    nothing = jnp.zeros((slots[0], settings.target.config.vocab_size), jnp.float32)
+    nothing = jnp.zeros((slots[0], method.target.config.vocab_size), jnp.float32)
 
-    def step(carry: tuple[SpeculationState, Rows]) -> tuple[SpeculationState, Rows]:
+    def step(carry: tuple[SpeculationState[Any], Rows]) -> tuple[SpeculationState[Any], Rows]:
         before, rows = carry
-        accepted, logits, _, after = follow_round(settings, params, before)
+        accepted, logits, _, after = forced_round(method, params, before)
         decoding = before.decoding
         place = Place(decoding.tokens, decoding.length, decoding.limit, decoding.done)
         return after, jax.vmap(record)(rows, place, accepted, logits)
@@ -168,7 +168,7 @@ def follow_scored(
 
 
 class Place(NamedTuple):
-    """How far texts are: fields of a `DecodeState`."""
+    """Progress of texts: fields of a `DecodeState`."""
 
     tokens: Int[Array, "*texts slots"]
     length: Int[Array, "*texts"]
@@ -177,13 +177,13 @@ class Place(NamedTuple):
 
 
 def record(rows: Rows, decoding: Place, accepted: Accepted, logits: Float[Array, "nodes vocab"]) -> Rows:
-    """One text's committed rows, put at their positions; the last one's distribution is kept whole."""
+    """Write one text's committed rows at their positions, and the whole distribution after its last token."""
     step = jnp.arange(accepted.path.shape[0], dtype=jnp.int32)
     position = decoding.length - 1 + step
     counts = (step < accepted.count) & ~decoding.done
     where = jnp.where(counts, position, decoding.tokens.shape[0])
     along = logits[accepted.path]
-    log_p, best = say(along, decoding.tokens[position + 1])
+    log_p, best = score_rows(along, decoding.tokens[position + 1])
     end = decoding.limit - 2 - position[0]
     last = jax.nn.log_softmax(along[jnp.minimum(end, accepted.count - 1)])
     return Rows(
@@ -193,15 +193,15 @@ def record(rows: Rows, decoding: Place, accepted: Accepted, logits: Float[Array,
     )
 
 
-def say(
-    logits: Float[Array, "*rows vocab"], following: Int[Array, "*rows"]
+def score_rows(
+    logits: Float[Array, "*rows vocab"], next_tokens: Int[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows"], Bool[Array, "*rows"]]:
-    """Log-probability of the token that follows each row, and whether it is the most probable."""
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), following[..., None], axis=-1)[..., 0]
-    return log_p, jnp.argmax(logits, axis=-1).astype(jnp.int32) == following
+    """Compute the log-probability of each row's next token, and whether it is the most probable."""
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), next_tokens[..., None], axis=-1)[..., 0]
+    return log_p, jnp.argmax(logits, axis=-1).astype(jnp.int32) == next_tokens
 
 
-def _side_by_side(texts: Sequence[Text], slots: int) -> np.ndarray:
+def _padded(texts: Sequence[Text], slots: int) -> np.ndarray:
     tokens = np.zeros((len(texts), slots), np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text.tokens)] = text.tokens

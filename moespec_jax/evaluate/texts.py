@@ -23,7 +23,7 @@ class TextSet:
     texts: list[list[int]]
     given: list[int]
 
-    def followed_bytes(self, model: Model) -> list[int]:
+    def scored_bytes(self, model: Model) -> list[int]:
         """How many bytes of text the tokens are that following tells a probability of: all after the first root."""
         pairs = zip(self.texts, self.given, strict=True)
         said = (model.decode(text[given + 1 :], after=text[: given + 1]) for text, given in pairs)

@@ -1,4 +1,4 @@
-"""How close verification under a budget stays to the exact target: figures over texts, with their uncertainty."""
+"""Fidelity: how close verification under a budget stays to the exact target, over texts, with confidence intervals."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,9 +12,10 @@ from jaxtyping import Array
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.drafter import SpeculationState
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState
-from moespec_jax.measure.teacher_forcing import Followed, follow, log_probabilities
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.measure.teacher_forcing import ForcedStats, log_probabilities, teacher_force
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
@@ -22,15 +23,15 @@ DRAWS = 2000
 
 
 class Texts:
-    """Texts to follow with one tree, each from the end of its prompt on.
+    """Texts to teacher-force with one tree, each from the end of its prompt on.
 
     Args:
         model: target and draft head.
-        tree: what is drafted in each round.
+        tree: shape of the draft tree.
         texts: token ids, each longer than its prompt by at least two.
-        prompts: how many of the first tokens of each are read as a prompt, exactly.
-        batch: how many are followed side by side, for the memory they take; None is all of them. Each is a batch of its
-            own to a budget all the same; only score `depth` counts what others committed.
+        prompts: number of first tokens of each text that are prefilled, exactly.
+        batch: number of texts that run at once, which bounds the memory; None is all of them. To a budget each is a
+            batch of its own all the same, except that score `depth` counts what the others commit.
     """
 
     def __init__(
@@ -41,68 +42,71 @@ class Texts:
         prompts: Sequence[int],
         batch: int | None = None,
     ):
-        self._method = model.method(SamplingConfig(), tree)
+        self._method = model.speculative(DecodingSpec(tree), SamplingConfig())
         self.model, self.texts, self.prompts = model, texts, prompts
         every = len(texts) if batch is None else batch
         parts = [slice(first, first + every) for first in range(0, len(texts), every)]
         longest = max(len(text) for text in texts)
         self._parts = [self._begun(texts[part], prompts[part], longest) for part in parts]
 
-    def follow(self, rule: BudgetConfig | None = None, bound: int | None = None) -> Followed:
-        """All texts to their ends: exactly, or under a rule, which `bound` lowers to so many experts. Compiled once a
-        rule, whatever the bound: give the rule all experts."""
-        settings = self._method.settings
-        assert isinstance(settings, SpeculationSettings)
-        settings = settings._replace(budget=None if rule is None else resolve(rule, self.model.config))
-        at_most = jnp.int32(self.model.config.num_experts if bound is None else bound)
-        run = partial(self.model.programs.run, follow, settings, self._method.params)
+    def teacher_force(self, budget: BudgetConfig | None = None, most: int | None = None) -> ForcedStats:
+        """Run all texts to their ends: exactly, or under a budget, which `most` lowers to so many experts.
+
+        One program serves all values of `most`: give a budget of all experts to sweep it.
+        """
+        resolved = None if budget is None else resolve(budget, self.model.config)
+        method = dataclasses.replace(self._method, budget=resolved)
+        at_most = jnp.int32(self.model.config.num_experts if most is None else most)
+        run = partial(self.model.programs.run, teacher_force, method, self.model.speculative_params)
         parts = [jax.tree.map(np.asarray, run(state, exact, at_most)) for state, exact in self._parts]
         return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
     def _begun(
         self, texts: Sequence[Sequence[int]], prompts: Sequence[int], longest: int
-    ) -> tuple[SpeculationState, Array]:
-        """After prefill, and the log-probabilities of a plain pass."""
+    ) -> tuple[SpeculationState[Any], Array]:
+        """State after prefill, and the log-probabilities of a plain pass."""
         begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
         batch = Batch(begun, [longest] * len(texts), (), 0)
-        state = with_texts(Run(self.model.programs, self._method, batch).state_after(0), texts, prompts)
-        tokens = state.decoding.tokens[:, :longest]
-        settings = self._method.settings
-        return state, self.model.programs.run(log_probabilities, settings, self.model.params, tokens)
+        run = Run(self.model.programs, self._method, self.model.speculative_params, batch)
+        state = with_texts(run.state_after(0), texts, prompts)
+        tokens, target = state.decoding.tokens[:, :longest], self._method.target
+        return state, self.model.programs.run(log_probabilities, target, self.model.params, tokens)
 
 
-def summary(followed: Followed) -> dict[str, Any]:
-    """Means over positions within each text, then over texts, with 95 % of a bootstrap over texts; the texts' own
-    means under `..._by_text`, to be compared text by text. `perplexity` is that of all positions together."""
-    rounds = followed.rounds.sum()
+def summary(stats: ForcedStats) -> dict[str, Any]:
+    """Average over the positions of each text, then over texts, with 95 % bootstrap intervals over texts; `..._by_text`
+    holds the texts' own means, for paired comparison. `perplexity` is that of all positions together."""
+    rounds = stats.rounds.sum()
     found: dict[str, Any] = {}
-    for name, values in {"kl": followed.kl, "top1": followed.same, "nll": -followed.log_probability}.items():
+    for name, values in {"kl": stats.kl, "top1": stats.same, "nll": -stats.log_probability}.items():
         by_text = np.nanmean(values, axis=1)
         found[name] = round(float(by_text.mean()), 6)
         found[f"{name}_95"] = interval(by_text)
         found[f"{name}_by_text"] = by_text.round(6).tolist()
-    by_depth = followed.committed.sum(axis=0) / rounds
+    by_depth = stats.committed.sum(axis=0) / rounds
     return found | {
-        "perplexity": round(float(np.exp(np.nanmean(-followed.log_probability))), 5),
-        "positions": int(np.isfinite(followed.kl).sum()),
+        "perplexity": round(float(np.exp(np.nanmean(-stats.log_probability))), 5),
+        "positions": int(np.isfinite(stats.kl).sum()),
         "rounds": int(rounds),
         "accept_length": round(1 + float(by_depth.sum()), 3),
         "accepted_by_depth": by_depth.round(4).tolist(),
-        "experts_wanted": round(float(followed.wanted.sum() / rounds), 2),
-        "experts_read": round(float(followed.read.sum() / rounds), 2),
-        "tokens_replaced": round(float(followed.replaced.sum() / rounds), 4),
+        "experts_wanted": round(float(stats.wanted.sum() / rounds), 2),
+        "experts_read": round(float(stats.read.sum() / rounds), 2),
+        "tokens_replaced": round(float(stats.replaced.sum() / rounds), 4),
     }
 
 
 def interval(by_text: np.ndarray, share: float = 0.95) -> list[float]:
-    """Bounds of the mean over texts: `share` of a bootstrap that draws texts, the same draws in every call."""
+    """Bootstrap interval of the mean over texts, with the same draws in every call."""
     drawn = np.random.default_rng(0).integers(0, len(by_text), (DRAWS, len(by_text)))
     outside = 50 * (1 - share)
     return np.percentile(by_text[drawn].mean(axis=1), [outside, 100 - outside]).round(6).tolist()
 
 
-def with_texts(state: SpeculationState, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> SpeculationState:
-    """After prefill, with the text's next token in place of what was drawn, and the rest behind it to be found."""
+def with_texts(
+    state: SpeculationState[Any], texts: Sequence[Sequence[int]], prompts: Sequence[int]
+) -> SpeculationState[Any]:
+    """Replace the drawn token of a state after prefill by the text's next one, and append the rest of the text."""
     tokens = np.zeros(state.decoding.tokens.shape, np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text

@@ -1,4 +1,4 @@
-"""The pieces that a long command has finished, on disk, so that it goes on where it was cut off."""
+"""A ledger: the finished tasks of a long command on disk, so that an interrupted command continues."""
 
 import json
 import os
@@ -6,65 +6,72 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moespec_jax.decoding.budget_config import current_fields
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text, writing
 
-Piece = TypeVar("Piece")
+Value = TypeVar("Value")
+# Keys of ledgers from before 0.2.
+_RENAMED = {"experts_loaded": "experts_read", "piece": "task"}
 
 
 class Ledger:
-    """JSON lines: first what was asked, then one line for every finished piece, each written before the next begins.
+    """JSON lines: the request, then one line for every finished task, on disk before the next begins.
 
-    A line that was cut off in the middle is forgotten. Values are what JSON can hold and come back as JSON gives them,
-    also in the run that made them, so that a continued run works with the same values as one that was not cut off.
+    An incomplete last line is dropped. Values must be JSON, and are returned as JSON reads them even in the run that
+    made them, so that a continued run computes with the same values as an uninterrupted one.
+
+    Args:
+        path: the file, which is made if there is none.
+        request: everything that the values depend on.
 
     Raises:
-        RequestError: the file holds something else that was asked, or is not such a file.
+        RequestError: the file is of another request, or is not a ledger.
     """
 
-    def __init__(self, path: Path, asked: dict[str, Any]):
+    def __init__(self, path: Path, request: dict[str, Any]):
         self._path = path
-        self._pieces: dict[str, Any] = {}
-        asked = json.loads(json.dumps(asked))
+        self._tasks: dict[str, Any] = {}
+        request = json.loads(json.dumps(request))
         lines = _whole_lines(path)
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({"asked": asked}) + "\n")
+            write_text(path, json.dumps({"asked": request}) + "\n")
             return
-        if not all(isinstance(line.get("piece", ""), str) and ("piece" in line) == ("value" in line) for line in lines):
+        if not all(isinstance(line.get("task", ""), str) and ("task" in line) == ("value" in line) for line in lines):
             raise RequestError(f"expected {path} to be of this very command, or not to exist; it has other lines")
         before = lines[0].get("asked")
-        if before != asked:
+        if before != request:
             raise RequestError(
-                f"expected {path} to be of this very command, or not to exist; {_difference(before, asked)}"
+                f"expected {path} to be of this very command, or not to exist; {_difference(before, request)}"
             )
-        self._pieces = {line["piece"]: line["value"] for line in lines[1:] if "piece" in line}
-        # Without what was cut off, or the next line would be appended to it.
+        self._tasks = {line["task"]: line["value"] for line in lines[1:] if "task" in line}
+        # Without an incomplete last line, to which the next would be appended.
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._pieces
+        return name in self._tasks
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._tasks)
 
     def get(self, name: str) -> Any:
-        """The value of a finished piece; None if it is not finished."""
-        return self._pieces.get(name)
+        """Value of a finished task; None if it is not finished."""
+        return self._tasks.get(name)
 
     def put(self, name: str, value: Any) -> Any:
-        """Keep the value of a piece, on disk when this returns; returns it as a continued run would find it."""
-        line = json.dumps({"piece": name, "value": value})
+        """Write the value of a task to disk; returns it as JSON reads it."""
+        line = json.dumps({"task": name, "value": value})
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._pieces[name] = json.loads(line)["value"]
-        return self._pieces[name]
+        self._tasks[name] = json.loads(line)["value"]
+        return self._tasks[name]
 
-    def piece(self, name: str, make: Callable[[], Piece]) -> Piece:
-        """The value of a piece, made if it is not finished."""
-        return self._pieces[name] if name in self._pieces else self.put(name, make())
+    def task(self, name: str, run: Callable[[], Value]) -> Value:
+        """Value of a task, which is run if it is not finished."""
+        return self._tasks[name] if name in self._tasks else self.put(name, run())
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -72,18 +79,30 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last was cut off, or is empty
+        lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last is incomplete, or empty
     except OSError as error:
         raise RequestError(f"expected {path} to be readable; {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"expected {path} to hold JSON lines; {error}") from None
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")
-    return lines
+    return [_current_keys(line) for line in lines]
 
 
-def _difference(before: Any, asked: dict[str, Any]) -> str:
+def _current_keys(value: Any) -> Any:
+    """Rename the keys that ledgers had before 0.2."""
+    if isinstance(value, list):
+        return [_current_keys(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {_RENAMED.get(name, name): _current_keys(item) for name, item in value.items()}
+    return current_fields(value) if "coverage" in value else value
+
+
+def _difference(before: Any, request: dict[str, Any]) -> str:
     if not isinstance(before, dict):
-        return "it says nothing of what was asked"
-    names = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
-    return "; ".join(f"{n} was {json.dumps(before.get(n))[:80]}, is {json.dumps(asked.get(n))[:80]}" for n in names[:3])
+        return "it does not name its request"
+    names = [name for name in {**before, **request} if before.get(name) != request.get(name)]
+    return "; ".join(
+        f"{n} was {json.dumps(before.get(n))[:80]}, is {json.dumps(request.get(n))[:80]}" for n in names[:3]
+    )

@@ -1,4 +1,4 @@
-"""Ways to decode, timed in turns on the same prompts in one process."""
+"""Decoding methods timed by turns on the same prompts in one process, so that ratios within a turn share conditions."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,28 +8,25 @@ import numpy as np
 from tqdm import tqdm
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.runtime.model import Model
 
 
-class Setting(NamedTuple):
-    """How to decode: plainly where `tree` is None, exactly where `budget` is; `batch` prompts at a time. Where there is
-    a `simulate`, rounds accept that many tokens on average, whatever the model says."""
+class TimingCase(NamedTuple):
+    """A way to decode, and the number of prompts in a batch."""
 
-    tree: TreeConfig | None = None
-    budget: BudgetConfig | None = None
+    spec: DecodingSpec = DecodingSpec()
     batch: int = 1
-    simulate: float | None = None
 
 
-# Decodes all prompts once in a way (model, prompts, setting, new tokens), and tells what `decode_once` does or more.
-Once = Callable[[Model, Sequence[Sequence[int]], Setting, int], dict[str, Any]]
+# Decodes all prompts once: (model, prompts, case, new tokens) -> the stats of `decode_once`, or more.
+DecodeOnce = Callable[[Model, Sequence[Sequence[int]], TimingCase, int], dict[str, Any]]
 
 
 def parse_tree(text: str) -> TreeConfig | None:
-    """A tree from `SIZE/DEPTH/TOP-K`, as this package writes it; None from `plain`.
+    """Parse a tree from `SIZE/DEPTH/TOP-K`, as `TreeConfig.name` writes it; None from `plain`.
 
     Raises:
         RequestError: there is no such tree.
@@ -43,42 +40,48 @@ def parse_tree(text: str) -> TreeConfig | None:
         raise RequestError(f"expected a tree as SIZE/DEPTH/TOP-K (60/7/10) or plain; got {text!r}: {error}") from None
 
 
-def tree_name(tree: TreeConfig | None) -> str:
-    """`60/7/10`, or `plain`."""
-    return "plain" if tree is None else f"{tree.size}/{tree.depth}/{tree.top_k}"
-
-
-def take_turns(
+def time_interleaved(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    settings: Mapping[str, Setting],
+    cases: Mapping[str, TimingCase],
     new_tokens: int,
     repeats: int,
     ledger: Ledger | None = None,
-    once: Once | None = None,
+    once: DecodeOnce | None = None,
     label: str = "turn",
 ) -> list[dict[str, dict[str, Any]]]:
-    """Every setting decodes all prompts once a turn, greedily; `repeats` turns after one that compiles and warms up.
+    """Decode all prompts greedily in every case once a turn, for `repeats` turns after one that compiles and warms up.
 
-    Returns a mapping for each turn from names to what `once` tells, by default `decode_once`, with the seconds of the
-    first turn's compilation under `compile_s`. Turns that `ledger` has under this `label` are not taken again.
+    Args:
+        model: target and draft head.
+        prompts: token ids.
+        cases: by name.
+        new_tokens: of each prompt.
+        repeats: number of turns.
+        ledger: turns that it holds under `label` are not measured again.
+        once: measurement of one case, `decode_once` by default.
+        label: distinguishes sets of prompts in the ledger.
+
+    Returns:
+        For each turn a mapping from names to the stats of `once`, with the seconds of the first turn's compilation
+        under `compile_s`.
     """
     once = once or decode_once
     turns: list[dict[str, dict[str, Any]]] = []
     compiled: dict[str, float] = {}
-    with tqdm(total=(repeats + 1) * len(settings), unit="run", disable=None) as bar:
+    with tqdm(total=(repeats + 1) * len(cases), unit="run", disable=None) as bar:
         for turn in range(repeats):
             row = {}
-            for name, setting in settings.items():
+            for name, case in cases.items():
                 key = f"{label} {turn}, {name}"
                 if ledger is None or key not in ledger:
                     bar.set_description(name)
                     if name not in compiled:
-                        compiled[name] = once(model, prompts, setting, new_tokens)["compile_s"]
+                        compiled[name] = once(model, prompts, case, new_tokens)["compile_s"]
                         bar.update()
-                    told = once(model, prompts, setting, new_tokens)
-                    told |= {"compile_s": compiled[name]}
-                    row[name] = told if ledger is None else ledger.put(key, told)
+                    stats = once(model, prompts, case, new_tokens)
+                    stats |= {"compile_s": compiled[name]}
+                    row[name] = stats if ledger is None else ledger.put(key, stats)
                 else:
                     row[name] = ledger.get(key)
                 bar.update()
@@ -86,21 +89,26 @@ def take_turns(
     return turns
 
 
-def decode_once(model: Model, prompts: Sequence[Sequence[int]], setting: Setting, new_tokens: int) -> dict[str, Any]:
-    """All prompts, `setting.batch` at a time: seconds of decoding, prefill and compilation; tokens after each prompt's
-    first; rounds (forward passes); and, means over rounds, what was accepted, wanted, read and kept."""
-    batches = [prompts[i : i + setting.batch] for i in range(0, len(prompts), setting.batch)]
+def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int) -> dict[str, Any]:
+    """Decode all prompts, `case.batch` at a time.
+
+    Returns:
+        Seconds of decoding, prefill and compilation; tokens after each prompt's first; rounds, which are forward
+        passes; and, as means over rounds, tokens and experts.
+    """
+    batches = [prompts[i : i + case.batch] for i in range(0, len(prompts), case.batch)]
+    spec = case.spec
     results = [
         model.generate(
-            batch, tree=setting.tree, budget=setting.budget, max_new_tokens=new_tokens, ignore_eos=True,
-            simulate_accept_length=setting.simulate,
+            batch, tree=spec.tree, budget=spec.budget, max_new_tokens=new_tokens, ignore_eos=True,
+            simulate_accept_length=spec.simulate_accept_length,
         )
         for batch in batches
     ]  # fmt: skip
-    told = [p for result in results for p in result.prompts]
-    rounds = np.array([p.rounds for p in told])
+    sequences = [p for result in results for p in result.prompts]
+    rounds = np.array([p.rounds for p in sequences])
     passes = np.array([max(p.rounds for p in result.prompts) for result in results])
-    by_depth = sum(np.array(p.accepted_by_depth) * p.rounds for p in told) / max(rounds.sum(), 1)
+    by_depth = sum(np.array(p.accepted_by_depth) * p.rounds for p in sequences) / max(rounds.sum(), 1)
 
     def mean(name: str) -> float:
         return float(np.dot(passes, [getattr(r, name) for r in results]) / max(passes.sum(), 1))
@@ -109,14 +117,14 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], setting: Setting
         "decode_s": sum(r.decode_s for r in results),
         "prefill_s": sum(r.prefill_s for r in results),
         "compile_s": sum(r.compile_s for r in results),
-        "tokens": sum(p.new_tokens - 1 for p in told),
+        "tokens": sum(p.new_tokens - 1 for p in sequences),
         "rounds": int(passes.sum()),
         "accept_length": 1.0 + float(np.sum(by_depth)),
         "accepted_by_depth": np.asarray(by_depth).round(4).tolist(),
-        **{name: mean(name) for name in ("experts_wanted", "experts_loaded", "mass_kept", "tokens_replaced")},
+        **{name: mean(name) for name in ("experts_wanted", "experts_read", "mass_kept", "tokens_replaced")},
         "exact": all(r.exact for r in results),
         "simulated": results[0].simulated_accept_length,
-        "token_ids": [p.token_ids for p in told],
+        "token_ids": [p.token_ids for p in sequences],
     }
 
 
@@ -125,6 +133,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def speed(told: Mapping[str, Any]) -> float:
-    """Tokens a second, of decoding alone."""
-    return told["tokens"] / told["decode_s"]
+def tokens_per_second(stats: Mapping[str, Any]) -> float:
+    """Speed of decoding alone."""
+    return stats["tokens"] / stats["decode_s"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import AttentionConfig
 from moespec_jax.nn.layers import apply_rope, rms_norm
-from moespec_jax.parallel.collectives import total
+from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import Axes
 
 
@@ -111,7 +111,7 @@ def output_projection(
     weights: Attention, x: Float[Array, "batch tokens q_out"], axes: Axes = ()
 ) -> Float[Array, "batch tokens model"]:
     """Mix the heads back into the residual stream; all of them, where they are split over `axes` of a mesh."""
-    y = total(x @ weights.o, axes)
+    y = psum(x @ weights.o, axes)
     return y if weights.o_bias is None else y + weights.o_bias[None, None, :]
 
 

@@ -1,4 +1,4 @@
-"""Back-ends: which expert compute, which weight layout and which layer loop suit a platform, chosen once at load."""
+"""Back-ends: the expert compute, weight layout and layer loop of a platform, chosen once when a model is loaded."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -13,11 +13,15 @@ from moespec_jax.nn.moe import ExpertCompute
 
 
 class Backend(NamedTuple):
-    """A consistent choice of things that must fit each other.
+    """Choices that must fit each other.
 
-    `layout` is that of `experts/layouts.py`; `stacked` says whether layers are stacked and scanned; `compute` builds
-    the expert compute for an activation; `supported` says whether a GPU can run it;
-    `attention` reads the cache of stacked layers.
+    Fields:
+        name: its key in `BACKENDS`.
+        layout: weight layout of the routed experts (`experts/layouts.py`).
+        stacked: whether layers are stacked and run under `lax.scan`.
+        compute: builds the expert compute for an activation.
+        supported: whether a GPU (a `jax.Device`) can run it.
+        attention: attention over one layer of a stacked cache.
     """
 
     name: str
@@ -28,8 +32,10 @@ class Backend(NamedTuple):
     attention: LayerAttention = attend_layer
 
 
+# Pallas is imported when it is needed: the import takes long.
+
+
 def _pallas_experts(activation: str) -> ExpertCompute:
-    # Pallas takes its time to import, and only TPUs want it.
     from moespec_jax.nn.experts.pallas_tpu import pallas_experts
 
     return pallas_experts(activation)
@@ -69,16 +75,16 @@ BACKENDS = {
     "switch": Backend("switch", "per_expert", False, cpu_experts),
     "slots": Backend("slots", "flat", True, slot_experts),
     "pallas": Backend("pallas", "flat", True, _pallas_experts, attention=_pallas_attention),
-    # Opt-in: compiled for these GPUs (Ampere to Hopper; Hopper alone), and never run on one.
+    # Chosen by name only: for Ampere to Hopper, and for Hopper alone.
     "triton": Backend("triton", "flat", True, _triton_experts, _triton_supported),
     "mosaic": Backend("mosaic", "flat", True, _mosaic_experts, _mosaic_supported),
 }
 
 
 def default_backend(platform: str | None = None) -> Backend:
-    """The back-end preferred on a platform (`cpu`, `gpu`, `tpu`; None asks JAX).
+    """Back-end of a platform (`cpu`, `gpu`, `tpu`; None is JAX's default).
 
-    On CPU the one measured fastest; on TPU, so far, the one with the least memory traffic by the compiler's count.
+    On CPU the fastest that was measured; on TPU the one with the least memory traffic by the compiler's count.
     """
     preferred = {"cpu": "switch", "tpu": "pallas"}
     return BACKENDS[preferred.get(platform or jax.default_backend(), "slots")]

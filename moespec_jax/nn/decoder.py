@@ -1,8 +1,8 @@
 """The decoder's forward pass as a pure function of parameters, tokens, positions, mask and cache.
 
-One function serves prefill, one-token steps and tree verification (they differ in mask and positions), and every
-family (they differ in `DecoderConfig`). Layers run one after another in Python where `Decoder.stacked` is false, under
-`lax.scan` over runs of equal layers where it is true; the arithmetic is the same.
+One function serves prefill, one-token steps and tree verification, which differ in mask and positions, and every model
+family, which differ in `DecoderConfig`. Layers run in a Python loop where `Decoder.stacked` is false, and under
+`lax.scan` over runs of equal layers where it is true, with the same arithmetic.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from moespec_jax.nn.attention import (
     Attention,
     LayerAttention,
     attend,
-    attend_layer,
     output_projection,
     project_qkv,
     within_window,
 )
+from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache, write_rows
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
 from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
-from moespec_jax.parallel.collectives import joined, part_index, total
-from moespec_jax.parallel.mesh import WHOLE, Split
+from moespec_jax.parallel.collectives import all_gather, axis_index, psum
+from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
 @struct.dataclass
 class Layer:
-    """One pre-norm transformer layer without its experts."""
+    """One pre-norm transformer layer without its routed experts; stacked layers have a leading axis."""
 
-    input_norm: Float[Array, " model"]
+    input_norm: Float[Array, "*stack model"]
     attention: Attention
-    post_attention_norm: Float[Array, " model"]
+    post_attention_norm: Float[Array, "*stack model"]
     mlp: GatedMlp | SparseMlp
 
 
@@ -44,9 +44,15 @@ class Layer:
 class Decoder:
     """All parameters of a decoder.
 
-    `layers` is one entry a layer, or, if `stacked`, one entry for each run of consecutive layers of equal kind with a
-    leading axis over the run. `experts` is in the layout of the expert back-end. `lm_head` is None where it is tied.
-    On a mesh, `split` says what of it is split, and the program runs on every device (`jax.shard_map`).
+    Fields:
+        embed: input embedding.
+        layers: one entry for each layer, or, if `stacked`, for each run of consecutive layers of equal kind
+            (`layer_runs`), with a leading axis over the run.
+        experts: routed experts of all sparse layers, in the layout of the back-end (`experts/layouts.py`).
+        norm: last norm.
+        lm_head: output matrix; None where the embedding is tied.
+        stacked: whether layers are stacked.
+        sharding: which parts are split over which axes of a mesh, where the program runs on every device of one.
     """
 
     embed: Float[Array, "vocab model"]
@@ -55,30 +61,49 @@ class Decoder:
     norm: Float[Array, " model"]
     lm_head: Float[Array, "vocab model"] | None
     stacked: bool = struct.field(pytree_node=False, default=False)
-    split: Split = struct.field(pytree_node=False, default=WHOLE)
+    sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
 
 
 class ForwardInfo(NamedTuple):
-    """What a forward pass can tell besides its result: routing of every sparse layer, in order of depth, and the
-    tapped states side by side `[batch, tokens, boundaries * model]`, None where none were asked for."""
+    """Intermediate results of a forward pass.
+
+    Fields:
+        routers: routing of every sparse layer, in order of depth.
+        aux_hidden_states: hidden states at the `boundaries` that were asked for, concatenated in their order; None
+            without any.
+    """
 
     routers: tuple[RouterInfo, ...]
-    taps: Float[Array, "batch tokens aux"] | None = None
+    aux_hidden_states: Float[Array, "batch tokens aux"] | None = None
 
 
-class _Pass(NamedTuple):
-    """What every layer of one forward pass shares."""
+class _Context(NamedTuple):
+    """Arguments that all layers of one forward pass share.
+
+    Fields:
+        positions: position of every token.
+        slot_positions: position of the token in every cache slot.
+        mask: whether a token attends to a slot.
+        start: cache slot of each sequence's first token.
+        cos, sin: rotary embedding of every token.
+        boundaries: layers whose entering hidden state is returned.
+        compute: expert compute.
+        attention: attention over one layer of a stacked cache.
+        restrict: limit on each sparse layer's experts.
+        sharding: how the parameters are sharded.
+    """
 
     positions: Int[Array, "batch tokens"]
     slot_positions: Int[Array, "batch slots"]
     mask: Bool[Array, "batch tokens slots"]
     start: Int[Array, " batch"]
-    cos: Float[Array, "batch tokens half"]
-    sin: Float[Array, "batch tokens half"]
+    cos: Float[Array, "*batch tokens half"]
+    sin: Float[Array, "*batch tokens half"]
     boundaries: tuple[int, ...]
-    restrict: Restrict | None
+    compute: ExpertCompute
     attention: LayerAttention
-    split: Split
+    restrict: Restrict | None
+    sharding: ShardingPlan
 
 
 def forward(
@@ -88,45 +113,61 @@ def forward(
     positions: Int[Array, "batch tokens"],
     mask: Bool[Array, "batch tokens slots"],
     cache: Cache | None,
-    compute: ExpertCompute,
+    backend: Backend,
+    *,
     valid: Bool[Array, "batch tokens"] | None = None,
-    longest: Int[Array, "*rows"] | None = None,
+    rope_length: Int[Array, "*rows"] | None = None,
     boundaries: tuple[int, ...] = (),
     restrict: Restrict | None = None,
-    attention: LayerAttention = attend_layer,
 ) -> tuple[Float[Array, "batch tokens model"], Cache | None, ForwardInfo]:
-    """Final hidden states (after the last norm), the cache with this pass's rows written, and what routing chose.
+    """Run the decoder over some tokens of every sequence.
 
-    Rows are written from slot `cache.length[b]` on; `length` itself is left to the caller, who knows how many rows
-    count. `mask[b, t, s]` says whether token t may see slot s. Without a cache, slots are the tokens themselves.
-    `longest` is the length of the longest sequence, where this pass does not reach its end (dynamic rope asks for it),
-    or that of each row's own.
-    `boundaries` name states to tap: b is the residual stream entering layer b, before any norm; after the last layer,
-    `num_hidden_layers`.
-    `restrict` limits the experts of every sparse layer; tokens that it gives up are not valid from there on.
-    `attention` reads the cache of stacked layers.
+    Args:
+        config: the decoder's settings.
+        params: its parameters, in the layout of `backend`.
+        tokens: token ids.
+        positions: position of every token in its sequence.
+        mask: `mask[b, t, s]` is true where token t of sequence b attends to cache slot s; without a cache, to token s.
+        cache: KV cache; this pass writes the rows of its tokens from slot `cache.length[b]` on. `length` itself stays:
+            the caller decides how many of the rows to keep.
+        backend: expert compute and attention.
+        valid: tokens that are not padding (default: all).
+        rope_length: sequence length for dynamic NTK RoPE, one for all rows or one for each (default: the largest
+            valid position + 1).
+        boundaries: hidden states to return: b is the residual stream entering layer b, before any norm; the number of
+            layers stands for the last layer's output.
+        restrict: limit on the experts of every sparse layer. Rows that it prunes are not valid in later layers.
+
+    Returns:
+        Hidden states after the last norm, the cache with the new rows, and intermediate results.
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-    longest = jnp.max(jnp.where(valid, positions, 0)) + 1 if longest is None else longest
-    shared = _share(config, positions, mask, cache, longest, boundaries, restrict, attention, params.split)
+    rope_length = jnp.max(jnp.where(valid, positions, 0)) + 1 if rope_length is None else rope_length
+    start = jnp.zeros((len(tokens),), jnp.int32) if cache is None else cache.length
+    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, rope_length)
+    compute, slot_positions = backend.compute(config.hidden_act), _slot_positions(positions, start, mask.shape[-1])
+    context = _Context(
+        positions, slot_positions, mask, start, cos, sin, boundaries,
+        compute, backend.attention, restrict, params.sharding,
+    )  # fmt: skip
     run = _scanned_layers if params.stacked else _unrolled_layers
-    x, cache, info = run(config, params, x, valid.reshape(-1), shared, cache, compute)
+    x, cache, info = run(config, params, x, valid.reshape(-1), context, cache)
     return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
 
 
 def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
-    """Logits in float32."""
-    axes, head = params.split.vocabulary, params.lm_head
+    """Compute float32 logits."""
+    axes, head = params.sharding.vocabulary, params.lm_head
     if head is None:
-        # The embedding is whole on every device, which multiplies by its part of it.
+        # An embedding is replicated for its look-ups; as output matrix, each device multiplies by its part of it.
         size = len(params.embed) // jax.lax.axis_size(axes) if axes else len(params.embed)
-        head = jax.lax.dynamic_slice_in_dim(params.embed, part_index(axes) * size, size) if axes else params.embed
-    return joined(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
+        head = jax.lax.dynamic_slice_in_dim(params.embed, axis_index(axes) * size, size) if axes else params.embed
+    return all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
 
 
 def layer_runs(config: DecoderConfig) -> list[range]:
-    """Maximal runs of consecutive layers of the same kind: what one `lax.scan` can cover."""
+    """List maximal runs of consecutive layers of the same kind (dense or sparse): one `lax.scan` covers a run."""
     runs: list[range] = []
     for i, sparse in enumerate(config.sparse_layers):
         if runs and config.sparse_layers[runs[-1].start] == sparse:
@@ -136,51 +177,42 @@ def layer_runs(config: DecoderConfig) -> list[range]:
     return runs
 
 
-def _share(
-    config: DecoderConfig,
-    positions: Array,
-    mask: Array,
-    cache: Cache | None,
-    longest: Array,
-    boundaries: tuple[int, ...],
-    restrict: Restrict | None,
-    attention: LayerAttention,
-    split: Split,
-) -> _Pass:
-    batch, count = positions.shape
-    start = jnp.zeros((batch,), jnp.int32) if cache is None else cache.length
-    slot = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, :]
-    # Committed slots hold the token of their own position; the slots this pass writes hold the positions given.
-    new = slot - start[:, None]
-    slot_positions = jnp.where(
-        (new >= 0) & (new < count), jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1), slot
-    )
-    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
-    return _Pass(positions, slot_positions, mask, start, cos, sin, boundaries, restrict, attention, split)
+def _slot_positions(
+    positions: Int[Array, "batch tokens"], start: Int[Array, " batch"], slots: int
+) -> Int[Array, "batch slots"]:
+    """Position of the token in every cache slot: committed slots hold the token of their own position, the slots that
+    this pass writes from `start[b]` on those of the positions given."""
+    slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    new, count = slot - start[:, None], positions.shape[1]
+    given = jnp.take_along_axis(positions, jnp.clip(new, 0, count - 1), axis=1)
+    return jnp.where((new >= 0) & (new < count), given, slot)
 
 
 def _attention_block(
     config: DecoderConfig,
     layer: Layer,
     x: Array,
-    shared: _Pass,
+    context: _Context,
     window: int | Array,
     kv: tuple[Array, Array] | None,
     index: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
-    """`kv` is this layer's cache, or with `index` that of all layers, of which layer `index` is written and read."""
+    """Add attention to the residual stream, and write the tokens' keys and values.
+
+    `kv` is the cache of this layer, or, with `index`, of all layers, of which layer `index` is written and read.
+    """
     h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-    q, k, v = project_qkv(config, layer.attention, h, shared.cos, shared.sin, shared.split.heads)
-    mask = shared.mask
+    q, k, v = project_qkv(config, layer.attention, h, context.cos, context.sin, context.sharding.heads)
+    mask = context.mask
     if any(config.sliding_windows):
-        mask = mask & within_window(shared.positions, shared.slot_positions, window)
+        mask = mask & within_window(context.positions, context.slot_positions, window)
     if kv is None:
         mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     else:
         # Written into the whole cache first and read after: the other order copies the layer's cache twice.
-        kv = write_rows(kv[0], k, shared.start, index), write_rows(kv[1], v, shared.start, index)
-        mixed = attend(q, *kv, mask) if index is None else shared.attention(q, *kv, index, mask)
-    return x + output_projection(layer.attention, mixed, shared.split.heads), kv
+        kv = write_rows(kv[0], k, context.start, index), write_rows(kv[1], v, context.start, index)
+        mixed = attend(q, *kv, mask) if index is None else context.attention(q, *kv, index, mask)
+    return x + output_projection(layer.attention, mixed, context.sharding.heads), kv
 
 
 def _mlp_block(
@@ -190,17 +222,20 @@ def _mlp_block(
     index: int | Array,
     x: Array,
     valid: Array,
-    shared: _Pass,
-    compute: ExpertCompute,
+    context: _Context,
 ) -> tuple[Array, Array, RouterInfo | None]:
+    """Add the feed-forward block to the residual stream; also the rows that are still valid, and the routing.
+
+    `index` counts sparse layers.
+    """
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
     info = None
     if isinstance(layer.mlp, SparseMlp):
-        split, experts = shared.split, params.experts
-        y, info = sparse_mlp(config, layer.mlp, experts, index, rows, valid, compute, shared.restrict, split)
-        valid = valid if info.restricted is None else info.restricted.live
+        compute, restrict, sharding = context.compute, context.restrict, context.sharding
+        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, valid, compute, restrict, sharding)
+        valid = valid if info.restricted is None else info.restricted.kept
     else:
-        y = total(gated_mlp(rows, layer.mlp, config.hidden_act), shared.split.ffn)
+        y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
     return x + y.reshape(x.shape), valid, info
 
 
@@ -209,16 +244,16 @@ def _unrolled_layers(
     params: Decoder,
     x: Array,
     valid: Array,
-    shared: _Pass,
+    context: _Context,
     cache: Cache | None,
-    compute: ExpertCompute,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
+    """Run layers in a Python loop."""
     keys, values, routers, entering = [], [], [], []
     for i, layer in enumerate(params.layers):
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
-        x, kv = _attention_block(config, layer, x, shared, config.sliding_windows[i], kv)
-        x, valid, info = _mlp_block(config, params, layer, len(routers), x, valid, shared, compute)
+        x, kv = _attention_block(config, layer, x, context, config.sliding_windows[i], kv)
+        x, valid, info = _mlp_block(config, params, layer, len(routers), x, valid, context)
         if info is not None:
             routers.append(info)
         if kv is not None:
@@ -227,8 +262,8 @@ def _unrolled_layers(
     if cache is not None:
         cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
     states = [*entering, x]
-    taps = jnp.concatenate([states[b] for b in shared.boundaries], axis=-1) if shared.boundaries else None
-    return x, cache, ForwardInfo(tuple(routers), taps)
+    aux = jnp.concatenate([states[b] for b in context.boundaries], axis=-1) if context.boundaries else None
+    return x, cache, ForwardInfo(tuple(routers), aux)
 
 
 def _scanned_layers(
@@ -236,27 +271,26 @@ def _scanned_layers(
     params: Decoder,
     x: Array,
     valid: Array,
-    shared: _Pass,
+    context: _Context,
     cache: Cache | None,
-    compute: ExpertCompute,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
-    """The cache travels as carry and is updated in place; experts stay outside the scan, indexed by layer. Taps do too:
-    to have the scan give out every layer's state would take memory for all of them."""
+    """Run layers under `lax.scan`. The cache is carried and updated in place; experts stay outside the scan, indexed by
+    layer. Auxiliary hidden states are carried: as outputs of the scan, the states of all layers would be kept."""
     if cache is None:
         raise ValueError("stacked layers run with a cache only")
     windows = jnp.asarray(config.sliding_windows, jnp.int32)
     routers: list[RouterInfo] = []
 
     def step(carry, xs):
-        x, valid, k, v, taps = carry
+        x, valid, k, v, aux = carry
         layer, index, sparse_index, window = xs
-        taps = _tap(shared.boundaries, index, x, taps)
-        x, kv = _attention_block(config, layer, x, shared, window, (k, v), index)
+        aux = _take_aux(context.boundaries, index, x, aux)
+        x, kv = _attention_block(config, layer, x, context, window, (k, v), index)
         assert kv is not None
-        x, valid, info = _mlp_block(config, params, layer, sparse_index, x, valid, shared, compute)
-        return (x, valid, *kv, taps), info
+        x, valid, info = _mlp_block(config, params, layer, sparse_index, x, valid, context)
+        return (x, valid, *kv, aux), info
 
-    carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in shared.boundaries))
+    carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in context.boundaries))
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
         first = sum(config.sparse_layers[: run.start])
         count = jnp.arange(len(run), dtype=jnp.int32)
@@ -265,11 +299,11 @@ def _scanned_layers(
         )
         if info is not None:
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
-    x, _, k, v, taps = carry
-    taps = _tap(shared.boundaries, jnp.int32(config.num_hidden_layers), x, taps)
-    return x, Cache(k, v, cache.length), ForwardInfo(tuple(routers), jnp.concatenate(taps, axis=-1) if taps else None)
+    x, _, k, v, aux = carry
+    aux = _take_aux(context.boundaries, jnp.int32(config.num_hidden_layers), x, aux)
+    return x, Cache(k, v, cache.length), ForwardInfo(tuple(routers), jnp.concatenate(aux, axis=-1) if aux else None)
 
 
-def _tap(boundaries: tuple[int, ...], layer: Array, x: Array, taps: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Keep the state entering `layer` for every boundary of that number."""
-    return tuple(jnp.where(layer == b, x, tap) for b, tap in zip(boundaries, taps, strict=True))
+def _take_aux(boundaries: tuple[int, ...], layer: Array, x: Array, aux: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Replace the states of the boundaries at `layer` by the hidden state that enters it."""
+    return tuple(jnp.where(layer == b, x, kept) for b, kept in zip(boundaries, aux, strict=True))

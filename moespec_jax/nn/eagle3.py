@@ -15,8 +15,8 @@ from moespec_jax.config import DraftConfig
 from moespec_jax.nn.attention import Attention, attend, output_projection, project_qkv
 from moespec_jax.nn.cache import Cache, write_rows
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
-from moespec_jax.parallel.collectives import joined, largest, over_data, total
-from moespec_jax.parallel.mesh import WHOLE, Split
+from moespec_jax.parallel.collectives import all_gather, data_axes, pmax, psum
+from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
 @struct.dataclass
@@ -47,7 +47,7 @@ class DraftHead:
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
     embed: Float[Array, "vocab model"] | None = None
-    split: Split = struct.field(pytree_node=False, default=WHOLE)
+    sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
 
 
 def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
@@ -57,17 +57,17 @@ def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeL
     return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
 
-def fuse_taps(
-    config: DraftConfig, head: DraftHead, taps: Float[Array, "batch tokens aux"]
+def fuse_aux(
+    config: DraftConfig, head: DraftHead, aux: Float[Array, "batch tokens aux"]
 ) -> Float[Array, "batch tokens model"]:
     """The target's tapped states, side by side from low to high, as one feature a token."""
     if config.norm_before_fc:
-        taps = rms_norm(taps, head.fc_norms[0], config.rms_norm_eps)
+        aux = rms_norm(aux, head.fc_norms[0], config.rms_norm_eps)
     if config.fc_norm:
-        parts = jnp.split(taps, len(config.boundaries), axis=-1)
+        parts = jnp.split(aux, len(config.boundaries), axis=-1)
         normed = [rms_norm(part, norm, config.rms_norm_eps) for part, norm in zip(parts, head.fc_norms, strict=True)]
-        taps = jnp.concatenate(normed, axis=-1)
-    feature = taps @ head.fc
+        aux = jnp.concatenate(normed, axis=-1)
+    feature = aux @ head.fc
     return feature if head.fc_bias is None else feature + head.fc_bias[None, None, :]
 
 
@@ -82,19 +82,19 @@ def draft_forward(
 ) -> tuple[Float[Array, "batch tokens model"], Cache]:
     """Outputs before the last norm, and the cache with this pass's rows written from `cache.length[b]` on.
 
-    `embedded` are the embeddings of the next tokens; `features` come from `fuse_taps` or from `next_features`.
+    `embedded` are the embeddings of the next tokens; `features` come from `fuse_aux` or from `next_features`.
     `length` itself is left to the caller, who knows how many rows count.
     """
     # Angles are made for the positions at hand: whatever context the head was trained on, there is no table to leave.
-    longest = largest(jnp.max(positions) + 1, over_data())
+    longest = pmax(jnp.max(positions) + 1, data_axes())
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
     x, keys, values = features, [], []
     for layer, k_store, v_store in zip(head.layers, cache.k, cache.v, strict=True):
         h, x = layer_input(config, layer, embedded, x)
-        q, k, v = project_qkv(config, layer.attention, h, cos, sin, head.split.heads)
+        q, k, v = project_qkv(config, layer.attention, h, cos, sin, head.sharding.heads)
         keys.append(write_rows(k_store, k, cache.length))
         values.append(write_rows(v_store, v, cache.length))
-        x = finish_layer(config, layer, x, attend(q, keys[-1], values[-1], mask), head.split)
+        x = finish_layer(config, layer, x, attend(q, keys[-1], values[-1], mask), head.sharding)
     return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 
@@ -107,11 +107,13 @@ def layer_input(config: DraftConfig, layer: DraftLayer, embedded: Array, x: Arra
     return both, hidden if config.norm_before_residual else x
 
 
-def finish_layer(config: DraftConfig, layer: DraftLayer, x: Array, attended: Array, split: Split = WHOLE) -> Array:
+def finish_layer(
+    config: DraftConfig, layer: DraftLayer, x: Array, attended: Array, sharding: ShardingPlan = REPLICATED
+) -> Array:
     """The residual stream after attention's output and the MLP."""
-    x = x + output_projection(layer.attention, attended, split.heads)
+    x = x + output_projection(layer.attention, attended, sharding.heads)
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
-    return x + total(gated_mlp(rows, layer.mlp, config.hidden_act), split.ffn).reshape(x.shape)
+    return x + psum(gated_mlp(rows, layer.mlp, config.hidden_act), sharding.ffn).reshape(x.shape)
 
 
 def next_features(config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]) -> Array:
@@ -125,4 +127,4 @@ def draft_logits(
     """Logits over the draft vocabulary, float32."""
     hidden = rms_norm(outputs, head.norm, config.rms_norm_eps)
     logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
-    return joined(logits, head.split.vocabulary)
+    return all_gather(logits, head.sharding.vocabulary)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import RopeConfig
 from moespec_jax.nn.quantization import Matrix, Quantized, product
-from moespec_jax.parallel.collectives import average
+from moespec_jax.parallel.collectives import pmean
 from moespec_jax.parallel.mesh import Axes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -36,7 +36,7 @@ def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], ep
     """Root-mean-square norm in float32, scaled in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467). `axes` say
     over which axes of a mesh `x` is split, in equal parts."""
     wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(average(jnp.mean(wide * wide, axis=-1, keepdims=True), axes) + eps)
+    scale = jax.lax.rsqrt(pmean(jnp.mean(wide * wide, axis=-1, keepdims=True), axes) + eps)
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 

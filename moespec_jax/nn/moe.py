@@ -1,4 +1,4 @@
-"""Mixture-of-Experts block: route, run the chosen experts, combine. Over flattened tokens, one layer at a time."""
+"""Mixture-of-Experts block over flattened tokens: route, run the chosen experts, combine."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,24 +10,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.layers import GatedMlp, gated_mlp
-from moespec_jax.nn.routing import Restricted, Routing, route, routing_here
-from moespec_jax.parallel.collectives import total
-from moespec_jax.parallel.mesh import WHOLE, Split
+from moespec_jax.nn.routing import Restricted, Routing, route, shard_routing
+from moespec_jax.parallel.collectives import psum
+from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
 @struct.dataclass
 class SparseMlp:
-    """What a sparse layer has besides its experts, which live apart because back-ends lay them out differently."""
+    """Parameters of a sparse layer besides its routed experts, whose layout depends on the back-end. The shared expert
+    and its gate are None where the family has none."""
 
-    router: Float[Array, "experts model"]
+    router: Float[Array, "*stack experts model"]
     shared: GatedMlp | None = None
-    shared_gate: Float[Array, "1 model"] | None = None
+    shared_gate: Float[Array, "*stack 1 model"] | None = None
 
 
 class RouterInfo(NamedTuple):
-    """What a person wants to know about one routing decision: the rows that router and experts saw, softmax over all
-    experts, the ids chosen, and what a budget made of them, if there was one. Programs that do not use one of these do
-    not keep it."""
+    """Routing of one layer, for inspection. A program that does not use a field does not compute it.
+
+    Fields:
+        inputs: rows that the router and the experts read.
+        probabilities: the router's softmax over all experts.
+        experts: expert ids before a budget.
+        restricted: routing under a budget, None without one.
+    """
 
     inputs: Float[Array, "tokens model"]
     probabilities: Float[Array, "tokens experts"]
@@ -35,9 +41,9 @@ class RouterInfo(NamedTuple):
     restricted: Restricted | None = None
 
 
-# Runs x [tokens, model] through the routed experts of one sparse layer (experts, layer, x, routing) -> [tokens, model]
+# Routed experts of one sparse layer: (experts, layer, x [tokens, model], routing) -> [tokens, model].
 ExpertCompute = Callable[[object, "int | Array", Array, Routing], Array]
-# Limits the experts of one sparse layer (layer, probabilities, natural routing, valid) -> Restricted
+# Limit on the experts of one sparse layer: (layer, router's softmax, natural routing, valid) -> Restricted.
 Restrict = Callable[["int | Array", Array, Routing, Array], Restricted]
 
 
@@ -50,24 +56,23 @@ def sparse_mlp(
     valid: Bool[Array, " tokens"],
     compute: ExpertCompute,
     restrict: Restrict | None = None,
-    split: Split = WHOLE,
+    sharding: ShardingPlan = REPLICATED,
 ) -> tuple[Float[Array, "tokens model"], RouterInfo]:
-    """One sparse layer's feed-forward block; `layer` counts sparse layers only, as `experts` does.
+    """Run one sparse layer's feed-forward block; `layer` is its index among the sparse layers.
 
-    Every device of a mesh routes all tokens alike, runs them through the experts that it holds, and adds up with the
-    others.
+    On a mesh every device routes all tokens, runs the experts that it holds, and the outputs are summed.
     """
     natural, probabilities = route(config, mlp.router, x, valid)
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
     routing = natural if restricted is None else restricted.routing
-    here = routing_here(routing, config.num_experts, split.experts)
-    y = compute(experts, layer, x, here).astype(x.dtype)
+    local = shard_routing(routing, config.num_experts, sharding.experts)
+    y = compute(experts, layer, x, local).astype(x.dtype)
     if mlp.shared is None or mlp.shared_gate is None:
-        y = total(y, split.routed)
+        y = psum(y, sharding.routed)
     else:
         gate = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate))
-        common = gate * gated_mlp(x, mlp.shared, config.hidden_act)
-        # One exchange where both are split over the same devices.
-        together = split.routed == split.ffn
-        y = total(y + common, split.ffn) if together else total(y, split.routed) + total(common, split.ffn)
+        shared = gate * gated_mlp(x, mlp.shared, config.hidden_act)
+        # One all-reduce where routed and shared experts are split over the same axes.
+        same_axes = sharding.routed == sharding.ffn
+        y = psum(y + shared, sharding.ffn) if same_axes else psum(y, sharding.routed) + psum(shared, sharding.ffn)
     return y, RouterInfo(x, probabilities, natural.experts, restricted)

@@ -1,4 +1,7 @@
-"""Collectives of a program that runs on every device of a mesh at once (`jax.shard_map`). Without axes, nothing."""
+"""Collectives inside a program that runs on every device of a mesh (`jax.shard_map`), by their names in `jax.lax`.
+
+Each takes the mesh axes to communicate over; over no axes it returns its argument.
+"""
 
 import jax
 import numpy as np
@@ -7,39 +10,39 @@ from jaxtyping import Array
 from moespec_jax.parallel.mesh import DATA, Axes
 
 
-def total(x: Array, axes: Axes) -> Array:
-    """The sum of what each device has."""
+def psum(x: Array, axes: Axes) -> Array:
+    """All-reduce to the sum."""
     return jax.lax.psum(x, axes) if axes else x
 
 
-def average(x: Array, axes: Axes) -> Array:
-    """The mean of what each device has."""
+def pmean(x: Array, axes: Axes) -> Array:
+    """All-reduce to the mean."""
     return jax.lax.pmean(x, axes) if axes else x
 
 
-def joined(x: Array, axes: Axes) -> Array:
-    """Each device's part of the last dimension, side by side."""
-    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
-
-
-def part_index(axes: Axes) -> Array | int:
-    """The number of this device's part of what is split over these axes."""
-    return jax.lax.axis_index(axes) if axes else 0
-
-
-def over_data() -> Axes:
-    """The axes that the sequences of a batch are split over, in the program that is being traced."""
-    return (DATA,) if DATA in jax.sharding.get_abstract_mesh().manual_axes else ()
-
-
-def first_row(batch: int) -> Array | int:
-    """The number, in the whole batch, of the first of this device's `batch` sequences."""
-    axes = over_data()
-    return jax.lax.axis_index(axes) * batch if axes else 0
-
-
-def largest(x: Array, axes: Axes) -> Array:
-    """The largest of what each device has; of booleans, whether any is true."""
+def pmax(x: Array, axes: Axes) -> Array:
+    """All-reduce to the maximum; of booleans, to whether any is true."""
     if not axes:
         return x
     return jax.lax.pmax(x.astype(np.int32), axes) > 0 if x.dtype == bool else jax.lax.pmax(x, axes)
+
+
+def all_gather(x: Array, axes: Axes) -> Array:
+    """Concatenate the devices' parts of the last dimension."""
+    return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+
+
+def axis_index(axes: Axes) -> Array | int:
+    """Index of this device's part of a dimension that is split over `axes`."""
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def data_axes() -> Axes:
+    """Axes that split the sequences of a batch, in the program that is being traced."""
+    return (DATA,) if DATA in jax.sharding.get_abstract_mesh().manual_axes else ()
+
+
+def first_sequence(batch: int) -> Array | int:
+    """Index, in the whole batch, of the first of this device's `batch` sequences."""
+    axes = data_axes()
+    return jax.lax.axis_index(axes) * batch if axes else 0

@@ -54,7 +54,7 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class ShardingPlan:
     """Over which axes of a mesh the parts of some parameters are split; without any, they are whole on every device.
 
     `heads` is about attention, queries and keys alike; `vocabulary` about the output head (an embedding is whole on
@@ -74,7 +74,7 @@ class Split:
         return ((EXPERT,) if self.experts > 1 else ()) + self.expert_ffn
 
 
-WHOLE = Split()
+REPLICATED = ShardingPlan()
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -122,7 +122,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(there[: config.devices]).reshape(config.shape), AXES)
 
 
-def split_decoder(config: DecoderConfig, mesh: MeshConfig) -> Split:
+def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
     """How a decoder lies on a mesh.
 
     Raises:
@@ -137,7 +137,7 @@ def split_decoder(config: DecoderConfig, mesh: MeshConfig) -> Split:
             f" {config.num_key_value_heads} key/value heads or be a multiple of them; got {mesh.tensor}"
         )
     dense = [config.shared_expert_intermediate_size, *(() if all(config.sparse_layers) else [config.intermediate_size])]
-    return Split(
+    return ShardingPlan(
         heads=heads,
         vocabulary=_widest(mesh, config.vocab_size),
         ffn=_widest(mesh, *dense),
@@ -146,10 +146,10 @@ def split_decoder(config: DecoderConfig, mesh: MeshConfig) -> Split:
     )
 
 
-def split_head(config: DraftConfig, mesh: MeshConfig) -> Split:
+def shard_head(config: DraftConfig, mesh: MeshConfig) -> ShardingPlan:
     """How a draft head lies on a mesh: as much of it as can be over all devices that share a sequence. It is read once
     for every level of a tree."""
-    return Split(
+    return ShardingPlan(
         heads=_heads(config, mesh),
         vocabulary=_widest(mesh, config.draft_vocab_size),
         ffn=_widest(mesh, config.intermediate_size),
@@ -161,9 +161,9 @@ def ways(mesh: MeshConfig, axes: Axes) -> int:
     return math.prod(getattr(mesh, axis) for axis in axes)
 
 
-def repeated_heads(config: AttentionConfig, mesh: MeshConfig, split: Split) -> int:
+def repeated_heads(config: AttentionConfig, mesh: MeshConfig, plan: ShardingPlan) -> int:
     """How many times each key/value head is kept, so that every device has those that its queries share."""
-    return max(ways(mesh, split.heads) // config.num_key_value_heads, 1)
+    return max(ways(mesh, plan.heads) // config.num_key_value_heads, 1)
 
 
 def _heads(config: AttentionConfig, mesh: MeshConfig) -> Axes:

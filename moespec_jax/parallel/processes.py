@@ -46,7 +46,7 @@ def same_everywhere(text: str) -> bool:
     return bool(np.all(multihost_utils.process_allgather(digest) == digest))
 
 
-def agreed(number: int) -> int:
+def broadcast_from_first(number: int) -> int:
     """What the first process says, on every process: clocks and disks differ, and programs must be called alike."""
     if jax.process_count() == 1:
         return number
@@ -60,7 +60,7 @@ def fetch(array: jax.Array | np.generic) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def everywhere(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """A tree of arrays that every process has, whole on every device of a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:

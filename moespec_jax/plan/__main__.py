@@ -23,7 +23,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.quantization import QUANTIZATIONS
-from moespec_jax.parallel.mesh import MeshConfig, split_decoder
+from moespec_jax.parallel.mesh import MeshConfig, shard_decoder
 from moespec_jax.plan.table import table
 
 
@@ -48,7 +48,7 @@ def _run(arguments: argparse.Namespace) -> None:
     tree, budget = tree_of(arguments) or TreeConfig(), budget_of(arguments)
     about = {
         "versions": versions(), "cache_slots": arguments.cache_slots, "batch": arguments.batch,
-        "tree": dataclasses.asdict(tree), "budget": None if budget is None else dataclasses.asdict(budget),
+        "tree": dataclasses.asdict(tree), "budget": None if budget is None else budget.as_dict(),
     }  # fmt: skip
     report = json.dumps(about | {"rows": rows}, indent=1) + "\n"
     if arguments.out is not None:
@@ -94,7 +94,7 @@ def _check(target: DecoderConfig, budget: BudgetConfig | None, mesh: MeshConfig 
     check_budget(budget, target)
     try:
         if mesh is not None:
-            split_decoder(target, mesh)
+            shard_decoder(target, mesh)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -2,7 +2,6 @@
 mesh as a loaded model is."""
 
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,22 +14,23 @@ from moespec_jax.checkpoint.placement import Placement, decoder_placement, head_
 from moespec_jax.checkpoint.tensor_table import Path
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import DecodeState, Settings
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, expected_reach
+from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.cache import empty_cache
-from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
+from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.nn.quantization import Quantization
-from moespec_jax.runtime.method import Method, speculative_method
 from moespec_jax.runtime.programs import Programs
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 
 
-class Wanted(NamedTuple):
-    """What is to run: a target and a head on a mesh, `batch` sequences of at most `slots` tokens, a tree, a budget."""
+class Workload(NamedTuple):
+    """A target and a head on a mesh, `batch` sequences of at most `slots` tokens, a tree and a budget."""
 
     target: DecoderConfig
     draft: DraftConfig
@@ -44,38 +44,35 @@ class Wanted(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A round's method and the shapes and places of its arguments."""
+    """A method with the shapes and shardings of its arguments."""
 
-    method: Method
-    params: Speculator
-    state: SpeculationState
+    method: Speculative[DraftHead, Eagle3State]
+    params: SpeculativeParams[DraftHead]
+    state: SpeculationState[Eagle3State]
 
 
-def abstract_round(wanted: Wanted) -> Round:
+def abstract_round(work: Workload) -> Round:
     """Parameters and state of a round, bfloat16.
 
     Raises:
         ValueError: the model cannot be spread over the mesh, or cannot have the budget.
     """
-    target, beside = decoder_placement(wanted.target, wanted.mesh), head_placement(wanted.draft, wanted.mesh)
-    config, draft = with_repeated_heads(wanted.target, target), with_repeated_heads(wanted.draft, beside)
-    decoder = abstract_decoder(config, wanted.backend, DTYPE, target, wanted.quantization)
-    params = Speculator(decoder, abstract_head(draft, beside))
-    settings = Settings(config, SamplingConfig(), wanted.backend.compute(config.hidden_act), wanted.backend.attention)
-    rule = None if wanted.budget is None else resolve(wanted.budget, config)
-    accept = accept_rule(SamplingConfig(), wanted.tree.longest_path)
-    speculation = SpeculationSettings(settings, draft, wanted.tree, accept, rule)
-    method = speculative_method(speculation, params, DTYPE)
-    state = jax.eval_shape(partial(_state, speculation, wanted.batch, wanted.slots))
-    return Round(method, params, on_mesh(wanted.mesh, state, method.specs[1]))
+    target, beside = decoder_placement(work.target, work.mesh), head_placement(work.draft, work.mesh)
+    config, draft = with_repeated_heads(work.target, target), with_repeated_heads(work.draft, beside)
+    decoder = abstract_decoder(config, work.backend, DTYPE, target, work.quantization)
+    params = SpeculativeParams(decoder, abstract_head(draft, beside))
+    plain = Autoregressive(config, SamplingConfig(), work.backend)
+    budget = None if work.budget is None else resolve(work.budget, config)
+    accept = accept_rule(SamplingConfig(), work.tree.longest_path)
+    method = Speculative(plain, Eagle3Drafter(draft), work.tree, accept, budget)
+    return Round(method, params, on_mesh(work.mesh, abstract_state(method, draft, work), method.specs(params)[0]))
 
 
 def lower_round(round_: Round, mesh: Mesh) -> jax.stages.Lowered:
     """The program of rounds, its state donated, to be compiled for the devices of the mesh."""
     method, params, state = round_
     rounds = on_mesh(mesh, jax.ShapeDtypeStruct((), jnp.int32), PartitionSpec())
-    function = partial(method.advance, method.settings)
-    return Programs(mesh).lower(function, params, state, rounds, donate=(1,), specs=method.specs[1:])
+    return Programs(mesh).lower(method.step, params, state, rounds, donate=True, specs=method.specs(params))
 
 
 def on_mesh(mesh: Mesh, shapes: Any, specs: Any) -> Any:
@@ -98,14 +95,20 @@ def abstract_head(draft: DraftConfig, placement: Placement | None = None) -> Dra
     leaves = {t.path: leaf(t.path, final_shape(t), DTYPE) for t in draft_table(draft).values()}
     ids = ("target_ids",)
     head = build_head(draft, leaves | {ids: leaf(ids, (draft.draft_vocab_size,), jnp.int32)})
-    return head if placement is None else dataclasses.replace(head, split=placement.split)
+    return head if placement is None else dataclasses.replace(head, sharding=placement.plan)
 
 
-def _state(settings: SpeculationSettings, batch: int, slots: int) -> SpeculationState:
-    """Sequences under way."""
-    ids, tokens = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, slots), jnp.int32)
-    cache = empty_cache(settings.target.config, batch, slots, DTYPE, stacked=True)
-    decoding = DecodeState(tokens, ids, ids, ids > 0, jnp.zeros((8,), jnp.int32), jax.random.key(0), cache)
-    taps = jnp.zeros((batch, settings.tree.longest_path, settings.draft.aux_size), DTYPE)
-    draft_cache = empty_draft_cache(settings.draft, batch, slots, DTYPE)
-    return SpeculationState(decoding, draft_cache, taps, expected_reach(settings.tree))
+def abstract_state(
+    method: Speculative[DraftHead, Eagle3State], draft: DraftConfig, work: Workload
+) -> SpeculationState[Eagle3State]:
+    """Shapes of a batch under way, whole."""
+    whole = abstract_decoder(method.target.config, work.backend, DTYPE, quantization=work.quantization)
+    params = SpeculativeParams(whole, abstract_head(draft))
+
+    def begin(params: SpeculativeParams[DraftHead]) -> SpeculationState[Eagle3State]:
+        ids, stop_ids = jnp.zeros((work.batch,), jnp.int32), jnp.zeros((8,), jnp.int32)
+        tokens = jnp.zeros((work.batch, work.slots), jnp.int32)
+        prompts = Prompts(tokens, ids, ids, stop_ids, jax.random.key(0))
+        return method.begin(params, method.prefill.init(params, work.batch, work.slots), prompts)
+
+    return jax.eval_shape(begin, params)

@@ -9,7 +9,7 @@ from moespec_jax.nn.quantization import Quantization
 from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
 from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices, local_bytes
 from moespec_jax.plan.collectives import traffic
-from moespec_jax.plan.program import Round, Wanted, abstract_round, lower_round
+from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round
 
 
 class Slice(NamedTuple):
@@ -53,12 +53,12 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     topology, count = SLICES[name]
     chip = name.partition("-")[0]
     mesh = best_mesh(load.target, count) if load.mesh is None else load.mesh
-    wanted = Wanted(
+    work = Workload(
         load.target, load.draft, make_mesh(mesh, devices(chip, topology)[:count]), BACKENDS["pallas"], load.tree,
         load.slots, load.batch, load.budget, quantization,
     )  # fmt: skip
-    round_ = abstract_round(wanted)
-    decoding, draft_cache = round_.state.decoding, round_.state.draft_cache
+    round_ = abstract_round(work)
+    decoding, draft_cache = round_.state.decoding, round_.state.draft.cache
     row = {
         "slice": name,
         "devices": mesh.devices,
@@ -70,12 +70,12 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     }
     # What cannot fit is not compiled.
     fits = row["weights"] + row["cache"] < row["available"]
-    return row | (_compiled(round_, wanted) if fits else {"fits": False})
+    return row | (_compiled(round_, work) if fits else {"fits": False})
 
 
-def _compiled(round_: Round, wanted: Wanted) -> dict[str, Any]:
+def _compiled(round_: Round, work: Workload) -> dict[str, Any]:
     try:
-        program = compile_lowered(lower_round(round_, wanted.mesh))
+        program = compile_lowered(lower_round(round_, work.mesh))
     except OutOfMemory:
         return {"fits": False}
     found = traffic(program.hlo)

@@ -1,1 +1,1 @@
-"""A loaded model and its runs: loading, compiled programs, one batch from prompt to result. Private: see `moespec_jax`."""
+"""A loaded model and its runs: loading, compiled programs, one batch from prompt to result. Private."""

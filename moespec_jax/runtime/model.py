@@ -9,39 +9,55 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
-from moespec_jax.decoding.budget import check_names
-from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning, caution, is_exact, resolve
+from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning, budget_warning, is_exact, resolve
+from moespec_jax.decoding.drafter import Drafter, SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import Adapt, SpeculationSettings, Speculator
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.speculative import Adapt, Speculative
 from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
-from moespec_jax.runtime.method import Method, plain_method, speculative_method
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.results import PromptResult, RunResult, versions
+from moespec_jax.runtime.request import sequence_limits
+from moespec_jax.runtime.results import PromptResult, RunResult, device_name, versions
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 
-# What is drafted where nothing else is asked for. On CPU it measured fastest with the embedded pair (README); elsewhere
-# it is what published heads for MoE targets are served with, until a measurement says better.
+# The tree where none is given. On CPU it is the fastest that was measured with the embedded pair; elsewhere it is what
+# published heads for MoE targets are served with.
 DEFAULT_TREE = TreeConfig(depth=2, top_k=1, size=4)
-AskedTree = TreeConfig | Literal["default"] | None
+
+
+_NOTHING_DRAFTED = "expected speculative decoding to trace, simulate or adapt; this is plain decoding"
 
 
 @dataclasses.dataclass
 class Model:
-    """A decoder with its tokenizer, stop ids and compiled programs, and its draft head if it has one."""
+    """A loaded decoder.
+
+    Fields:
+        config: its settings.
+        params: its parameters, in the layout of the back-end.
+        backend: expert compute and attention.
+        dtype: of weights and activations.
+        tokenizer: None for token ids only.
+        stop_ids: token ids that end a sequence.
+        directory: where it was loaded from.
+        draft: draft head, if there is one.
+        programs: compiled programs.
+        quantization: of the routed experts.
+    """
 
     config: DecoderConfig
     params: Decoder
@@ -53,10 +69,6 @@ class Model:
     draft: LoadedDraft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
     quantization: Quantization | None = None
-
-    def __post_init__(self) -> None:
-        # One function object for the life of the model: compiled programs are found by it.
-        self._compute = self.backend.compute(self.config.hidden_act)
 
     @property
     def precision(self) -> str:
@@ -96,173 +108,182 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
         max_length: int | None = None,
-        tree: AskedTree = "default",
+        tree: TreeConfig | Literal["default"] | None = "default",
         budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
+        drafter: Drafter[Any, Any] | None = None,
         adapt: Adapt | None = None,
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
     ) -> RunResult:
-        """Continue one or several prompts, given as text or as token ids, as one batch.
+        """Continue one or several prompts as one batch.
 
-        With a draft head, `tree` says what is drafted in a round; None decodes plainly. A `budget` limits how many
-        experts a layer reads to verify it, which changes what comes out (a bare number: under the default rule).
-        `simulate_accept_length` makes rounds accept that many tokens on average, whatever the model says: for timing.
-        `adapt` puts other functions in place of a round's own; of what comes out then, `exact` claims nothing.
-        `on_tokens` is called with every sequence's new ids, about ten times a second or once a round if that is slower;
-        `on_round` with what each round did.
+        Args:
+            prompts: text, or lists of token ids.
+            max_new_tokens: of each prompt.
+            temperature: 0 is greedy.
+            top_k: draw from the k most probable tokens; 0 is all.
+            top_p: draw from the smallest set of most probable tokens that holds this probability.
+            seed: of all random draws.
+            ignore_eos: generate beyond the model's stop ids.
+            max_length: longest sequence in tokens (default: the model's context).
+            tree: shape of the draft tree; None decodes plainly. Models without a draft head decode plainly by default.
+            budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
+                the default rule.
+            simulate_accept_length: accept so many tokens a round on average, whatever the model computes: for timing.
+            drafter: in place of the draft head.
+            adapt: replaces functions of the round (`speculative.Speculative`); the result is then not called exact.
+            on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.
+            on_round: called with the measurements of every round.
 
         Warns:
-            BudgetWarning: the budget is so tight that the output suffers.
+            BudgetWarning: the budget is so tight that quality is likely to suffer.
 
         Raises:
-            RequestError: a prompt is empty, holds an unknown id or fills the context, or a number is out of range; or
-                something is asked of a draft head that is not there.
+            RequestError: a prompt is empty, holds an unknown id or fills the context; a number is out of range; or a
+                tree, a budget or a round's measurements are asked for where nothing is drafted.
             CheckpointError: logits are not finite, because weights are not, or are too large for their dtype.
         """
         try:
             sampling = SamplingConfig(temperature, top_k, top_p)
+            budget = BudgetConfig(budget) if isinstance(budget, int | float) else budget
         except ValueError as error:
             raise RequestError(str(error)) from None
         if not 0 <= seed < 2**32:
             raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        if any(isinstance(p, int) for p in given):
-            raise RequestError("expected a list of prompts; for one prompt of token ids, wrap it: [[5, 17, 9]]")
-        ids = [self.encode(p) if isinstance(p, str) else list(p) for p in given]
-        limit = self._limits(ids, max_new_tokens, max_length)
+        ids = self._token_ids(prompts)
+        limit = sequence_limits(self.config, ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
-        shape = self._tree(tree, simulate_accept_length, adapt, on_round)
-        rule = self._budget(budget, shape)
-        run = Run(self.programs, self.method(sampling, shape, rule, simulate_accept_length, adapt), batch)
+        spec = self.resolve(DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt))
+        if spec.tree is None and on_round is not None:
+            raise RequestError(_NOTHING_DRAFTED)
+        if spec.tree is None:
+            run = Run(self.programs, self.autoregressive(sampling), self.params, batch)
+        else:
+            run = Run(self.programs, self.speculative(spec, sampling), self.speculative_params, batch)
         run.execute(on_tokens, on_round)
-        own = simulate_accept_length is None and adapt is None
-        exact = own and (rule is None or is_exact(rule, self.config, len(ids)))
-        return self._result(run, batch, sampling, max_new_tokens, shape, rule, simulate_accept_length, exact)
+        return self._result(run, batch, sampling, spec, max_new_tokens)
 
-    def _tree(self, tree: AskedTree, simulate: float | None, *hooks: object) -> TreeConfig | None:
-        """The tree to draft, None for plain decoding, which has nothing to simulate and no place for `hooks`."""
+    def resolve(self, spec: DecodingSpec) -> DecodingSpec:
+        """Check a spec against this model, and complete it: the default tree, and the budget of each layer.
+
+        Warns:
+            BudgetWarning: the budget is so tight that quality is likely to suffer.
+
+        Raises:
+            RequestError: the model cannot decode so.
+        """
+        drafts = self.draft is not None or spec.drafter is not None
+        tree = spec.tree
         if tree == "default":
-            tree = None if self.draft is None else DEFAULT_TREE
+            tree = DEFAULT_TREE if drafts else None
         if tree is None:
-            if any(asked is not None for asked in (simulate, *hooks)):
-                raise RequestError("expected speculative decoding to trace, simulate or adapt; this is plain decoding")
-            return None
-        if self.draft is None:
+            if spec.budget is not None:
+                raise RequestError(
+                    "expected speculative decoding to budget the verification of; this is plain decoding"
+                )
+            if any(given is not None for given in (spec.simulate_accept_length, spec.adapt)):
+                raise RequestError(_NOTHING_DRAFTED)
+            return DecodingSpec()
+        if not drafts:
             raise RequestError(f"expected a draft head to draft a tree with; {self.directory} was loaded without one")
-        try:
-            check_draft_vocabulary(tree, self.draft.config.draft_vocab_size)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        simulate = spec.simulate_accept_length
         if simulate is not None and not 1.0 <= simulate <= tree.longest_path:
             raise RequestError(
                 f"expected an accept length from 1 to {tree.longest_path}, the longest path of the tree; got {simulate}"
             )
-        return tree
-
-    def _budget(self, budget: BudgetConfig | int | float | None, tree: TreeConfig | None) -> BudgetConfig | None:
-        """The rule with a number for each layer."""
-        if budget is None:
-            return None
-        if tree is None:
-            raise RequestError("expected speculative decoding to budget the verification of; this is plain decoding")
         try:
-            rule = budget if isinstance(budget, BudgetConfig) else BudgetConfig(budget)
-            check_names(rule)
-            rule = resolve(rule, self.config)
+            if self.draft is not None and spec.drafter is None:
+                check_draft_vocabulary(tree, self.draft.config.draft_vocab_size)
+            budget = None if spec.budget is None else resolve(spec.budget, self.config)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        if warning := caution(rule, self.config):
+        if budget is not None and (warning := budget_warning(budget, self.config)):
             warnings.warn(warning, BudgetWarning, stacklevel=3)
-        return rule
+        return dataclasses.replace(spec, tree=tree, budget=budget)
 
-    def method(
-        self,
-        sampling: SamplingConfig,
-        tree: TreeConfig | None = None,
-        budget: BudgetConfig | None = None,
-        simulate: float | None = None,
-        adapt: Adapt | None = None,
-    ) -> Method:
-        """The programs that decode: plainly, or drafting `tree` and verifying it under a resolved `budget`, with what
-        `adapt` makes of that."""
-        settings = Settings(self.config, sampling, self._compute, self.backend.attention)
-        if tree is None or self.draft is None:
-            return plain_method(settings, self.params, self.dtype)
-        accept = accept_rule(sampling, tree.longest_path, simulate)
-        speculation = SpeculationSettings(settings, self.draft.config, tree, accept, budget)
-        speculation = speculation if adapt is None else adapt(speculation)
-        return speculative_method(speculation, Speculator(self.params, self.draft.head), self.dtype)
+    def is_exact(self, spec: DecodingSpec, batch: int) -> bool:
+        """Whether a resolved spec leaves the distribution of the output that of the model, for `batch` prompts."""
+        if spec.simulate_accept_length is not None or spec.adapt is not None:
+            return False
+        return spec.budget is None or is_exact(spec.budget, self.config, batch)
 
-    def _limits(self, ids: list[list[int]], max_new_tokens: int, max_length: int | None) -> list[int]:
-        """The length at which each sequence ends at the latest."""
-        context = self.config.context_length
-        if not ids:
-            raise RequestError("expected at least one prompt")
-        if max_new_tokens < 1:
-            raise RequestError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-        if max_length is not None and not 1 < max_length <= context:
-            raise RequestError(f"expected max_length from 2 to the model's context of {context}, got {max_length}")
-        context = max_length or context
-        for number, prompt in enumerate(ids):
-            if not prompt:
-                raise RequestError(f"expected a prompt of at least one token; prompt {number} is empty")
-            if len(prompt) >= context:
-                raise RequestError(
-                    f"expected a prompt shorter than the context of {context} tokens; prompt {number} has {len(prompt)}"
-                )
-            for i in prompt:
-                if not 0 <= i < self.config.vocab_size:
-                    raise RequestError(
-                        f"expected token ids from 0 to {self.config.vocab_size - 1}; prompt {number} holds {i}"
-                    )
-        return [min(len(prompt) + max_new_tokens, context) for prompt in ids]
+    def autoregressive(self, sampling: SamplingConfig) -> Autoregressive:
+        """Plain decoding."""
+        return Autoregressive(self.config, sampling, self.backend)
+
+    def speculative(self, spec: DecodingSpec, sampling: SamplingConfig) -> Speculative[Any, Any]:
+        """Speculative decoding by a resolved spec; its drafter has parameters and a state of its own kind."""
+        assert isinstance(spec.tree, TreeConfig)
+        drafter = spec.drafter
+        if drafter is None:
+            assert self.draft is not None
+            drafter = Eagle3Drafter(self.draft.config)
+        accept = accept_rule(sampling, spec.tree.longest_path, spec.simulate_accept_length)
+        method = Speculative(self.autoregressive(sampling), drafter, spec.tree, accept, spec.budget)
+        return method if spec.adapt is None else spec.adapt(method)
+
+    @property
+    def speculative_params(self) -> SpeculativeParams[Any]:
+        """Parameters of speculative decoding: the target's, and the head's if there is one."""
+        return SpeculativeParams(self.params, () if self.draft is None else self.draft.head)
+
+    def _token_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+        given = [prompts] if isinstance(prompts, str) else list(prompts)
+        if any(isinstance(p, int) for p in given):
+            raise RequestError("expected a list of prompts; for one prompt of token ids, wrap it: [[5, 17, 9]]")
+        return [self.encode(p) if isinstance(p, str) else list(p) for p in given]
 
     def _result(
-        self,
-        run: Run,
-        batch: Batch,
-        sampling: SamplingConfig,
-        max_new_tokens: int,
-        tree: TreeConfig | None,
-        budget: BudgetConfig | None,
-        simulate: float | None,
-        exact: bool,
+        self, run: Run[Any, Any, Any], batch: Batch, sampling: SamplingConfig, spec: DecodingSpec, max_new_tokens: int
     ) -> RunResult:
-        pairs = zip(batch.prompts, run.sequences, strict=True)
-        new = [sequence[len(prompt) :] for prompt, sequence in pairs]
-        prompts = [self._prompt_result(run, batch, number, ids, max_new_tokens) for number, ids in enumerate(new)]
-        later = sum(p.new_tokens - 1 for p in prompts)
+        prompts = [self._prompt_result(run, batch, number, max_new_tokens) for number in range(len(batch.prompts))]
         mean = {name: total / max(run.rounds, 1) for name, total in run.sums.items()}
+        later = sum(p.new_tokens - 1 for p in prompts)  # the first token of each comes with prefill
         return RunResult(
             prompts=prompts,
-            experts_wanted=mean["experts_wanted"],
-            experts_loaded=mean["experts_wanted"] if tree is None else mean["experts_read"],
-            mass_kept=1.0 if budget is None else mean["mass_kept"],
-            tokens_replaced=mean["replaced"],
-            exact=exact,
+            experts_wanted=mean.get("experts_wanted", 0.0),
+            experts_read=mean.get("experts_read", mean.get("experts_wanted", 0.0)),
+            experts_max_per_device=mean.get("experts_max_per_device", 0.0),
+            mass_kept=1.0 if spec.budget is None else mean.get("mass_kept", 0.0),
+            tokens_replaced=mean.get("replaced", 0.0),
+            exact=self.is_exact(spec, len(batch.prompts)),
             greedy=sampling.greedy,
-            budget=None if budget is None else dataclasses.asdict(budget),
-            tree=None if tree is None else dataclasses.asdict(tree),
-            draft_model=None if tree is None or self.draft is None else self.draft.name,
-            simulated_accept_length=simulate,
+            budget=None if spec.budget is None else spec.budget.as_dict(),
+            tree=dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
+            draft_model=self._drafter_name(spec),
+            simulated_accept_length=spec.simulate_accept_length,
             compile_s=run.compile_s,
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,
             tokens_per_s=later / run.decode_s if run.decode_s else 0.0,
-            experts_slowest=mean["experts_slowest"],
             mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
-            device=f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
+            device=device_name(),
             dtype=str(self.dtype),
             quantization=self.quantization,
             versions=versions(),
         )
 
-    def _prompt_result(self, run: Run, batch: Batch, number: int, new: list[int], max_new_tokens: int) -> PromptResult:
+    def _prompt_result(self, run: Run[Any, Any, Any], batch: Batch, number: int, max_new_tokens: int) -> PromptResult:
         prompt = batch.prompts[number]
+        new = run.sequences[number][len(prompt) :]
         reason = "stop" if new[-1] in batch.stop_ids else "length" if len(new) == max_new_tokens else "context"
         rounds = int(run.active[number])
         by_depth = (run.accepted[number] / max(rounds, 1)).tolist()
-        accept_length = 1.0 + sum(by_depth) if rounds else 0.0
-        text = self.decode(new, after=prompt)
-        return PromptResult(text, new, len(prompt), len(new), rounds, accept_length, by_depth, reason)
+        return PromptResult(
+            text=self.decode(new, after=prompt),
+            token_ids=new,
+            prompt_tokens=len(prompt),
+            new_tokens=len(new),
+            rounds=rounds,
+            accept_length=1.0 + sum(by_depth) if rounds else 0.0,
+            accepted_by_depth=by_depth,
+            finish_reason=reason,
+        )
+
+    def _drafter_name(self, spec: DecodingSpec) -> str | None:
+        if spec.tree is None:
+            return None
+        if spec.drafter is not None:
+            return type(spec.drafter).__name__
+        return None if self.draft is None else self.draft.name

@@ -1,10 +1,11 @@
-"""Compiled programs of one loaded model, each built once per shape and setting, with the time that took kept apart."""
+"""Compiled programs of one loaded model: each is built once for its shapes and settings, and compilation is timed."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, TypeVarTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,40 +14,56 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.parallel.processes import put_global
 
-# XLA:CPU maps some three pieces of memory for every kernel of a program, and Linux lets a process have so many.
+# XLA:CPU makes about three memory maps for every kernel of a program, and Linux limits the maps of a process.
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
+
+Settings = TypeVar("Settings")
+Params = TypeVar("Params")
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
+PyTree = TypeVar("PyTree")
 
 
 class Programs:
-    """Compiles functions of `(settings, params, ...)` for the arguments at hand, or finds them compiled. Where programs
-    take half of the memory maps that the system allows, those that were not used for longest are let go.
+    """Compiles functions of `(settings, params, *arguments)` for the arguments at hand, or finds them compiled.
 
-    With a mesh, whose devices may be those of several processes, a program runs on each of its devices at once, and
-    takes and gives its share of every array.
+    With a mesh, whose devices may belong to several processes, a program runs on every device at once, on its shard of
+    every array. Where programs take half of the memory maps that the system allows, the least recently used are freed.
+
+    Fields:
+        mesh: devices to run on; None is JAX's default device.
+        compile_s: seconds spent compiling so far.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
         self.mesh = mesh
-        self._compiled: dict[Any, Callable[..., Any]] = {}
         self.compile_s = 0.0
+        self._compiled: dict[Hashable, Callable[..., object]] = {}
 
     def __len__(self) -> int:
         return len(self._compiled)
 
     def run(
         self,
-        function: Callable[..., Any],
-        settings: Any,
-        params: Any,
-        *arguments: Any,
-        donate: tuple[int, ...] = (),
-        specs: Any = None,
-    ) -> Any:
-        """Call `function(settings, params, *arguments)`, compiled; `donate` counts from `params` as 0. `specs` say how
-        the result lies on a mesh.
+        function: Callable[[Settings, Params, *Arguments], Result],
+        settings: Settings,
+        params: Params,
+        *arguments: *Arguments,
+        donate: bool = False,
+        specs: Result | None = None,
+    ) -> Result:
+        """Call `function(settings, params, *arguments)`, compiled.
 
-        All calls of one model share its parameters, so only the other arguments tell programs apart; where they lie,
-        and `specs`, follow from function and settings.
+        All calls of one model share its parameters, so only settings and the other arguments tell programs apart;
+        `specs` follows from them.
+
+        Args:
+            function: a pure function; `settings` is static.
+            settings: a hashable value.
+            params: parameters of the model.
+            *arguments: pytrees of arrays.
+            donate: reuse the memory of the first argument, a state.
+            specs: sharding of the result on a mesh, with a `PartitionSpec` in place of every array.
 
         Raises:
             ValueError: there is a mesh, and no `specs`.
@@ -54,70 +71,91 @@ class Programs:
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, settings, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key in self._compiled:
-            self._compiled[key] = self._compiled.pop(key)  # the last one used comes last
+            self._compiled[key] = self._compiled.pop(key)  # the most recently used is last
         else:
-            self._make_room()
+            self._free_unused()
             started = time.perf_counter()
             lowered = self.lower(partial(function, settings), params, *arguments, donate=donate, specs=specs)
             self._compiled[key] = lowered.compile()
             self.compile_s += time.perf_counter() - started
-        return self._compiled[key](params, *arguments)
+        # A compiled program has no type of its own.
+        return cast(Result, self._compiled[key](params, *leaves))
 
     def lower(
         self,
-        function: Callable[..., Any],
-        params: Any,
-        *arguments: Any,
-        donate: tuple[int, ...] = (),
-        specs: Any = None,
+        function: Callable[[Params, *Arguments], Result],
+        params: Params,
+        *arguments: *Arguments,
+        donate: bool = False,
+        specs: Result | None = None,
     ) -> jax.stages.Lowered:
-        """The program of `function(params, *arguments)` before it is compiled; arguments may be shapes alone."""
-        whole = self._on_every_device(function, (params, *arguments), specs)
-        # Accelerators multiply float32 in fewer bits unless told otherwise; who asks for float32 means it.
+        """Lower `function(params, *arguments)`. The program takes the parameters and the leaves of the arguments, which
+        may be shapes alone; with `donate`, those leaves of the first argument are donated that the result can reuse."""
+        leaves, tree = jax.tree.flatten(arguments)
+        on_devices = self._on_every_device(function, params, arguments, specs)
+
+        def flat(params: Params, *leaves: jax.Array) -> Result:
+            return on_devices(params, *tree.unflatten(leaves))
+
+        # XLA multiplies float32 in fewer bits on accelerators by default.
         exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
         with jax.default_matmul_precision("highest" if exact else None):
-            return jax.jit(whole, donate_argnums=donate).lower(params, *arguments)
+            reused = _reusable(jax.tree.leaves(arguments[0]), jax.eval_shape(flat, params, *leaves)) if donate else []
+            return jax.jit(flat, donate_argnums=tuple(1 + i for i in reused)).lower(params, *leaves)
 
     def put(self, array: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
-        """An argument of a program, whole on every device or as `spec` says: every process gives the whole of it."""
+        """Place an argument of a program: replicated, or sharded by `spec`. Every process passes the whole of it."""
         if self.mesh is None:
             return jnp.asarray(array)
         return put_global(array, NamedSharding(self.mesh, PartitionSpec() if spec is None else spec))
 
     def key(self, seed: int) -> jax.Array:
-        """The random key of a seed, on every device."""
+        """Random key of a seed, replicated."""
         key = jax.random.key(seed)
         return key if self.mesh is None else jax.random.wrap_key_data(self.put(np.asarray(jax.random.key_data(key))))
 
-    def make(self, key: Hashable, function: Callable[[], Any], specs: Any) -> Any:
-        """What `function` gives, made where it is to lie; equal keys stand for equal functions."""
+    def make(self, key: Hashable, function: Callable[[], PyTree], specs: PyTree) -> PyTree:
+        """Call `function()`, on a mesh with its result sharded from the start; equal keys stand for equal functions."""
         if self.mesh is None:
             return function()
         if key not in self._compiled:
             self._compiled[key] = jax.jit(function, out_shardings=_shardings(self.mesh, specs))
-        return self._compiled[key]()
+        return cast(PyTree, self._compiled[key]())
 
-    def _make_room(self) -> None:
+    def _free_unused(self) -> None:
         while self._compiled and _crowded():
             del self._compiled[next(iter(self._compiled))]
 
-    def _on_every_device(self, function: Callable[..., Any], arguments: Any, specs: Any) -> Callable[..., Any]:
+    def _on_every_device(
+        self, function: Callable[..., Result], params: object, arguments: tuple[object, ...], specs: Result | None
+    ) -> Callable[..., Result]:
         if self.mesh is None:
             return function
         if specs is None:
-            raise ValueError("expected a model on one device: this program has no place on a mesh")
-        given = jax.tree.map(lambda leaf: leaf.sharding.spec, arguments)
-        # What a function gives on every device alike is not checked to be alike.
+            raise ValueError("expected a model on one device: this program has no sharding for a mesh")
+        given = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, *arguments))
+        # Whether replicated results are equal on all devices is not checked.
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=specs, check_vma=False)
 
 
-def _shardings(mesh: Mesh, specs: Any) -> Any:
+def _reusable(given: list[jax.Array], result: object) -> list[int]:
+    """Indices of arrays whose memory the result can take over: it has one of the same shape and dtype for each."""
+    free = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(result))
+    found = []
+    for i, leaf in enumerate(given):
+        if free[leaf.shape, leaf.dtype]:
+            free[leaf.shape, leaf.dtype] -= 1
+            found.append(i)
+    return found
+
+
+def _shardings(mesh: Mesh, specs: object) -> object:
     is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def _crowded() -> bool:
-    """Whether this process has more than half of the memory maps that it may have; no system but Linux counts them."""
+    """Whether this process has more than half of the memory maps that it may have. Only Linux counts them."""
     try:
         with _MAPS.open("rb") as maps:
             return 2 * sum(1 for _ in maps) > int(_MOST_MAPS.read_text())

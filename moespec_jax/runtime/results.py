@@ -1,18 +1,26 @@
-"""What a run gave: texts and tokens, how long each part took, what was read, and whether it is exact."""
+"""Result of a run: texts and tokens, seconds of each part, experts read, and whether it is exact."""
 
 import dataclasses
 import importlib.metadata
 from typing import Any
 
+import jax
+
 
 @dataclasses.dataclass
 class PromptResult:
-    """What one prompt gave. Text fields are None where there is no tokenizer.
+    """Continuation of one prompt.
 
-    `finish_reason` is "stop" (a stop id, which is the last of `token_ids`), "length" (`max_new_tokens`) or "context".
-    `rounds` counts the target's forward passes after prefill. `accept_length` is the mean number of tokens a round
-    gained, the drafted ones it accepted and one more, even if a stop id or the limit cut some off; 1 in plain decoding.
-    `accepted_by_depth[d]` is the share of rounds that accepted a drafted token at depth d + 1.
+    Fields:
+        text: None where there is no tokenizer.
+        token_ids: new tokens, a stop id included.
+        prompt_tokens: length of the prompt.
+        new_tokens: number of new tokens.
+        rounds: the target's forward passes after prefill.
+        accept_length: mean number of tokens that a round gained, the drafted ones it accepted and one more, even if a
+            stop id or the limit cut some off; 1 in plain decoding.
+        accepted_by_depth: share of rounds that accepted a drafted token at depth 1, 2, ...
+        finish_reason: "stop" (a stop id), "length" (`max_new_tokens`) or "context".
     """
 
     text: str | None
@@ -27,20 +35,32 @@ class PromptResult:
 
 @dataclasses.dataclass
 class RunResult:
-    """What one batch gave, and how long each part took in seconds. `tokens_per_s` counts tokens after the first of each
-    sequence over `decode_s`; compilation is in neither. `tree` is None where nothing was drafted; with a
-    `simulated_accept_length` the tokens are not the model's and only times mean anything.
+    """Result of one batch. Numbers of experts are means over rounds and sparse layers.
 
-    `experts_wanted` and `experts_loaded` are distinct experts a layer and forward pass: what its tokens chose, and what
-    was read; `experts_slowest` is the most that one device of the `mesh` read. Under a `budget`, `mass_kept` is the
-    shortlists' share of the scores they were ranked by, and `tokens_replaced` the share of tokens, over layers, that
-    lost at least one expert of their own. `exact` says whether the output is known to be the model's own (greedy: token
-    for token; sampled: in distribution), which is that of the quantized model where there is a `quantization`."""
+    Fields:
+        prompts: one result for each prompt.
+        experts_wanted: distinct experts that a layer's rows selected.
+        experts_read: distinct experts that were read.
+        experts_max_per_device: the most that one device of the mesh read.
+        mass_kept: under a budget, the shortlists' share of the scores that ranked the experts.
+        tokens_replaced: share of rows, over layers, that lost an expert of their own.
+        exact: whether the output is the model's own, that of the quantized one where there is a `quantization`: token
+            for token if greedy, in distribution if sampled.
+        greedy: whether the most probable token was always taken.
+        budget: fields of the `BudgetConfig`, None without one.
+        tree: fields of the `TreeConfig`, None where nothing was drafted.
+        draft_model: name of the draft head or drafter.
+        simulated_accept_length: if not None, the tokens are not the model's, and only times mean anything.
+        compile_s, prefill_s, decode_s: seconds; compilation is in neither of the others.
+        tokens_per_s: tokens after the first of each sequence over `decode_s`.
+        mesh: devices along each axis, None for one device.
+        device, dtype, quantization, versions: where and how it ran.
+    """
 
     prompts: list[PromptResult]
     experts_wanted: float
-    experts_loaded: float
-    experts_slowest: float
+    experts_read: float
+    experts_max_per_device: float
     mass_kept: float
     tokens_replaced: float
     exact: bool
@@ -60,8 +80,14 @@ class RunResult:
     versions: dict[str, str]
 
 
+def device_name() -> str:
+    """Platform and kind of the first device: `cpu (cpu)`, `gpu (NVIDIA H100 80GB HBM3)`."""
+    device = jax.devices()[0]
+    return f"{device.platform} ({device.device_kind})"
+
+
 def versions() -> dict[str, str]:
-    """Of the libraries a result depends on, and ours."""
+    """Versions of this package and of the libraries that a result depends on."""
     import moespec_jax
 
     names = ("jax", "jaxlib", "flax", "transformers")

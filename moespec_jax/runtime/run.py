@@ -1,34 +1,45 @@
-"""One batch on its way through the compiled programs: prefill, then decoding, in pieces if it is streamed."""
+"""One batch through the compiled programs: prefill, then decoding, a few rounds a call where it is streamed."""
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moespec_jax.decoding.autoregressive import NO_TOKEN, bucket_lengths
-from moespec_jax.decoding.round_info import RoundInfo, SpeculationInfo
+from moespec_jax.decoding.autoregressive import bucket_lengths
+from moespec_jax.decoding.method import Method, Params, PrefillState, State
+from moespec_jax.decoding.round_info import RoundInfo, RunInfo
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.decoding.states import NO_TOKEN, Prompts
 from moespec_jax.errors import CheckpointError
 from moespec_jax.parallel.mesh import DATA
-from moespec_jax.parallel.processes import agreed, fetch
-from moespec_jax.runtime.method import Method
+from moespec_jax.parallel.processes import broadcast_from_first, fetch
 from moespec_jax.runtime.programs import Programs
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
 _STOP_SLOTS = 8
-_SUMS = ("experts_wanted", "experts_read", "experts_slowest", "mass_kept", "replaced")
-# Takes each sequence's new token ids, as often as they arrive.
+
+Result = TypeVar("Result")
+InputState = TypeVar("InputState")
+Arguments = TypeVarTuple("Arguments")
+# Called with each sequence's new token ids.
 OnTokens = Callable[[list[list[int]]], None]
-# Takes what a round did, and its number.
+# Called with the number of a round and its measurements.
 OnRound = Callable[[int, RoundInfo], None]
 
 
 class Batch(NamedTuple):
-    """What is asked of one run: prompts as token ids, the length each sequence may reach, stop ids and seed."""
+    """Input of one run.
+
+    Fields:
+        prompts: token ids.
+        limit: length that each sequence may reach.
+        stop_ids: token ids that end a sequence.
+        seed: of all random draws.
+    """
 
     prompts: list[list[int]]
     limit: list[int]
@@ -36,22 +47,29 @@ class Batch(NamedTuple):
     seed: int
 
 
-class Run:
-    """One batch on its way through the compiled programs of one model.
+class Run(Generic[Params, PrefillState, State]):
+    """One batch through the compiled programs of one model.
 
-    `sequences` are the prompts with what was generated so far; `prefill_s`, `decode_s` exclude compilation, which is
-    `compile_s`; `rounds` counts forward passes after prefill, and `sums` adds up over them what `SpeculationInfo` does.
-    `active[b]` counts the rounds sequence b took part in, `accepted[b, d]` those that accepted a node of depth d + 1.
+    Fields:
+        sequences: prompts with everything generated so far.
+        prefill_s, decode_s: seconds without compilation.
+        rounds: the target's forward passes after prefill.
+        sums: sums over rounds of the scalar measurements of `RunInfo` and `BudgetSums`.
+        active: rounds that each sequence took part in.
+        accepted: `accepted[b, d]` counts the rounds of sequence b that committed a node of depth d + 1.
     """
 
-    def __init__(self, programs: Programs, method: Method, batch: Batch):
-        self._programs, self._method, self._batch = programs, method, batch
-        # No id is -1. Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
+    def __init__(
+        self, programs: Programs, method: Method[Params, PrefillState, State], params: Params, batch: Batch
+    ) -> None:
+        self._programs, self._method, self._params, self._batch = programs, method, params, batch
+        # Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
         stops = [*batch.stop_ids, *[NO_TOKEN] * max(1, _STOP_SLOTS - len(batch.stop_ids))]
         self._stops = programs.put(np.array(stops, np.int32))
         self._compiled_before = programs.compile_s
         self.prefill_s = self.decode_s = 0.0
-        self.rounds, self.sums = 0, dict.fromkeys(_SUMS, 0.0)
+        self.rounds = 0
+        self.sums: dict[str, float] = {}
         self.active = np.zeros(len(batch.prompts), np.int64)
         self.accepted = np.zeros((len(batch.prompts), 0), np.int64)
         self.sequences = batch.prompts
@@ -69,76 +87,85 @@ class Run:
         """
         state = self._prefill()
         self._collect(state, on_tokens)
-        while not np.all(fetch(self._method.decoding(state).done)):
+        while not np.all(fetch(self._method.sequences(state).done)):
             limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
-            state, info = self._advance(state, limit)
+            state, info = self._step(state, limit)
             self._count(info)
-            if on_round and isinstance(info, SpeculationInfo):
-                on_round(self.rounds - 1, _of_batch(jax.tree.map(fetch, info.last), len(self._batch.prompts)))
+            if on_round and info.last is not None:
+                on_round(self.rounds - 1, _without_padding(info.last, len(self._batch.prompts)))
             self._collect(state, on_tokens)
 
-    def state_after(self, rounds: int) -> Any:
-        """The method's state after prefill and so many rounds: what a round can be run on by itself."""
+    def state_after(self, rounds: int) -> State:
+        """Prefill, and run so many rounds: a state on which a round can be run by itself."""
         state = self._prefill()
         for _ in range(rounds):
-            state, _ = self._advance(state, 1)
+            state, _ = self._step(state, 1)
         return state
 
-    def _advance(self, state: Any, rounds: int) -> tuple[Any, Any]:
-        method = self._method
-        arguments = state, self._programs.put(np.array(rounds, np.int32))
-        return self._timed("decode_s", method.advance, method.settings, *arguments, donate=(1,), specs=method.specs[1:])
-
-    def _rounds_per_call(self) -> int:
-        """As many rounds as fit between two looks of a reader; one at first, to learn how long a round takes."""
-        return agreed(max(1, int(_STREAM_INTERVAL_S * self.rounds / self.decode_s))) if self.rounds else 1
-
-    def _count(self, info: Any) -> None:
-        self.rounds += int(fetch(info.rounds))
-        count = len(self._batch.prompts)
-        self.active += fetch(info.active)[:count]
-        for name in self.sums:
-            self.sums[name] += float(fetch(getattr(info, name, np.float32(0.0))))
-        if isinstance(info, SpeculationInfo):
-            accepted = fetch(info.accepted).astype(np.int64)[:count]
-            self.accepted = accepted + (self.accepted if self.accepted.size else 0)
-
-    def _prefill(self) -> Any:
-        method, put = self._method, self._programs.put
-        prompts, limit = _filled_up(self._batch, self._programs.mesh)
+    def _prefill(self) -> State:
+        prefill, programs = self._method.prefill, self._programs
+        prompts, limit = _padded_batch(self._batch, programs.mesh)
         lengths = np.array([len(p) for p in prompts], np.int32)
         chunks = bucket_lengths(int(lengths.max()))
-        longest = max(max(limit) + method.margin, sum(chunks) + method.lookahead)
+        longest = max(max(limit) + self._method.margin, sum(chunks) + prefill.lookahead)
         slots = max(SMALLEST_CACHE, 1 << (longest - 1).bit_length())
         tokens = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        kind = (method.empty.__qualname__, method.settings, len(prompts), slots)
-        prefill = self._programs.make(kind, lambda: method.empty(len(prompts), slots), method.specs[0])
-        start, prompt_lengths = 0, put(lengths, BY_SEQUENCE)
+        specs, batch = prefill.specs(self._params), len(prompts)
+        state = programs.make((prefill, batch, slots), lambda: prefill.init(self._params, batch, slots), specs)
+        start, prompt_lengths = 0, programs.put(lengths, BY_SEQUENCE)
         for chunk in chunks:
-            part = put(tokens[:, start : start + chunk + method.lookahead], BY_SEQUENCE)
-            arguments = (prefill, part, put(np.array(start, np.int32)), prompt_lengths)
-            prefill = self._timed(
-                "prefill_s", method.read, method.prefill_settings, *arguments, donate=(1,), specs=method.specs[0]
-            )
+            part = programs.put(tokens[:, start : start + chunk + prefill.lookahead], BY_SEQUENCE)
+            at = programs.put(np.array(start, np.int32))
+            state = self._timed("prefill_s", type(prefill).read, prefill, state, part, at, prompt_lengths, specs=specs)
             start += chunk
-        ends = put(np.array(limit, np.int32), BY_SEQUENCE)
-        rest = (put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, self._programs.key(self._batch.seed))
-        return self._timed(
-            "prefill_s", method.begin, method.settings, *prefill, *rest, donate=method.donated, specs=method.specs[1]
-        )
+        ends, key = programs.put(np.array(limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
+        given = Prompts(programs.put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, key)
+        method, (specs, _) = self._method, self._method.specs(self._params)
+        return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs)
 
-    def _timed(self, clock: str, function: Callable[..., Any], settings: Any, *arguments: Any, **options: Any) -> Any:
+    def _step(self, state: State, rounds: int) -> tuple[State, RunInfo]:
+        method, limit = self._method, self._programs.put(np.array(rounds, np.int32))
+        return self._timed("decode_s", type(method).step, method, state, limit, specs=method.specs(self._params))
+
+    def _timed(
+        self,
+        clock: str,
+        function: Callable[[InputState, Params, *Arguments], Result],
+        settings: InputState,
+        *arguments: *Arguments,
+        specs: Result,
+    ) -> Result:
+        """Run a program, donating its state, and add the seconds to a clock."""
         compiled, started = self._programs.compile_s, time.perf_counter()
-        out = self._programs.run(function, settings, self._method.params, *arguments, **options)
+        out = self._programs.run(function, settings, self._params, *arguments, donate=True, specs=specs)
         jax.block_until_ready(out)
         spent = time.perf_counter() - started - (self._programs.compile_s - compiled)
         setattr(self, clock, getattr(self, clock) + spent)
         return out
 
-    def _collect(self, state: Any, on_tokens: OnTokens | None) -> None:
-        decoding, count = self._method.decoding(state), len(self._batch.prompts)
+    def _rounds_per_call(self) -> int:
+        """As many rounds as fit into the streaming interval; one at first, to measure a round."""
+        if not self.rounds:
+            return 1
+        return broadcast_from_first(max(1, int(_STREAM_INTERVAL_S * self.rounds / self.decode_s)))
+
+    def _count(self, info: RunInfo) -> None:
+        self.rounds += int(fetch(info.rounds))
+        count = len(self._batch.prompts)
+        self.active += fetch(info.active)[:count]
+        sums = {"experts_wanted": info.experts_wanted, "experts_max_per_device": info.experts_max_per_device}
+        if info.budget is not None:
+            sums |= info.budget._asdict()
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(fetch(value))
+        if info.accepted is not None:
+            accepted = fetch(info.accepted).astype(np.int64)[:count]
+            self.accepted = accepted + (self.accepted if self.accepted.size else 0)
+
+    def _collect(self, state: State, on_tokens: OnTokens | None) -> None:
+        decoding, count = self._method.sequences(state), len(self._batch.prompts)
         tokens, length = fetch(decoding.tokens)[:count], fetch(decoding.length)[:count]
         sequences = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
         if any(NO_TOKEN in new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)):
@@ -151,14 +178,20 @@ class Run:
         self.sequences = sequences
 
 
-def _filled_up(batch: Batch, mesh: Mesh | None) -> tuple[list[list[int]], list[int]]:
-    """Prompts and limits, filled up with sequences that have ended to what a mesh's `data` axis divides."""
+def _padded_batch(batch: Batch, mesh: Mesh | None) -> tuple[list[list[int]], list[int]]:
+    """Prompts and limits, padded with finished sequences to a multiple of a mesh's `data` axis."""
     missing = 0 if mesh is None else -len(batch.prompts) % mesh.shape[DATA]
     return [*batch.prompts, *[[0]] * missing], [*batch.limit, *[1] * missing]
 
 
-def _of_batch(info: RoundInfo, count: int) -> RoundInfo:
-    """Without the sequences that a batch was filled up with."""
+def _without_padding(info: RoundInfo, count: int) -> RoundInfo:
+    """Measurements of the first `count` sequences, on the host."""
+    info = jax.tree.map(fetch, info)
     tree, accepted = (jax.tree.map(lambda x: x[:count], part) for part in (info.tree, info.accepted))
-    wanted, read = info.wanted[:, :count], info.read[:, :count]
-    return RoundInfo(info.active[:count], tree, accepted, wanted, read, info.budget)
+    return info._replace(
+        active=info.active[:count],
+        wanted=info.wanted[:, :count],
+        read=info.read[:, :count],
+        tree=tree,
+        accepted=accepted,
+    )

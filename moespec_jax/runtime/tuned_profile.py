@@ -1,4 +1,4 @@
-"""A profile: the tree and the budget that were found best for a model on a device, as a small JSON file."""
+"""A profile: tree and budget that were found best for a model on a device, as a small JSON file."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any, TypedDict
 
 from moespec_jax.checkpoint.config_fields import shown
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.budget import check_names
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.errors import CheckpointError, RequestError, one_line
 from moespec_jax.files import read_json, write_json
@@ -14,27 +13,27 @@ from moespec_jax.files import read_json, write_json
 FORMAT = "moespec_jax profile 1"
 
 
-class Chosen(TypedDict):
-    """How to decode, as arguments of `Model.generate`: plainly where `tree` is None, exactly where `budget` is."""
+class ProfileArguments(TypedDict):
+    """Arguments of `Model.generate`."""
 
     tree: TreeConfig | None
     budget: BudgetConfig | None
 
 
 def write_profile(path: Path, tree: TreeConfig | None, budget: BudgetConfig | None, about: dict[str, Any]) -> None:
-    """Write a profile, with what it was measured on for whoever opens the file."""
-    chosen = {
+    """Write a profile; `about` describes the measurement for a reader of the file."""
+    found = {
         "tree": None if tree is None else dataclasses.asdict(tree),
-        "budget": None if budget is None else dataclasses.asdict(budget),
+        "budget": None if budget is None else budget.as_dict(),
     }
-    write_json(path, {"format": FORMAT, **chosen, **about})
+    write_json(path, {"format": FORMAT, **found, **about})
 
 
-def read_profile(path: str | Path) -> Chosen:
-    """What a profile chose: `model.generate(prompt, **read_profile("profile.json"))`.
+def read_profile(path: str | Path) -> ProfileArguments:
+    """Read tree and budget: `model.generate(prompt, **read_profile("profile.json"))`.
 
     Raises:
-        RequestError: there is no such file, or it is no profile.
+        RequestError: there is no such file, or it is not a profile.
     """
     path = Path(path)
     try:
@@ -45,12 +44,12 @@ def read_profile(path: str | Path) -> Chosen:
         raise RequestError(f"expected a profile of format {FORMAT!r} in {path}; got {shown(given.get('format'))}")
     try:
         tree = None if given["tree"] is None else TreeConfig(**_numbers(given["tree"]))
-        budget = None if given["budget"] is None else _rule(given["budget"])
+        budget = None if given["budget"] is None else _budget(given["budget"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(one_line(f"expected a tree and a budget in {path}; {error}")) from None
     if tree is None and budget is not None:
         raise RequestError(f"expected a tree with the budget in {path}; there is none")
-    return Chosen(tree=tree, budget=budget)
+    return ProfileArguments(tree=tree, budget=budget)
 
 
 def _numbers(given: dict[str, Any]) -> dict[str, int]:
@@ -60,7 +59,7 @@ def _numbers(given: dict[str, Any]) -> dict[str, int]:
     return given
 
 
-def _rule(given: dict[str, Any]) -> BudgetConfig:
+def _budget(given: dict[str, Any]) -> BudgetConfig:
     """Of a resolved budget, one number for each layer comes as a list."""
     given = dict(given)
     experts = given.pop("experts")
@@ -70,6 +69,4 @@ def _rule(given: dict[str, Any]) -> BudgetConfig:
         default = getattr(BudgetConfig, name, "")
         if not (type(value) is type(default) or (type(value) is int and isinstance(default, float))):
             raise ValueError(f"budget.{name} is {shown(value)}, expected one like {default!r}")
-    budget = BudgetConfig(tuple(experts) if isinstance(experts, list) else experts, **given)
-    check_names(budget)
-    return budget
+    return BudgetConfig(tuple(experts) if isinstance(experts, list) else experts, **given)

@@ -18,14 +18,13 @@ from typing import Any
 import jax
 
 from moespec_jax.checkpoint.tokenizer import chat_prompt
-from moespec_jax.cli.arguments import add_model_flags, add_tree_flags, load_asked, parse_budget, tree_of
+from moespec_jax.cli.arguments import add_model_flags, add_tree_flags, load_requested, parse_budget, tree_of
 from moespec_jax.cli.command import Parser, run_command, write_output
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
-from moespec_jax.measure.timing import tree_name
 from moespec_jax.runtime.load import DEMO_DRAFT, DEMO_TARGET
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import versions
@@ -89,7 +88,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     _check(arguments)
     tree = tree_of(arguments) or TreeConfig()
     rules = named_rules(arguments.rules, FEW)
-    model = load_asked(arguments)
+    model = load_requested(arguments)
     check_studied(model)
     plan = plan_of(arguments, model.config, tree, rules)
     as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
@@ -101,8 +100,8 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     # matplotlib, which only pictures need, is asked for before anything is measured and loaded after.
     from moespec_jax.study.report import PAGE, write_report
 
-    told = write_report(model.config, plan, list(sets), ledger, about, command_line(given), arguments.output)
-    write_output(f"{told}\n{arguments.output / PAGE}\n")
+    summary = write_report(model.config, plan, list(sets), ledger, about, command_line(given), arguments.output)
+    write_output(f"{summary}\n{arguments.output / PAGE}\n")
 
 
 def plan_of(arguments: argparse.Namespace, config: DecoderConfig, tree: TreeConfig, rules: list[str]) -> Plan:
@@ -112,10 +111,10 @@ def plan_of(arguments: argparse.Namespace, config: DecoderConfig, tree: TreeConf
         RequestError: a budget is not one that this model can have.
     """
     budgets = _counts(arguments.budgets, config) or default_budgets(config)
-    asked = arguments.rules != ["few"] or arguments.budgets is not None
+    chosen = arguments.rules != ["few"] or arguments.budgets is not None
     timed = named_rules(arguments.timed or arguments.rules, TIMED)
     some = sorted({max(config.num_experts_per_tok, config.num_experts // part) for part in (2, 4)} & set(budgets))
-    timed_budgets = _counts(arguments.timed_budgets, config) or (some if some and not asked else budgets)
+    timed_budgets = _counts(arguments.timed_budgets, config) or (some if some and not chosen else budgets)
     return Plan(
         tree, arguments.tokens, arguments.batch, arguments.rounds, rules, budgets, timed, timed_budgets,
         arguments.timed_prompts, arguments.timed_tokens, arguments.repeats,
@@ -126,9 +125,9 @@ def _counts(given: Sequence[str] | None, config: DecoderConfig) -> list[int]:
     """Numbers of experts from numbers or shares of them, the smallest first."""
     counts = set()
     for text in given or []:
-        asked = parse_budget(text)
+        experts = parse_budget(text)
         try:
-            counts |= set(resolve(BudgetConfig(asked), config).experts)  # pyright: ignore[reportArgumentType]
+            counts |= set(resolve(BudgetConfig(experts), config).experts)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise RequestError(str(error)) from None
     return sorted(counts)
@@ -184,7 +183,7 @@ def _about(model: Model, arguments: argparse.Namespace, plan: Plan) -> dict[str,
     return {
         "model": _shown(arguments.model, DEMO_TARGET, "the embedded target"),
         "draft_model": _shown(model.draft.name, DEMO_DRAFT, "the embedded head"),
-        "tree": tree_name(plan.tree),
+        "tree": plan.tree.name,
         "device": f"{device.platform} ({device.device_kind})",
         "dtype": model.precision,
         "jax": versions()["jax"],

@@ -17,7 +17,7 @@ from moespec_jax.study.finding import (
     standing,
     standing_sentence,
 )
-from moespec_jax.study.measure import OWN, Plan, exact_key, followed_key, kinds
+from moespec_jax.study.measure import OWN, Plan, exact_key, forced_key, kinds
 from moespec_jax.study.rows import ALL, Row
 from moespec_jax.study.rules import PAPER, keeps_all, mark
 
@@ -107,12 +107,12 @@ def _giving_up(
 def _divergences(plan: Plan, texts: _Subject, budget: int, ledger: Ledger) -> dict[str, ByText]:
     """Of every rule, the divergence of every text, set by set."""
     return {
-        rule: [np.array(ledger.get(followed_key(*text, rule, budget))["kl_by_text"]) for text in texts]
+        rule: [np.array(ledger.get(forced_key(*text, rule, budget))["kl_by_text"]) for text in texts]
         for rule in plan.rules
     }
 
 
 def _accept_length(texts: _Subject, under: tuple[str, int] | None, ledger: Ledger) -> float:
     """Tokens a round gains, every set counting as much as another."""
-    keys = [exact_key(*text) if under is None else followed_key(*text, *under) for text in texts]
+    keys = [exact_key(*text) if under is None else forced_key(*text, *under) for text in texts]
     return round(float(np.mean([ledger.get(key)["accept_length"] for key in keys])), 3)

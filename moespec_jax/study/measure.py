@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.fidelity import Texts, summary
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces
-from moespec_jax.measure.teacher_forcing import Followed
-from moespec_jax.measure.timing import Setting, take_turns
+from moespec_jax.measure.teacher_forcing import ForcedStats
+from moespec_jax.measure.timing import TimingCase, time_interleaved
 from moespec_jax.runtime.model import Model
 from moespec_jax.study.coactivation import together
 from moespec_jax.study.demand import kept_mass, unions
@@ -25,7 +26,7 @@ from moespec_jax.study.rules import RULES, rule_of
 OWN, GIVEN = "own text", "given text"
 # Of the rounds observed, how many of the last are reconstructed, and how many layers' pairs of experts are counted.
 RECONSTRUCTED, COUNTED = 2, 3
-Piece = tuple[str, Callable[[], Any]]
+Task = tuple[str, Callable[[], Any]]
 
 
 class Plan(NamedTuple):
@@ -47,20 +48,18 @@ class Plan(NamedTuple):
 
 
 def measure(model: Model, plan: Plan, sets: Mapping[str, Sequence[Sequence[int]]], ledger: Ledger) -> None:
-    """Every piece that the ledger lacks, then speed, which is measured while nothing else is."""
-    pieces = [
-        piece for name, prompts in sets.items() for piece in SetStudy(model, plan, name, prompts, ledger).pieces()
-    ]
-    with tqdm(total=len(pieces), unit="piece", disable=None) as bar:
-        while pieces:
-            name, make = pieces.pop(0)  # with the last piece of a set goes what they shared
+    """Run every task that the ledger lacks, then time, while nothing else runs."""
+    tasks = [task for name, prompts in sets.items() for task in SetStudy(model, plan, name, prompts, ledger).tasks()]
+    with tqdm(total=len(tasks), unit="task", disable=None) as bar:
+        while tasks:
+            name, run = tasks.pop(0)  # the last task of a set frees what they share
             bar.set_description(name)
-            ledger.piece(name, make)
+            ledger.task(name, run)
             bar.update()
     if plan.timed_prompts:
         for name, prompts in sets.items():
-            timed, ways = prompts[: plan.timed_prompts], timed_settings(plan)
-            take_turns(model, timed, ways, plan.timed_tokens, plan.repeats, ledger, label=f"{name}: turn")
+            timed, cases = prompts[: plan.timed_prompts], timed_cases(plan)
+            time_interleaved(model, timed, cases, plan.timed_tokens, plan.repeats, ledger, label=f"{name}: turn")
 
 
 class SetStudy:
@@ -69,8 +68,8 @@ class SetStudy:
     def __init__(self, model: Model, plan: Plan, name: str, prompts: Sequence[Sequence[int]], ledger: Ledger):
         self._model, self._plan, self._name, self._prompts, self._ledger = model, plan, name, prompts, ledger
 
-    def pieces(self) -> Iterator[Piece]:
-        """Names of pieces, and how each is made."""
+    def tasks(self) -> Iterator[Task]:
+        """List names of tasks, and functions that run them."""
         yield f"{self._name}: continuations", self._continue
         yield f"{self._name}: demand", self._demand
         yield f"{self._name}: coactivation", self._coactivation
@@ -78,10 +77,10 @@ class SetStudy:
             for budget in self._plan.budgets:
                 yield reconstruction_key(self._name, rule, budget), partial(self._reconstruct, rule, budget)
         for kind in kinds(self._name):
-            yield exact_key(self._name, kind), partial(self._follow, kind, None, None)
+            yield exact_key(self._name, kind), partial(self._teacher_force, kind, None, None)
             for rule in self._plan.rules:
                 for budget in self._plan.budgets:
-                    yield followed_key(self._name, kind, rule, budget), partial(self._follow, kind, rule, budget)
+                    yield forced_key(self._name, kind, rule, budget), partial(self._teacher_force, kind, rule, budget)
 
     def _continue(self) -> list[list[int]]:
         batch, prompts = self._plan.batch, self._prompts
@@ -109,9 +108,10 @@ class SetStudy:
         sums = {name: sum(np.asarray(getattr(part, name), np.float64) for part in parts) for name in Loss._fields}
         return {name: np.asarray(total).tolist() for name, total in sums.items()}
 
-    def _follow(self, kind: str, rule: str | None, budget: int | None) -> dict[str, Any]:
+    def _teacher_force(self, kind: str, rule: str | None, budget: int | None) -> dict[str, Any]:
         config = None if rule is None else BudgetConfig(self._model.config.num_experts, **RULES[rule])
-        return summary(found := self._texts[kind].follow(config, budget)) | _by_text(found)
+        stats = self._texts[kind].teacher_force(config, budget)
+        return summary(stats) | _by_text(stats)
 
     @cached_property
     def _texts(self) -> dict[str, Texts]:
@@ -138,17 +138,17 @@ class SetStudy:
         return [(seen, outputs(self._model, seen)) for seen in late]
 
 
-def timed_settings(plan: Plan) -> dict[str, Setting]:
-    """Ways to decode that are timed, by name."""
-    found = {"plain": Setting(), "exact": Setting(plan.tree)}
+def timed_cases(plan: Plan) -> dict[str, TimingCase]:
+    """Cases that are timed, by name."""
+    found = {"plain": TimingCase(), "exact": TimingCase(DecodingSpec(plan.tree))}
     for rule in plan.timed:
         for budget in plan.timed_budgets:
-            found[f"{rule}, B = {budget}"] = Setting(plan.tree, rule_of(rule, budget))
+            found[f"{rule}, B = {budget}"] = TimingCase(DecodingSpec(plan.tree, rule_of(rule, budget)))
     return found
 
 
 def kinds(name: str) -> list[str]:
-    """Which texts of a set are followed."""
+    """Which texts of a set are stats."""
     return [OWN, GIVEN] if name == HELD_OUT else [OWN]
 
 
@@ -162,7 +162,7 @@ def exact_key(name: str, kind: str) -> str:
     return f"{name}: {kind}, exact"
 
 
-def followed_key(name: str, kind: str, rule: str, budget: int) -> str:
+def forced_key(name: str, kind: str, rule: str, budget: int) -> str:
     """The piece that follows a set's texts under a budget."""
     return f"{name}: {kind}, {rule}, B = {budget}"
 
@@ -177,9 +177,9 @@ def timed_key(name: str, turn: int, what: str) -> str:
     return f"{name}: turn {turn}, {what}"
 
 
-def _by_text(followed: Followed) -> dict[str, Any]:
+def _by_text(stats: ForcedStats) -> dict[str, Any]:
     """Rounds of each text, and how many committed each depth."""
     return {
-        "rounds_by_text": followed.rounds.astype(int).tolist(),
-        "committed_by_text": followed.committed.astype(int).tolist(),
+        "rounds_by_text": stats.rounds.astype(int).tolist(),
+        "committed_by_text": stats.committed.astype(int).tolist(),
     }

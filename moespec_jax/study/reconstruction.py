@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.decoding.autoregressive import Settings
-from moespec_jax.decoding.budget import Nodes
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
-from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.tree import ancestors, depths
 from moespec_jax.measure.teacher_forcing import restrict_each
+from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.routing import Routing, normalise
 from moespec_jax.runtime.model import Model
@@ -38,6 +37,13 @@ class _Rule(NamedTuple):
     norm_topk_prob: bool
 
 
+class _Compute(NamedTuple):
+    """Back-end and activation of the expert compute."""
+
+    backend: Backend
+    activation: str
+
+
 def loss(model: Model, seen: TreeRouting, rule: BudgetConfig, bound: int, exact: Array | None = None) -> Loss:
     """||y_budget - y||^2 and ||y||^2 under a rule that `bound` lowers to so many experts: give the rule all experts.
 
@@ -53,18 +59,20 @@ def loss(model: Model, seen: TreeRouting, rule: BudgetConfig, bound: int, exact:
     """
     exact = outputs(model, seen) if exact is None else exact
     settings = _Rule(resolve(rule, model.config), model.config.norm_topk_prob)
-    arguments = (_nodes(seen), *_rows(seen)[1:], jnp.int32(bound))
-    routing, live = model.programs.run(restricted, settings, model.params, *arguments)
-    budgeted = model.programs.run(expert_outputs, _settings(model), model.params, _rows(seen)[0], routing)
-    told = jax.tree.map(np.asarray, _sums(budgeted, exact, live, jnp.asarray(seen.committed.reshape(-1))))
-    return Loss(*told)
+    inputs, probabilities, experts = _rows(seen)
+    routing, kept = model.programs.run(
+        restricted, settings, model.params, _nodes(seen), probabilities, experts, jnp.int32(bound)
+    )
+    budgeted = model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
+    sums = jax.tree.map(np.asarray, _sums(budgeted, exact, kept, jnp.asarray(seen.committed.reshape(-1))))
+    return Loss(*sums)
 
 
 def outputs(model: Model, seen: TreeRouting) -> Float[Array, "layers rows model"]:
     """What the routed experts gave, layer by layer."""
     inputs, probabilities, experts = _rows(seen)
     routing = model.programs.run(natural, model.config.norm_topk_prob, model.params, probabilities, experts)
-    return model.programs.run(expert_outputs, _settings(model), model.params, inputs, routing)
+    return model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
 
 
 def natural(norm_topk_prob: bool, params: Decoder, probabilities: Array, experts: Array) -> Routing:
@@ -86,18 +94,20 @@ def restricted(
 
     def one(probabilities: Array, free: Routing) -> tuple[Routing, Array]:
         found = restrict_each(bound, settings.budget, nodes, settings.norm_topk_prob, 0, probabilities, free, valid)
-        return found.routing, found.live
+        return found.routing, found.kept
 
     return jax.vmap(one)(probabilities, natural(settings.norm_topk_prob, params, probabilities, experts))
 
 
 def expert_outputs(
-    settings: Settings, params: Decoder, inputs: Float[Array, "layers rows model"], routing: Routing
+    choice: _Compute, params: Decoder, inputs: Float[Array, "layers rows model"], routing: Routing
 ) -> Float[Array, "layers rows model"]:
     """The back-end's expert compute, layer by layer, in float32."""
 
+    compute = choice.backend.compute(choice.activation)
+
     def one(layer: int | Array, rows: Array, routing: Routing) -> Array:
-        return settings.compute(params.experts, layer, rows, routing).astype(jnp.float32)
+        return compute(params.experts, layer, rows, routing).astype(jnp.float32)
 
     if params.stacked:
         layers = jnp.arange(inputs.shape[0], dtype=jnp.int32)
@@ -107,23 +117,21 @@ def expert_outputs(
 
 
 @jax.jit
-def _sums(budgeted: Array, exact: Array, live: Array, committed: Array) -> tuple[Array, ...]:
-    kinds = jnp.stack([live, live & committed[None, :]], axis=-1).astype(jnp.float32)
+def _sums(budgeted: Array, exact: Array, kept: Array, committed: Array) -> tuple[Array, ...]:
+    kinds = jnp.stack([kept, kept & committed[None, :]], axis=-1).astype(jnp.float32)
     error = jnp.sum((budgeted - exact) ** 2, axis=-1)
     output = jnp.sum(exact**2, axis=-1)
-    rows = jnp.full(live.shape[:1], live.shape[1], jnp.float32)
+    rows = jnp.full(kept.shape[:1], kept.shape[1], jnp.float32)
     return (
         jnp.einsum("lr,lrc->lc", error, kinds),
         jnp.einsum("lr,lrc->lc", output, kinds),
         rows,
-        rows - jnp.sum(live, axis=1, dtype=jnp.float32),
+        rows - jnp.sum(kept, axis=1, dtype=jnp.float32),
     )
 
 
-def _settings(model: Model) -> Settings:
-    settings = model.method(SamplingConfig()).settings
-    assert isinstance(settings, Settings)
-    return settings
+def _compute(model: Model) -> _Compute:
+    return _Compute(model.backend, model.config.hidden_act)
 
 
 def _rows(seen: TreeRouting) -> tuple[Array, Array, Array]:
@@ -136,6 +144,6 @@ def _rows(seen: TreeRouting) -> tuple[Array, Array, Array]:
 
 
 def _nodes(seen: TreeRouting) -> Nodes:
-    own = jax.vmap(ancestors)(jnp.asarray(seen.parents))
-    chance = jnp.exp(jnp.asarray(seen.scores))
-    return Nodes(chance, jax.vmap(depths)(own), own, jnp.asarray(seen.reached[0]))
+    mask = jax.vmap(ancestors)(jnp.asarray(seen.parents))
+    path_probability = jnp.exp(jnp.asarray(seen.scores))
+    return Nodes(path_probability, jax.vmap(depths)(mask), mask, jnp.asarray(seen.acceptance_by_depth[0]))

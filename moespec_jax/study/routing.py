@@ -1,5 +1,6 @@
 """What routers chose: in the draft trees of exact speculative decoding, and in texts."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.autoregressive import TargetPrefill
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, speculation_round
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.cache import empty_cache
@@ -22,28 +25,33 @@ from moespec_jax.runtime.run import Batch, Run
 
 
 class TreeRouting(NamedTuple):
-    """Verified trees of a number of texts, and what each sparse layer's router saw and chose.
+    """Verified trees of several texts, with the routing of each sparse layer.
 
-    `text` numbers the texts that trees belong to. `parents` and `scores` are as in `tree.Tree`; `committed` marks the
-    nodes that became text, the root included. `reached[t, d]` is the share of rounds before that committed a node of
-    depth d. `inputs` are what router and experts were given; empty where they were not kept.
+    Fields:
+        text: index of each tree's text.
+        parents, scores: as in `tree.Tree`.
+        committed: nodes that became text, the root included.
+        acceptance_by_depth: share of earlier rounds that committed a node of each depth.
+        probabilities: routers' softmax.
+        experts: expert ids.
+        inputs: rows that router and experts read; empty where they were not kept.
     """
 
     text: Int[np.ndarray, " trees"]
     parents: Int[np.ndarray, "trees nodes"]
     scores: Float[np.ndarray, "trees nodes"]
     committed: Bool[np.ndarray, "trees nodes"]
-    reached: Float[np.ndarray, "trees depths"]
+    acceptance_by_depth: Float[np.ndarray, "trees depths"]
     probabilities: Float[np.ndarray, "layers trees nodes experts"]
     experts: Int[np.ndarray, "layers trees nodes active"]
     inputs: Float[np.ndarray, "layers trees nodes model"]
 
 
-class _Seen(NamedTuple):
-    """What a round's verification told, with all trees' rows in one axis."""
+class _Observed(NamedTuple):
+    """One round's verification, with the rows of all trees in one axis."""
 
-    happened: RoundInfo
-    reached: Float[Array, " depths"]
+    round_info: RoundInfo
+    acceptance_by_depth: Float[Array, " depths"]
     probabilities: Float[Array, "layers rows experts"]
     experts: Int[Array, "layers rows active"]
     inputs: Float[Array, "layers rows model"]
@@ -91,43 +99,45 @@ def observed_rounds(
         RequestError: the model has no draft head, or no experts.
     """
     check_studied(model)
-    method = model.method(SamplingConfig(), tree)
+    method = model.speculative(model.resolve(DecodingSpec(tree)), SamplingConfig())
+    params = model.speculative_params
     every = len(prompts) if batch is None else batch
     for first in range(0, len(prompts), every):
         part = [list(prompt) for prompt in prompts[first : first + every]]
         limits = [min(len(p) + 1 + rounds * tree.longest_path, model.config.context_length) for p in part]
-        state = Run(model.programs, method, Batch(part, limits, (), 0)).state_after(0)
+        state = Run(model.programs, method, params, Batch(part, limits, (), 0)).state_after(0)
         for _ in range(rounds):
-            # Not donated: a stacked cache has a layout of its own, which only a loop's carry may hand on in place.
-            state, seen = model.programs.run(observed_round, method.settings, method.params, state)
+            # Not donated: a stacked cache has a layout of its own, which only a loop's carry can reuse in place.
+            state, seen = model.programs.run(observed_round, method, params, state)
             yield _by_tree(jax.tree.map(np.asarray, seen), tree, first)
 
 
 def observed_round(
-    settings: SpeculationSettings, params: Speculator, state: SpeculationState
-) -> tuple[SpeculationState, _Seen]:
-    """`speculation_round`, with what its verification told."""
-    told: list[ForwardInfo] = []
+    method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]
+) -> tuple[SpeculationState[Any], _Observed]:
+    """Run a round; also the routing of its verification."""
+    infos: list[ForwardInfo] = []
 
-    def verify(*arguments: Any, **named: Any) -> Any:
-        found = settings.verify(*arguments, **named)
-        told.append(found[2])
+    def observed_forward(*arguments: Any, **named: Any) -> Any:
+        found = method.target_forward(*arguments, **named)
+        infos.append(found[2])
         return found
 
-    reached = state.reached / state.reached[0]
-    state, happened = speculation_round(settings._replace(verify=verify), params, state)
-    routers = told[0].routers
+    acceptance = state.depth_counts / state.depth_counts[0]
+    observed = dataclasses.replace(method, target_forward=observed_forward)
+    state, round_info = observed.round(params, state)
+    routers = infos[0].routers
     probabilities, experts, inputs = (
         jnp.stack([getattr(router, name) for router in routers]) for name in ("probabilities", "experts", "inputs")
     )
-    return state, _Seen(happened, reached, probabilities, experts, inputs)
+    return state, _Observed(round_info, acceptance, probabilities, experts, inputs)
 
 
 def text_experts(
     model: Model, texts: Sequence[Sequence[int]], batch: int | None = None
 ) -> Int[np.ndarray, "layers tokens active"]:
     """The experts that every token of some texts goes to, in one plain pass over `batch` of them at a time."""
-    settings, every = model.method(SamplingConfig()).settings, len(texts) if batch is None else batch
+    prefill, every = model.autoregressive(SamplingConfig()).prefill, len(texts) if batch is None else batch
     longest, found = max(len(text) for text in texts), []
     for first in range(0, len(texts), every):
         part = texts[first : first + every]
@@ -135,30 +145,29 @@ def text_experts(
         for row, text in zip(tokens, part, strict=True):
             row[: len(text)] = text
         lengths = jnp.asarray([len(text) for text in part], jnp.int32)
-        chosen = np.asarray(model.programs.run(experts_of, settings, model.params, jnp.asarray(tokens), lengths))
+        chosen = np.asarray(model.programs.run(experts_of, prefill, model.params, jnp.asarray(tokens), lengths))
         found.append(chosen[:, chosen[0, :, 0] < model.config.num_experts])
     return np.concatenate(found, axis=1)
 
 
 def experts_of(
-    settings: Settings, params: Decoder, tokens: Int[Array, "texts tokens"], lengths: Int[Array, " texts"]
+    prefill: TargetPrefill, params: Decoder, tokens: Int[Array, "texts tokens"], lengths: Int[Array, " texts"]
 ) -> Int[Array, "layers rows active"]:
     """Experts of all rows; rows past the end of a text go to none."""
-    config = settings.config
+    config = prefill.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     cache = empty_cache(config, tokens.shape[0], tokens.shape[1], params.embed.dtype, stacked=params.stacked)
     _, _, info = forward(
-        config, params, tokens, positions, causal_mask(positions, tokens.shape[1]), cache, settings.compute,
-        valid=positions < lengths[:, None], longest=jnp.broadcast_to(lengths[:, None], tokens.shape),
-        attention=settings.attention,
+        config, params, tokens, positions, causal_mask(positions, tokens.shape[1]), cache, prefill.backend,
+        valid=positions < lengths[:, None], rope_length=jnp.broadcast_to(lengths[:, None], tokens.shape),
     )  # fmt: skip
     return jnp.stack([router.experts for router in info.routers])
 
 
 def _by_tree(seen: Any, tree: TreeConfig, first: int) -> TreeRouting:
     """Of the sequences that took part, the rows tree by tree."""
-    happened = seen.happened
-    active, path, count = happened.active, happened.accepted.path, happened.accepted.count
+    info = seen.round_info
+    active, path, count = info.active, info.accepted.path, info.accepted.count
     committed = np.zeros((len(active), tree.size), bool)
     taken = np.arange(path.shape[1])[None, :] < count[:, None]
     committed[np.nonzero(taken)[0], path[taken]] = True
@@ -168,10 +177,10 @@ def _by_tree(seen: Any, tree: TreeConfig, first: int) -> TreeRouting:
 
     return TreeRouting(
         first + np.nonzero(active)[0],
-        happened.tree.parents[active],
-        happened.tree.scores[active],
+        info.tree.parents[active],
+        info.tree.scores[active],
         committed[active],
-        np.repeat(seen.reached[None], active.sum(), axis=0),
+        np.repeat(seen.acceptance_by_depth[None], active.sum(), axis=0),
         split(seen.probabilities),
         split(seen.experts),
         split(seen.inputs),

@@ -9,7 +9,7 @@ from moespec_jax.cli.compare import agreement
 from moespec_jax.config import DecoderConfig
 from moespec_jax.measure.fidelity import DRAWS
 from moespec_jax.measure.ledger import Ledger
-from moespec_jax.measure.timing import speed, spread
+from moespec_jax.measure.timing import spread, tokens_per_second
 from moespec_jax.study.coactivation import lift
 from moespec_jax.study.demand import least_budget, uniform_union
 from moespec_jax.study.finding import mean_interval
@@ -17,11 +17,11 @@ from moespec_jax.study.measure import (
     OWN,
     Plan,
     exact_key,
-    followed_key,
+    forced_key,
     kinds,
     reconstruction_key,
+    timed_cases,
     timed_key,
-    timed_settings,
 )
 from moespec_jax.study.rules import mark
 
@@ -35,13 +35,13 @@ def union_rows(config: DecoderConfig, sets: Sequence[str], ledger: Ledger) -> li
     """Distinct experts by number of nodes, of each layer and of their mean."""
     rows = []
     for name in sets:
-        told = ledger.get(f"{name}: demand")
-        for layer, curve in _by_layer(told["unions"]):
+        stats = ledger.get(f"{name}: demand")
+        for layer, curve in _by_layer(stats["unions"]):
             nodes = np.arange(1, len(curve) + 1)
             uniform = uniform_union(config.num_experts, config.num_experts_per_tok, nodes)
             for n, experts, expected in zip(nodes.tolist(), curve, uniform, strict=True):
                 row = {"set": name, "layer": layer, "nodes": n, "experts": _round(experts)}
-                rows.append(row | {"uniform": _round(expected), "trees": told["trees"]})
+                rows.append(row | {"uniform": _round(expected), "trees": stats["trees"]})
     return rows
 
 
@@ -49,12 +49,12 @@ def mass_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
     """Share of the router's probability by budget, and the least budget that holds `HELD` of it."""
     rows = []
     for name in sets:
-        told = ledger.get(f"{name}: demand")
-        for layer, curve in _by_layer(told["kept_mass"]):
+        stats = ledger.get(f"{name}: demand")
+        for layer, curve in _by_layer(stats["kept_mass"]):
             least = int(least_budget(curve, HELD))
             for budget, mass in enumerate(curve.tolist(), 1):
                 row = {"set": name, "layer": layer, "budget": budget, "mass": _round(mass)}
-                rows.append(row | {f"least_budget_for_{HELD:.0%}": least, "trees": told["trees"]})
+                rows.append(row | {f"least_budget_for_{HELD:.0%}": least, "trees": stats["trees"]})
     return rows
 
 
@@ -66,11 +66,11 @@ def frontier_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger
     for texts in together + [[(name, kind)] for name in sets for kind in kinds(name)]:
         under: list[tuple[str, int] | None] = [None, *((rule, b) for rule in plan.rules for b in plan.budgets)]
         for what in under:
-            keys = [exact_key(*text) if what is None else followed_key(*text, *what) for text in texts]
+            keys = [exact_key(*text) if what is None else forced_key(*text, *what) for text in texts]
             row = {"set": texts[0][0] if len(texts) == 1 else ALL, "text": texts[0][1]}
             row |= {"rule": what[0] if what else "no budget", "budget": what[1] if what else None}
             row |= {"output": mark(*what, config) if what else "exact"}
-            rows.append(row | _followed([ledger.get(key) for key in keys]))
+            rows.append(row | _forced([ledger.get(key) for key in keys]))
     return rows
 
 
@@ -80,21 +80,23 @@ def throughput_rows(plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row
     for name in sets:
         turns = range(plan.repeats)
         plain = [ledger.get(timed_key(name, turn, "plain")) for turn in turns]
-        for what, setting in timed_settings(plan).items():
-            told = [ledger.get(timed_key(name, turn, what)) for turn in turns]
+        for what, case in timed_cases(plan).items():
+            stats = [ledger.get(timed_key(name, turn, what)) for turn in turns]
             rule, _, budget = what.rpartition(", B = ")
             row = {"set": name, "rule": rule or what, "budget": int(budget) if rule else None}
-            row |= {"output": "exact" if told[-1]["exact"] else "lossy"}
+            row |= {"output": "exact" if stats[-1]["exact"] else "lossy"}
             for column, values in {
-                "tokens_per_s": [speed(one) for one in told],
-                "over_plain": [speed(one) / speed(other) for one, other in zip(told, plain, strict=True)],
+                "tokens_per_s": [tokens_per_second(one) for one in stats],
+                "over_plain": [
+                    tokens_per_second(one) / tokens_per_second(other) for one, other in zip(stats, plain, strict=True)
+                ],
             }.items():
                 row |= {f"{column}_{key}": _round(value) for key, value in spread(values).items()}
-            same = agreement(plain[-1]["token_ids"], told[-1]["token_ids"])
-            row |= {"agreement": _round(same), "accept_length": _round(told[-1]["accept_length"])}
-            row |= {"experts_read": _round(told[-1]["experts_loaded"]), "compile_s": _round(told[-1]["compile_s"])}
-            batch = {"prompts": len(told[-1]["token_ids"]), "tokens": plan.timed_tokens, "repeats": plan.repeats}
-            rows.append(row | batch | ({} if setting.tree else {"accept_length": 1.0}))
+            same = agreement(plain[-1]["token_ids"], stats[-1]["token_ids"])
+            row |= {"agreement": _round(same), "accept_length": _round(stats[-1]["accept_length"])}
+            row |= {"experts_read": _round(stats[-1]["experts_read"]), "compile_s": _round(stats[-1]["compile_s"])}
+            batch = {"prompts": len(stats[-1]["token_ids"]), "tokens": plan.timed_tokens, "repeats": plan.repeats}
+            rows.append(row | batch | ({} if case.spec.tree else {"accept_length": 1.0}))
     return rows
 
 
@@ -104,8 +106,8 @@ def reconstruction_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], 
     for name in sets:
         for rule in plan.rules:
             for budget in plan.budgets:
-                told = ledger.get(reconstruction_key(name, rule, budget))
-                sums = {key: np.array(value) for key, value in told.items()}
+                stats = ledger.get(reconstruction_key(name, rule, budget))
+                sums = {key: np.array(value) for key, value in stats.items()}
                 for layer in ["mean", *range(len(sums["rows"]))]:
                     rows.append(
                         {"set": name, "rule": rule, "budget": budget, "output": mark(rule, budget, config)}
@@ -129,8 +131,8 @@ def coactivation_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
 
 def pair_counts(sets: Sequence[str], ledger: Ledger) -> dict[int, np.ndarray]:
     """How many tokens of all sets chose each pair of experts, by layer."""
-    told = [ledger.get(f"{name}: coactivation") for name in sets]
-    return {int(layer): np.sum([one[layer] for one in told], axis=0) for layer in told[0]}
+    stats = [ledger.get(f"{name}: coactivation") for name in sets]
+    return {int(layer): np.sum([one[layer] for one in stats], axis=0) for layer in stats[0]}
 
 
 def acceptance_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
@@ -138,8 +140,8 @@ def acceptance_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
     rows = []
     for name in sets:
         for kind in kinds(name):
-            told = ledger.get(exact_key(name, kind))
-            committed, rounds = np.array(told["committed_by_text"]), np.array(told["rounds_by_text"])
+            stats = ledger.get(exact_key(name, kind))
+            committed, rounds = np.array(stats["committed_by_text"]), np.array(stats["rounds_by_text"])
             low, high = _ratio_interval(committed, rounds)
             for depth, share in enumerate(committed.sum(axis=0) / rounds.sum(), 1):
                 row = {"set": name, "text": kind, "depth": depth, "accepted": _round(share)}
@@ -163,18 +165,18 @@ def _losses(sums: Mapping[str, np.ndarray], layer: str | int) -> Row:
     return row | {"rows": int(sums["rows"][0])}
 
 
-def _followed(told: Sequence[Mapping[str, Any]]) -> Row:
+def _forced(stats: Sequence[Mapping[str, Any]]) -> Row:
     """Means over sets, every set counting as much as another, and sums of what is counted."""
     row = {}
     for column in ("kl", "top1"):
-        by_text = [np.array(one[f"{column}_by_text"]) for one in told]
+        by_text = [np.array(one[f"{column}_by_text"]) for one in stats]
         low, high = mean_interval(by_text)
         row |= {column: float(np.mean([values.mean() for values in by_text]))}
         row |= {f"{column}_low": low, f"{column}_high": high}
-    row |= {column: float(np.mean([one[column] for one in told])) for column in _MEANS}
+    row |= {column: float(np.mean([one[column] for one in stats])) for column in _MEANS}
     row = {column: _round(value) for column, value in row.items()}
-    row |= {column: sum(one[column] for one in told) for column in ("rounds", "positions")}
-    return row | {"texts": sum(len(one["kl_by_text"]) for one in told)}
+    row |= {column: sum(one[column] for one in stats) for column in ("rounds", "positions")}
+    return row | {"texts": sum(len(one["kl_by_text"]) for one in stats)}
 
 
 def _ratio_interval(committed: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

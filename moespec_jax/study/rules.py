@@ -10,7 +10,7 @@ from moespec_jax.errors import RequestError
 # MoE-Spec's own rule, which others are measured against.
 PAPER = "MoE-Spec (probability, all)"
 _UNIFORM = dict(score="probability", credit="all")
-_WHOLE: dict[str, Any] = dict(coverage="guarantee", guarantee=0.0)
+_ALL_OWN: dict[str, Any] = dict(anchor="likely", anchor_probability=0.0)
 # What each sets in `BudgetConfig`; the rest is the default.
 RULES: dict[str, dict[str, Any]] = {
     PAPER: _UNIFORM,
@@ -20,13 +20,13 @@ RULES: dict[str, dict[str, Any]] = {
     "path, hits": dict(score="path", credit="hits"),
     "path, hits, anchor root": dict(score="path", credit="hits", anchor="root"),
     "depth, hits, anchor root (AcceptMoE)": dict(score="depth", credit="hits", anchor="root"),
-    "path, hits, guarantee 0.5 (OEA)": dict(score="path", credit="hits", coverage="guarantee"),
+    "path, hits, guarantee 0.5 (OEA)": dict(score="path", credit="hits", anchor="likely"),
     "path, squares (default)": {},
     "path, squares, truncate": dict(coverage="truncate"),
-    "path, squares, faithfulness 0.3": dict(anchor="root", faithfulness=0.3),
-    "path, squares, faithfulness 0.5": dict(anchor="root", faithfulness=0.5),
-    "path, squares, guarantee 0, faithfulness 0.5": _WHOLE | dict(faithfulness=0.5),
-    "path, squares, guarantee 0, faithfulness 1 (exact)": _WHOLE | dict(faithfulness=1.0),
+    "path, squares, faithfulness 0.3": dict(anchor="root", min_kept_weight=0.3),
+    "path, squares, faithfulness 0.5": dict(anchor="root", min_kept_weight=0.5),
+    "path, squares, guarantee 0, faithfulness 0.5": _ALL_OWN | dict(min_kept_weight=0.5),
+    "path, squares, guarantee 0, faithfulness 1 (exact)": _ALL_OWN | dict(min_kept_weight=1.0),
 }
 # Rules whose size follows the text: the budget is their most.
 SIZED: dict[str, dict[str, Any]] = {
@@ -72,8 +72,8 @@ def mark(name: str, budget: int, config: DecoderConfig) -> str:
 
 
 def keeps_all(name: str) -> bool:
-    """Whether a rule gives up no drafted token."""
-    return not rule_of(name, 1).gives_up
+    """Whether a rule prunes no drafted token."""
+    return not rule_of(name, 1).prunes
 
 
 def default_budgets(config: DecoderConfig) -> list[int]:

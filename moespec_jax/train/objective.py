@@ -9,10 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.nn.attention import causal_mask
+from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.eagle3 import DraftHead
-from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.train.unroll import unroll
 
 # Takes the target's logits and the head's, both over the draft vocabulary, and gives a loss a position.
@@ -20,10 +20,16 @@ Loss = Callable[[Array, Array], Array]
 
 
 class Teacher(NamedTuple):
-    """What the target says at each position: its tapped states, its logits over the draft vocabulary, its first choice
-    in the whole vocabulary, and whether that is in the draft vocabulary."""
+    """The target's outputs at each position.
 
-    taps: Float[Array, "batch tokens aux"]
+    Fields:
+        aux_hidden_states: hidden states that the head reads.
+        logits: over the draft vocabulary.
+        choice: its most probable token of the whole vocabulary.
+        reachable: whether that is in the draft vocabulary.
+    """
+
+    aux_hidden_states: Float[Array, "batch tokens aux"]
     logits: Float[Array, "batch tokens draft_vocab"]
     choice: Int[Array, "batch tokens"]
     reachable: Bool[Array, "batch tokens"]
@@ -61,25 +67,25 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def ask_teacher(
+def run_teacher(
     config: DecoderConfig,
     params: Decoder,
-    compute: ExpertCompute,
+    backend: Backend,
     boundaries: tuple[int, ...],
     target_ids: Int[Array, " draft_vocab"],
     tokens: Int[Array, "batch tokens"],
 ) -> Teacher:
-    """One exact forward pass of the target over whole sequences; no gradient flows into it."""
+    """Run the target once over whole sequences, exactly and without gradient."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
     cache = empty_cache(config, batch, length, params.embed.dtype, stacked=True) if params.stacked else None
     mask = causal_mask(positions, length)
-    hidden, _, info = forward(config, params, tokens, positions, mask, cache, compute, boundaries=boundaries)
+    hidden, _, info = forward(config, params, tokens, positions, mask, cache, backend, boundaries=boundaries)
     logits = unembed(params, hidden)
     choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     known = jnp.zeros((config.vocab_size,), bool).at[target_ids].set(True)
-    assert info.taps is not None
-    teacher = Teacher(info.taps, logits[..., target_ids], choice, known[choice])
+    assert info.aux_hidden_states is not None
+    teacher = Teacher(info.aux_hidden_states, logits[..., target_ids], choice, known[choice])
     return jax.tree.map(jax.lax.stop_gradient, teacher)
 
 
@@ -109,4 +115,4 @@ def unrolled_scores(
         hits = trains & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == there(choice))
         return StepScore(jnp.sum(losses), *(jnp.sum(x, dtype=jnp.float32) for x in (hits, matters)))
 
-    return unroll(config, head, embed, teacher.taps, tokens, steps, judge, recompute)
+    return unroll(config, head, embed, teacher.aux_hidden_states, tokens, steps, judge, recompute)

@@ -8,7 +8,6 @@ with the same bits as one that was not.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +23,9 @@ from tqdm import tqdm
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.errors import RequestError
 from moespec_jax.files import read_json, replacing, write_json, write_text, writing
-from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
-from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.parallel.processes import all_or_none, everywhere, fetch, is_first_process
+from moespec_jax.parallel.processes import all_or_none, fetch, is_first_process, replicate
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
@@ -72,7 +69,7 @@ def train(
     with _checkpoints(directory) as manager:
         state, first = _begin(manager, recipe, model.params, jnp.asarray(ids), mesh)
         # Once, and not at every step: with several devices, each needs its own.
-        params, target_ids = everywhere(mesh, (model.params, jnp.asarray(ids)))
+        params, target_ids = replicate(mesh, (model.params, jnp.asarray(ids)))
         model = dataclasses.replace(model, params=params)
         log = _Log(directory / "log.jsonl", first)
         silent = not is_first_process()
@@ -96,16 +93,9 @@ def _advance(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step, and what the log says of it."""
     started = time.perf_counter()
-    compute = _compute(model.backend, model.config.hidden_act)
-    state, metrics = train_step(recipe, compute, mesh, model.params, target_ids, state, shard_batch(mesh, batch))
+    state, metrics = train_step(recipe, model.backend, mesh, model.params, target_ids, state, shard_batch(mesh, batch))
     row = {"step": step, **{name: np.asarray(value).tolist() for name, value in metrics._asdict().items()}}
     return state, row | {"seconds": time.perf_counter() - started}
-
-
-@functools.cache
-def _compute(backend: Backend, activation: str) -> ExpertCompute:
-    """One function object for one back-end: compiled programs are found by it."""
-    return backend.compute(activation)
 
 
 def last_state(directory: Path, recipe: Recipe, model: Model, target_ids: jax.Array) -> tuple[TrainState, int]:
@@ -117,13 +107,12 @@ def last_state(directory: Path, recipe: Recipe, model: Model, target_ids: jax.Ar
 def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: TrainState, rows: Rows) -> list[float]:
     """Share of the target's first choices guessed at each draft step, over all whole batches of rows; what is less
     than one batch is filled up with rows of which nothing counts."""
-    compute = _compute(model.backend, model.config.hidden_act)
     hits, positions = np.zeros(recipe.unroll), np.zeros(recipe.unroll)
     missing = max(recipe.batch - len(rows.ids), 0)
     rows = Rows(*(np.pad(part, ((0, missing), (0, 0))) for part in rows))
     for start in range(0, len(rows.ids) - recipe.batch + 1, recipe.batch):
         batch = Rows(*(part[start : start + recipe.batch] for part in rows))
-        scores = evaluate_batch(recipe, compute, model.params, target_ids, state, batch)
+        scores = evaluate_batch(recipe, model.backend, model.params, target_ids, state, batch)
         hits += [float(fetch(score.hits)) for score in scores]
         positions += [float(fetch(score.positions)) for score in scores]
     return (hits / np.maximum(positions, 1)).round(5).tolist()

@@ -18,11 +18,11 @@ from jaxtyping import Array, Float
 
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.errors import RequestError
+from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
-from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.parallel.processes import everywhere, put_global
-from moespec_jax.train.objective import LOSSES, StepScore, ask_teacher, unrolled_scores
+from moespec_jax.parallel.processes import put_global, replicate
+from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.rows import Rows
 
@@ -67,7 +67,7 @@ def initial_state(recipe: Recipe, head: DraftHead, mesh: Mesh) -> TrainState:
     """Before the first step, on every device of the mesh."""
     # Copies: the state is donated from step to step, and the target's own arrays must not go with it.
     head = jax.tree.map(jnp.copy, dataclasses.replace(head, target_ids=None))
-    return everywhere(mesh, TrainState(head, build_optimizer(recipe.optimizer).init(head)))
+    return replicate(mesh, TrainState(head, build_optimizer(recipe.optimizer).init(head)))
 
 
 def data_mesh(batch: int) -> Mesh:
@@ -86,13 +86,13 @@ def data_mesh(batch: int) -> Mesh:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
 def train_step(
-    recipe: Recipe, compute: ExpertCompute, mesh: Mesh,
+    recipe: Recipe, backend: Backend, mesh: Mesh,
     target: Decoder, target_ids: Array, state: TrainState, batch: Rows,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One optimizer step. Every device takes its rows through target and unrolled head; gradients are averaged."""
 
     def shard(target: Decoder, target_ids: Array, head: DraftHead, batch: Rows):
-        loss = functools.partial(_loss, recipe, compute, target, target_ids)
+        loss = functools.partial(_loss, recipe, backend, target, target_ids)
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(head, batch)
         return jax.lax.pmean(gradients, "data"), _over_devices(metrics)
 
@@ -108,10 +108,10 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def evaluate_batch(
-    recipe: Recipe, compute: ExpertCompute, target: Decoder, target_ids: Array, state: TrainState, batch: Rows
+    recipe: Recipe, backend: Backend, target: Decoder, target_ids: Array, state: TrainState, batch: Rows
 ) -> list[StepScore]:
     """The same scores without a step."""
-    return _loss(recipe, compute, target, target_ids, state.head, batch)[1]
+    return _loss(recipe, backend, target, target_ids, state.head, batch)[1]
 
 
 def shard_batch(mesh: Mesh, batch: Rows) -> Rows:
@@ -125,11 +125,11 @@ def finished_head(state: TrainState, target_ids: Array) -> DraftHead:
 
 
 def _loss(
-    recipe: Recipe, compute: ExpertCompute, target: Decoder, target_ids: Array, head: DraftHead, batch: Rows
+    recipe: Recipe, backend: Backend, target: Decoder, target_ids: Array, head: DraftHead, batch: Rows
 ) -> tuple[Array, list[StepScore]]:
     head = dataclasses.replace(jax.tree.map(lambda p: p.astype(recipe.dtype), head), target_ids=target_ids)
     tokens, counts = batch.ids[:, :-1], batch.counts[:, 1:]
-    teacher = ask_teacher(recipe.target, target, compute, recipe.draft.boundaries, target_ids, tokens)
+    teacher = run_teacher(recipe.target, target, backend, recipe.draft.boundaries, target_ids, tokens)
     scores = unrolled_scores(
         recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, LOSSES[recipe.loss], recipe.recompute
     )

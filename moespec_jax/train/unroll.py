@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import DraftConfig
 from moespec_jax.nn.attention import project_qkv
-from moespec_jax.nn.eagle3 import DraftHead, draft_logits, finish_layer, fuse_taps, layer_input, next_features
+from moespec_jax.nn.eagle3 import DraftHead, draft_logits, finish_layer, fuse_aux, layer_input, next_features
 from moespec_jax.nn.layers import rope_angles
 
 # Keys and values of every step so far, one entry a layer and step: `[batch, tokens, kv_heads, head]`.
@@ -35,7 +35,7 @@ def unroll(
     config: DraftConfig,
     head: DraftHead,
     embed: Float[Array, "vocab model"],
-    taps: Float[Array, "batch tokens aux"],
+    aux: Float[Array, "batch tokens aux"],
     tokens: Int[Array, "batch tokens"],
     steps: int,
     judge: Judge[T],
@@ -47,7 +47,7 @@ def unroll(
     Index t of step j is meant only while token t + 1 + j is among `tokens`; past the end, token 0 stands in.
     """
     embed = embed if head.embed is None else head.embed
-    features, keys, judged = fuse_taps(config, head, taps), ((),) * config.num_hidden_layers, []
+    features, keys, judged = fuse_aux(config, head, aux), ((),) * config.num_hidden_layers, []
     run = jax.checkpoint(_step, static_argnums=(0, 5, 6)) if recompute else _step
     for step in range(steps):
         ahead = jnp.pad(tokens[:, 1 + step :], ((0, 0), (0, min(1 + step, tokens.shape[1]))))

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 
 from moespec_jax.checkpoint.tokenizer import chat_prompt
-from moespec_jax.cli.arguments import add_model_flags, load_asked, shown_name
+from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
@@ -29,7 +30,7 @@ from moespec_jax.runtime.tuned_profile import write_profile
 from moespec_jax.tune.candidates import grid
 from moespec_jax.tune.cost import TERMS
 from moespec_jax.tune.report import bound_text, draw, rows, table, verdict
-from moespec_jax.tune.search import Asked, Bound, Outcome, search
+from moespec_jax.tune.search import Bound, Outcome, SearchConfig, find_fastest
 
 EXAMPLE = """
 example:
@@ -93,19 +94,19 @@ def _run(arguments: argparse.Namespace) -> None:
         raise RequestError(str(error)) from None
     if not trees or arguments.repeats < 1 or arguments.tokens < 2:
         raise RequestError("expected at least one tree to search, one repeat and two tokens")
-    model = load_asked(arguments)
+    model = load_requested(arguments)
     if model.draft is None:
         raise RequestError("expected a draft head to tune the use of; give --draft-model")
     as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
     sets = prompt_sets(model, arguments, as_chat)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
-    asked = Asked(bound, trees, _budgets(arguments.budgets, model), arguments.tokens, arguments.repeats)
+    search = SearchConfig(bound, trees, _budgets(arguments.budgets, model), arguments.tokens, arguments.repeats)
     about = _about(model, arguments, {name: len(prompts) for name, prompts in sets.items()})
     arguments.output.mkdir(parents=True, exist_ok=True)
     flags = {name: getattr(arguments, name) for name in ("tree_depth", "tree_top_ks", "tree_sizes", "longest_prompt")}
-    whole = about | flags | {"budgets": asked.budgets, "bound": bound._asdict(), "repeats": asked.repeats}
+    whole = about | flags | {"budgets": search.budgets, "bound": bound._asdict(), "repeats": search.repeats}
     ledger = Ledger(arguments.output / "tune.jsonl", whole)
-    outcome = search(model, prompts, asked, ledger)
+    outcome = find_fastest(model, prompts, search, ledger)
     _write(outcome, bound, about, arguments.output)
     write_output(f"{table(outcome)}\n\n{verdict(outcome, bound)}\nprofile: {arguments.output / 'profile.json'}\n")
 
@@ -156,9 +157,9 @@ def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Pat
     report += f"{json.dumps(about)}\n"
     write_text(directory / "tune.md", report)
     draw(outcome, directory / "tune.png")
-    setting = None if best is None else best.candidate.setting
-    tree, budget = (None, None) if setting is None else (setting.tree, setting.budget)
-    write_profile(directory / "profile.json", tree, budget, about | measured)
+    spec = DecodingSpec() if best is None else best.candidate.spec
+    assert spec.tree != "default"
+    write_profile(directory / "profile.json", spec.tree, spec.budget, about | measured)
 
 
 if __name__ == "__main__":

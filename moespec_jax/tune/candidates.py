@@ -7,18 +7,18 @@ import numpy as np
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
-from moespec_jax.measure.timing import Setting, tree_name
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.tune.cost import Cost
 from moespec_jax.tune.replay import replay
 
 # Rules that keep most of the quality at a budget, and the one that keeps all of it (docs/budgets.md).
 LOSSY_RULES: dict[str, dict[str, Any]] = {
     "path, squares": {},
-    "faithfulness 0.3": dict(anchor="root", faithfulness=0.3),
-    "guarantee 0, faithfulness 0.5": dict(coverage="guarantee", guarantee=0.0, faithfulness=0.5),
+    "faithfulness 0.3": dict(anchor="root", min_kept_weight=0.3),
+    "guarantee 0, faithfulness 0.5": dict(anchor="likely", anchor_probability=0.0, min_kept_weight=0.5),
 }
 EXACT_RULES: dict[str, dict[str, Any]] = {
-    "guarantee 0, faithfulness 1": dict(coverage="guarantee", guarantee=0.0, faithfulness=1.0),
+    "guarantee 0, faithfulness 1": dict(anchor="likely", anchor_probability=0.0, min_kept_weight=1.0),
 }
 # What the cost of a round is fitted to: the corners of what is searched, and some of its middle.
 ANCHORS = [
@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
     share of equal first choices, by prefix, with 95 % intervals."""
 
     name: str
-    setting: Setting
+    spec: DecodingSpec
     accept_length: float
     experts: float
     round_s: float
@@ -68,7 +68,7 @@ def exact_candidates(
     for tree in trees:
         wanted = float(np.interp(tree.size, list(experts), list(experts.values())))
         length = replay(ranks[tree.top_k], tree).accept_length
-        found.append(Candidate(tree_name(tree), Setting(tree), length, wanted, cost.round_s(tree, wanted)))
+        found.append(Candidate(tree.name, DecodingSpec(tree), length, wanted, cost.round_s(tree, wanted)))
     return sorted(found, key=lambda c: -c.tokens_per_s)
 
 
@@ -77,9 +77,9 @@ def trees_for_budgets(exact: Sequence[Candidate], budgets: Sequence[int], cost: 
     found: dict[TreeConfig, float] = {}
     for budget in budgets:
         speeds = {
-            c.setting.tree: c.accept_length / cost.round_s(c.setting.tree, min(budget, c.experts))
+            c.spec.tree: c.accept_length / cost.round_s(c.spec.tree, min(budget, c.experts))
             for c in exact
-            if c.setting.tree is not None and c.experts > budget
+            if isinstance(c.spec.tree, TreeConfig) and c.experts > budget
         }
         for tree in sorted(speeds, key=lambda t: -speeds[t])[:2]:
             found[tree] = max(found.get(tree, 0.0), speeds[tree])
@@ -89,8 +89,8 @@ def trees_for_budgets(exact: Sequence[Candidate], budgets: Sequence[int], cost: 
 def budgeted_candidate(
     tree: TreeConfig, rule_name: str, budget: BudgetConfig, measured: Mapping[str, Any], cost: Cost
 ) -> Candidate:
-    """A tree under a budget, of which following texts told `measured` (`fidelity.summary`)."""
-    name = f"{tree_name(tree)} B={budget.experts} {rule_name}"
+    """A tree under a budget, with what teacher forcing `measured` of it (`fidelity.summary`)."""
+    name = f"{tree.name} B={budget.experts} {rule_name}"
     loss = {key: measured[key] for key in ("kl", "kl_95", "top1", "top1_95")}
     length, experts = measured["accept_length"], measured["experts_read"]
-    return Candidate(name, Setting(tree, budget), length, experts, cost.round_s(tree, experts), loss)
+    return Candidate(name, DecodingSpec(tree, budget), length, experts, cost.round_s(tree, experts), loss)

@@ -18,13 +18,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3State
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, Speculator, draft_trees
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.fidelity import with_texts
 from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.cache import Cache, empty_cache
 from moespec_jax.nn.decoder import Decoder, forward
+from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
@@ -61,13 +66,13 @@ def path_ranks(
         int32 [texts, steps, levels, depths]: the rank of the node at depth `level + 1` among the pool of a tree of
         depth 0, 1, ...; `ABSENT` where the continuation left the pool.
     """
-    method = model.method(SamplingConfig(), whole_pool(depth, top_k))
-    assert isinstance(method.settings, SpeculationSettings)
+    method = model.speculative(DecodingSpec(whole_pool(depth, top_k)), SamplingConfig())
+    params = model.speculative_params
     begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
-    run = Run(model.programs, method, Batch(begun, [len(text) for text in texts], (), 0))
+    run = Run(model.programs, method, params, Batch(begun, [len(text) for text in texts], (), 0))
     state = with_texts(run.state_after(0), texts, prompts)
-    program = jax.jit(partial(_ranks_along, method.settings, steps, max(map(len, texts))))
-    return np.asarray(program(method.params, state))
+    program = jax.jit(partial(_ranks_along, method, steps, max(map(len, texts))))
+    return np.asarray(program(params, state))
 
 
 def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
@@ -86,39 +91,41 @@ def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
 
 
 def _ranks_along(
-    settings: SpeculationSettings, steps: int, longest: int, params: Speculator, state: SpeculationState
+    method: Speculative[DraftHead, Eagle3State],
+    steps: int,
+    longest: int,
+    params: SpeculativeParams[DraftHead],
+    state: SpeculationState[Eagle3State],
 ) -> Int[Array, "texts steps levels depths"]:
-    taps = _exact_taps(settings, params.target, state.decoding.tokens[:, :longest])
+    aux = _exact_aux(method.target, method.drafter.boundaries, params.target, state.decoding.tokens[:, :longest])
     start = state.decoding.length
 
-    def draft(draft_cache: object, step: Array) -> tuple[object, Array]:
+    def draft(cache: Cache, step: Array) -> tuple[Cache, Array]:
         length = start + step
-        row = jnp.take_along_axis(taps, (length - 2)[:, None, None], axis=1)
-        padded = jnp.concatenate([row, jnp.zeros_like(state.taps[:, 1:])], axis=1)
+        row = jnp.take_along_axis(aux, (length - 2)[:, None, None], axis=1)
+        padded = jnp.concatenate([row, jnp.zeros_like(state.draft.aux[:, 1:])], axis=1)
         decoding = dataclasses.replace(state.decoding, length=length)
-        now = dataclasses.replace(state, decoding=decoding, draft_cache=draft_cache, taps=padded)
-        trees, draft_cache = draft_trees(settings, params, now)
-        find = partial(_path_ranks, settings.tree)
-        return draft_cache, jax.vmap(find)(trees, state.decoding.tokens, length)
+        trees, after = method.propose(
+            params, SpeculationState(decoding, Eagle3State(cache, padded), state.depth_counts)
+        )
+        find = partial(_path_ranks, method.tree)
+        return after.draft.cache, jax.vmap(find)(trees, state.decoding.tokens, length)
 
-    _, ranks = jax.lax.scan(draft, state.draft_cache, jnp.arange(steps, dtype=jnp.int32))
+    _, ranks = jax.lax.scan(draft, state.draft.cache, jnp.arange(steps, dtype=jnp.int32))
     return jnp.swapaxes(ranks, 0, 1)
 
 
-def _exact_taps(
-    settings: SpeculationSettings, target: Decoder, texts: Int[Array, "texts tokens"]
+def _exact_aux(
+    plain: Autoregressive, boundaries: tuple[int, ...], target: Decoder, texts: Int[Array, "texts tokens"]
 ) -> Float[Array, "texts tokens aux"]:
-    """The target's states that the head reads, of every token: one plain pass."""
-    config = settings.target.config
+    """The target's hidden states that the head reads, of every token, from one plain pass."""
+    config = plain.config
     positions = jnp.broadcast_to(jnp.arange(texts.shape[1], dtype=jnp.int32)[None, :], texts.shape)
     mask = causal_mask(positions, texts.shape[1])
-    kv = empty_cache(config, texts.shape[0], texts.shape[1], target.embed.dtype, stacked=target.stacked)
-    compute, attention = settings.target.compute, settings.target.attention
-    _, _, info = forward(
-        config, target, texts, positions, mask, kv, compute, boundaries=settings.draft.boundaries, attention=attention
-    )
-    assert info.taps is not None
-    return info.taps
+    cache = empty_cache(config, texts.shape[0], texts.shape[1], target.embed.dtype, stacked=target.stacked)
+    _, _, info = forward(config, target, texts, positions, mask, cache, plain.backend, boundaries=boundaries)
+    assert info.aux_hidden_states is not None
+    return info.aux_hidden_states
 
 
 def _path_ranks(

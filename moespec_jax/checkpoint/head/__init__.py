@@ -1,1 +1,1 @@
-"""EAGLE-3 head checkpoints of every published format, in and out. Private: see `moespec_jax`."""
+"""EAGLE-3 head checkpoints of every published format, in and out. Private."""

@@ -52,7 +52,7 @@ def run_distinct(
         return total + jnp.where(weight > 0, run(x, ids[slot]) * weight, 0.0)
 
     # One token fills its slots; a trip count known beforehand spares GPUs a wait for the host in every iteration.
-    count = ids.shape[0] if x.shape[0] == 1 and not routing.elsewhere else active
+    count = ids.shape[0] if x.shape[0] == 1 and not routing.sharded else active
     return jax.lax.fori_loop(0, count, body, jnp.zeros(x.shape, jnp.float32))
 
 

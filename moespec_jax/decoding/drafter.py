@@ -1,0 +1,132 @@
+"""The contract of a drafter: which tree every sequence proposes in a round, from a state of its own.
+
+A drafter is a frozen value: equal drafters share compiled programs. Its parameters are `SpeculativeParams.draft`, any
+pytree, and its state `SpeculationState.draft`, another. A drafter without either is one function, `propose`.
+"""
+
+from typing import Generic, Protocol, TypeVar
+
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.states import DecodeState
+from moespec_jax.decoding.tree import Tree
+from moespec_jax.nn.decoder import Decoder
+
+Weights = TypeVar("Weights")
+DraftState = TypeVar("DraftState")
+
+
+@struct.dataclass
+class SpeculativeParams(Generic[Weights]):
+    """Parameters of target and drafter."""
+
+    target: Decoder
+    draft: Weights
+
+
+@struct.dataclass
+class SpeculationState(Generic[DraftState]):
+    """A batch of sequences under way.
+
+    Fields:
+        decoding: as in plain decoding; the newest token, which is the next tree's root, is not in the cache.
+        draft: the drafter's state.
+        depth_counts: rounds of all sequences that committed a node of each depth, the root's included.
+    """
+
+    decoding: DecodeState
+    draft: DraftState
+    depth_counts: Float[Array, " path"]
+
+
+class Drafter(Protocol[Weights, DraftState]):
+    """A way of drafting.
+
+    `init`, `read` and `begin` follow the prompt, `propose` and `commit` every round. Exactness asks of the trees only
+    what `tree.Tree` says of them, and that they are a function of the tokens so far: any other error costs acceptance.
+    """
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Hidden states of the target that it reads (`decoder.forward`)."""
+        ...
+
+    def init(self, params: SpeculativeParams[Weights], batch: int, slots: int) -> DraftState:
+        """Allocate the state of `batch` sequences of up to `slots` tokens."""
+        ...
+
+    def read(
+        self,
+        params: SpeculativeParams[Weights],
+        state: DraftState,
+        next_tokens: Int[Array, "batch chunk"],
+        aux_hidden_states: Float[Array, "batch chunk aux"] | None,
+        start: Int[Array, ""],
+        prompt_lengths: Int[Array, " batch"],
+    ) -> DraftState:
+        """Read the chunk of every prompt that begins at position `start`: the token after each of its tokens, and the
+        target's hidden states of its tokens."""
+        ...
+
+    def begin(self, tree: TreeConfig, state: DraftState, prompt_lengths: Int[Array, " batch"]) -> DraftState:
+        """Turn the state after the prompt into that of rounds with such trees."""
+        ...
+
+    def propose(
+        self, tree: TreeConfig, params: SpeculativeParams[Weights], state: SpeculationState[DraftState]
+    ) -> tuple[Tree, SpeculationState[DraftState]]:
+        """Draft a tree `[batch, tree.size]` for every sequence, of paths of at most `tree.longest_path` nodes.
+
+        The target's cache may be written from its first free slot on; verification overwrites the rows.
+        """
+        ...
+
+    def commit(
+        self, state: DraftState, accepted: Accepted, aux_hidden_states: Float[Array, "batch nodes aux"] | None
+    ) -> DraftState:
+        """Take note of the accepted paths, and of the target's hidden states at all nodes."""
+        ...
+
+    def specs(self, params: SpeculativeParams[Weights]) -> DraftState:
+        """Sharding of the state on a mesh, `PartitionSpec`s in place of arrays."""
+        ...
+
+
+class StatelessDrafter:
+    """A drafter without parameters and state; `propose` is left to the subclass."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """No hidden states are read."""
+        return ()
+
+    def init(self, params: SpeculativeParams[tuple[()]], batch: int, slots: int) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def read(
+        self,
+        params: SpeculativeParams[tuple[()]],
+        state: tuple[()],
+        next_tokens: Array,
+        aux_hidden_states: Array | None,
+        start: Array,
+        prompt_lengths: Array,
+    ) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def begin(self, tree: TreeConfig, state: tuple[()], prompt_lengths: Array) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def commit(self, state: tuple[()], accepted: Accepted, aux_hidden_states: Array | None) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def specs(self, params: SpeculativeParams[tuple[()]]) -> tuple[()]:
+        """There is no state."""
+        return ()

@@ -1,0 +1,180 @@
+"""Drafting with an EAGLE-3 head (arXiv:2503.01840): the head reads the pairs that the last round confirmed, then grows
+a tree level by level (EAGLE-2, arXiv:2406.16858, section 3).
+
+The whole batch drafts at once; every sequence has a tree of its own. While a tree grows, its rows lie in the head's
+cache behind the confirmed pairs: row `i * top_k + s` is beam node s of level i. The next round overwrites them, since
+they were computed from the head's own features, not from the target's.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.config import DraftConfig, TreeConfig
+from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.autoregressive import row_at
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
+from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
+from moespec_jax.nn.attention import causal_mask, tree_mask
+from moespec_jax.nn.cache import Cache, in_rows
+from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
+
+Params = SpeculativeParams[DraftHead]
+
+
+@struct.dataclass
+class Eagle3State:
+    """State of a draft head between rounds.
+
+    Fields:
+        cache: keys and values of confirmed pairs; `cache.length[b]` counts them. Pair t is token t with the one after.
+        aux: the target's hidden states of the tokens from position `cache.length[b]` to the root's predecessor, whose
+            pairs are not in the cache yet.
+    """
+
+    cache: Cache
+    aux: Float[Array, "batch path aux"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3Drafter:
+    """Dynamic trees or chains of an EAGLE-3 head (`drafter.Drafter`)."""
+
+    config: DraftConfig
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Hidden states of the target that the head reads."""
+        return self.config.boundaries
+
+    def init(self, params: Params, batch: int, slots: int) -> Eagle3State:
+        """Allocate an empty cache."""
+        dtype = params.draft.fc.dtype
+        cache = empty_draft_cache(self.config, batch, slots, dtype)
+        return Eagle3State(cache, jnp.zeros((batch, 1, self.config.aux_size), dtype))
+
+    def read(
+        self,
+        params: Params,
+        state: Eagle3State,
+        next_tokens: Int[Array, "batch chunk"],
+        aux_hidden_states: Float[Array, "batch chunk aux"] | None,
+        start: Int[Array, ""],
+        prompt_lengths: Int[Array, " batch"],
+    ) -> Eagle3State:
+        """Read the pairs of one chunk. The pair of a prompt's last token waits for the first draw."""
+        assert aux_hidden_states is not None
+        cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, prompt_lengths.shape))
+        _, cache = extend_cache(self.config, params, aux_hidden_states, next_tokens, cache)
+        last = row_at(aux_hidden_states, prompt_lengths - 1 - start, state.aux[:, 0])
+        return Eagle3State(cache, last[:, None, :])
+
+    def begin(self, tree: TreeConfig, state: Eagle3State, prompt_lengths: Int[Array, " batch"]) -> Eagle3State:
+        """Confirm all pairs of the prompt but its last token's."""
+        batch, _, width = state.aux.shape
+        padding = jnp.zeros((batch, tree.longest_path - 1, width), state.aux.dtype)
+        cache = dataclasses.replace(state.cache, length=prompt_lengths - 1)
+        return Eagle3State(cache, jnp.concatenate([state.aux, padding], axis=1))
+
+    def propose(
+        self, tree: TreeConfig, params: Params, state: SpeculationState[Eagle3State]
+    ) -> tuple[Tree, SpeculationState[Eagle3State]]:
+        """Read the pairs that the last round confirmed, and grow a tree from the last of them."""
+        decoding, draft, width = state.decoding, state.draft, tree.longest_path
+        confirmed = draft.cache.length
+        next_positions = confirmed[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+        next_tokens = jnp.take_along_axis(decoding.tokens, next_positions, axis=1)
+        outputs, cache = extend_cache(self.config, params, draft.aux, next_tokens, draft.cache)
+        pairs = decoding.length - 1  # one for every token but the root
+        last = jnp.clip(pairs - 1 - confirmed, 0, width - 1)
+        outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
+        roots = jnp.take_along_axis(decoding.tokens, pairs[:, None], axis=1)[:, 0]
+        cache = dataclasses.replace(cache, length=pairs)
+        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache)
+        return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux))
+
+    def commit(
+        self, state: Eagle3State, accepted: Accepted, aux_hidden_states: Float[Array, "batch nodes aux"] | None
+    ) -> Eagle3State:
+        """Keep the target's hidden states of the accepted path."""
+        assert aux_hidden_states is not None
+        aux = jnp.take_along_axis(aux_hidden_states, accepted.path[:, :, None], axis=1)
+        return Eagle3State(state.cache, aux)
+
+    def specs(self, params: Params) -> Eagle3State:
+        """Sharding of the state on a mesh."""
+        return Eagle3State(cache_specs(params.draft.sharding, stacked=False), BY_SEQUENCE)  # pyright: ignore[reportArgumentType]
+
+
+def extend_cache(
+    config: DraftConfig,
+    params: Params,
+    aux: Float[Array, "batch pairs aux"],
+    next_tokens: Int[Array, "batch pairs"],
+    cache: Cache,
+) -> tuple[Float[Array, "batch pairs model"], Cache]:
+    """Run the head on new pairs: the target's hidden states of the tokens from position `cache.length[b]` on, each with
+    the token after it. Rows behind the last true pair are padding, which later passes overwrite before they read it."""
+    embed = _embedding(params)
+    positions = cache.length[:, None] + jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None, :]
+    mask = causal_mask(positions, cache.slots)
+    features = fuse_aux(config, params.draft, aux)
+    return draft_forward(config, params.draft, embed[next_tokens], features, positions, mask, cache)
+
+
+def grow_trees(
+    config: DraftConfig,
+    tree: TreeConfig,
+    params: Params,
+    outputs: Float[Array, "batch model"],
+    roots: Int[Array, " batch"],
+    cache: Cache,
+) -> tuple[Tree, Cache]:
+    """Draft a tree for every sequence.
+
+    Args:
+        config: the head's settings.
+        tree: shape of the trees.
+        params: target, whose embedding the head may share, and head.
+        outputs: the head's outputs at the last confirmed pair.
+        roots: the newest token of each sequence.
+        cache: all confirmed pairs.
+
+    Returns:
+        The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
+    """
+    head, embed, confirmed, k = params.draft, _embedding(params), cache.length, tree.top_k
+
+    def log_probabilities(outputs: Array) -> Array:
+        return jax.nn.log_softmax(draft_logits(config, head, outputs), axis=-1)
+
+    def grow(carry: tuple[Cache, Beam, Array], level: Array) -> tuple[tuple[Cache, Beam, Array], Level]:
+        cache, beam, features = carry
+        positions = jnp.broadcast_to((confirmed + level)[:, None], beam.tokens.shape)
+        mask = tree_mask(beam.ancestors, confirmed, cache.slots)
+        cache = dataclasses.replace(cache, length=confirmed + level * k)
+        outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache)
+        cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
+        candidates, beam = jax.vmap(lambda b, lp: next_level(tree, level, b, lp, head.target_ids))(
+            beam, log_probabilities(outputs)
+        )
+        features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)
+        return (cache, beam, features), candidates
+
+    first, beam = jax.vmap(lambda lp: first_level(tree, lp, head.target_ids))(log_probabilities(outputs))
+    features = next_features(config, head, outputs)[:, None, :]
+    features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
+    levels = jnp.arange(tree.depth, dtype=jnp.int32)
+    (cache, _, _), rest = jax.lax.scan(grow, (cache, beam, features), levels)
+    trees = jax.vmap(partial(prune, tree), in_axes=(0, 0, 1))(roots, first, rest)
+    return trees, dataclasses.replace(cache, length=confirmed)
+
+
+def _embedding(params: Params) -> Float[Array, "vocab model"]:
+    """The head's own embedding, or else the target's."""
+    return params.target.embed if params.draft.embed is None else params.draft.embed

@@ -1,0 +1,38 @@
+"""A way to decode as a user asks for it."""
+
+import dataclasses
+from typing import Any, Literal
+
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.drafter import Drafter
+from moespec_jax.decoding.speculative import Adapt
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingSpec:
+    """How to decode: plainly where `tree` is None, exactly where `budget` is None too.
+
+    Fields:
+        tree: shape of the draft tree; None decodes plainly, "default" stands for the model's own choice.
+        budget: expert budget of the verification.
+        simulate_accept_length: accept so many tokens a round on average, whatever the model computes: for timing.
+        drafter: in place of the model's draft head.
+        adapt: replaces functions of the method (`speculative.Speculative`).
+    """
+
+    tree: TreeConfig | Literal["default"] | None = None
+    budget: BudgetConfig | None = None
+    simulate_accept_length: float | None = None
+    drafter: Drafter[Any, Any] | None = None  # of whatever parameters and state
+    adapt: Adapt | None = None
+
+    @property
+    def tree_name(self) -> str:
+        """`60/7/10` (size/depth/top-k), `plain` or `default`."""
+        return self.tree.name if isinstance(self.tree, TreeConfig) else self.tree or "plain"
+
+    @property
+    def name(self) -> str:
+        """`60/7/10 B=0.5`, `4/2/1`, `plain`."""
+        return self.tree_name + ("" if self.budget is None else f" B={self.budget.name}")

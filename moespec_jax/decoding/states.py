@@ -1,0 +1,95 @@
+"""States of a batch of sequences: while prompts are read, and while tokens are generated."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from moespec_jax.nn.cache import Cache
+from moespec_jax.parallel.collectives import data_axes, pmax
+
+# In place of a token where logits are not finite; no token has this id.
+NO_TOKEN = -1
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts, and where each sequence ends.
+
+    Fields:
+        tokens: token ids, padded on the right to the capacity of a sequence.
+        lengths: number of tokens of each prompt.
+        limit: length at which a sequence ends, in tokens.
+        stop_ids: token ids that end a sequence, padded with `NO_TOKEN`.
+        key: random key of the whole batch.
+    """
+
+    tokens: Int[Array, "batch slots"]
+    lengths: Int[Array, " batch"]
+    limit: Int[Array, " batch"]
+    stop_ids: Int[Array, " stops"]
+    key: Array
+
+
+class PrefillState(NamedTuple):
+    """State that one chunk of a prompt leaves to the next.
+
+    Fields:
+        cache: the target's KV cache.
+        last_hidden: final hidden state of each prompt's last token, once it has been read.
+    """
+
+    cache: Cache
+    last_hidden: Float[Array, "batch model"]
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch of sequences under way.
+
+    Fields:
+        tokens: prompts and everything generated.
+        length: number of tokens of each sequence.
+        limit: length at which a sequence ends.
+        done: sequences that have ended, at a stop id or at their limit.
+        stop_ids: token ids that end a sequence.
+        key: random key of the whole batch.
+        cache: the target's KV cache, which holds every token but the newest.
+    """
+
+    tokens: Int[Array, "batch slots"]
+    length: Int[Array, " batch"]
+    limit: Int[Array, " batch"]
+    done: Bool[Array, " batch"]
+    stop_ids: Int[Array, " stops"]
+    key: Array
+    cache: Cache
+
+
+def any_unfinished(state: DecodeState) -> Bool[Array, ""]:
+    """Test whether any sequence of the whole batch is unfinished; devices that share a batch loop equally often."""
+    return pmax(~jnp.all(state.done), data_axes())
+
+
+def append_tokens(state: DecodeState, new: Int[Array, "batch path"], count: Int[Array, " batch"]) -> DecodeState:
+    """Append the first `count[b]` of `new[b]` to every unfinished sequence b, cut after its first stop id or at its
+    limit, where plain decoding would have stopped."""
+    width = new.shape[1]
+    step = jnp.arange(width, dtype=jnp.int32)[None, :]
+    stops = jnp.any(new[:, :, None] == state.stop_ids[None, None, :], axis=-1)
+    until_stop = jnp.where(jnp.any(stops, axis=1), jnp.argmax(stops, axis=1).astype(jnp.int32) + 1, width)
+    room = jnp.maximum(state.limit - state.length, 0)
+    count = jnp.where(state.done, 0, jnp.minimum(jnp.minimum(count, until_stop), room))
+    stopped = jnp.any(stops & (step < count[:, None]), axis=1)
+    length = state.length + count
+    # Which of the new tokens each slot of the buffer takes, if any: a scatter would be slower.
+    index = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :] - state.length[:, None]
+    written = (index >= 0) & (index < count[:, None])
+    taken = jnp.take_along_axis(new, jnp.clip(index, 0, width - 1), axis=1)
+    return dataclasses.replace(
+        state,
+        tokens=jnp.where(written, taken, state.tokens),
+        length=length,
+        done=state.done | stopped | (length >= state.limit),
+    )
