@@ -1,8 +1,10 @@
-"""Verification of one sequence's draft tree: the path that the target accepts, and the token it adds after it.
+"""Acceptance of one sequence's draft tree: the path that the target accepts, and the bonus token after it.
 
-The tree is a deterministic function of the text so far, so each proposal is a point mass, and recursive rejection
-(SpecInfer, arXiv:2305.09781) comes to this: one coin a node against the running sum of the target's probabilities of
-its children. What is emitted is distributed exactly as without a draft. Callers `vmap` over the batch.
+Drafts are a deterministic function of the text so far, so each proposal is a point mass, and recursive rejection
+(SpecInfer, arXiv:2305.09781) reduces to one uniform draw u at each node: with children c_1, c_2, ... in order, accept
+the first c_i with p(c_1) + ... + p(c_i) > u, where p is the target's distribution at the node; if there is none, the
+bonus is drawn from p without the children, renormalised. The output has the target's distribution. Callers `vmap` over
+the batch.
 """
 
 import functools
@@ -19,10 +21,12 @@ from moespec_jax.decoding.tree import Tree, ancestors, depths
 
 @struct.dataclass
 class Accepted:
-    """What a round gives: the tokens of `path` after the root, then `bonus`.
+    """An accepted path. A round gains the tokens of the path after the root, then the bonus.
 
-    `path` holds node indices, the root first, `TreeConfig.longest_path` of them; from `count` on it repeats the last
-    accepted node. `count` includes the root, and so is also the number of tokens gained.
+    Fields:
+        path: node indices, the root first; from `count` on it repeats the last accepted node.
+        count: number of nodes, the root included, which is also the number of tokens gained.
+        bonus: token after the last accepted node.
     """
 
     path: Int[Array, " path"]
@@ -30,17 +34,17 @@ class Accepted:
     bonus: Int[Array, ""]
 
 
-# (tree, logits [nodes, vocab], the sequence's own key, the position of the first token after the root) -> Accepted
+# (tree, logits [nodes, vocab], the sequence's random key, position of the first token after the root) -> Accepted.
 Accept = Callable[[Tree, Array, Array, Array], Accepted]
 
 
 def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None = None) -> Accept:
-    """How trees are verified: greedily, by sampling, or, for timing alone, to a mean number of tokens `simulate`.
+    """Choose the acceptance: greedy, sampled, or, for timing, simulated with a mean number of tokens `simulate`.
 
-    Equal settings give the same function, since compiled programs are looked up by it.
+    Equal settings give the same function object, which identifies compiled programs.
 
     Raises:
-        ValueError: `simulate` is below 1, the least that a round gives, or not finite.
+        ValueError: `simulate` is below 1, the least that a round gains, or not finite.
     """
     if simulate is not None and not 1.0 <= simulate < float("inf"):
         raise ValueError(f"expected a simulated acceptance length of at least 1, got {simulate}")
@@ -48,7 +52,7 @@ def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | N
 
 
 def accept_greedy(longest_path: int, tree: Tree, logits: Float[Array, "nodes vocab"]) -> Accepted:
-    """The path of first maxima: from each node to the child that is the target's most probable token."""
+    """Accept from each node the child that is the target's most probable token."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def choose(level: Array, node: Array) -> tuple[Array, Array]:
@@ -67,19 +71,18 @@ def accept_sampled(
     key: Array,
     index: Int[Array, ""],
 ) -> Accepted:
-    """Recursive rejection with one coin a node, and a bonus from what the refused children leave.
+    """Accept by recursive rejection; siblings must differ in their tokens.
 
-    Coins and bonuses are a function of `key` and of their token's position alone, and so do not depend on where rounds
-    begin. Of `logits` only rows on the path are worked on: a nucleus sorts the vocabulary. Siblings must differ in
-    their tokens.
+    Random draws are a function of `key` and of their token's position alone, and so do not depend on where rounds
+    begin. Only rows of `logits` on the path are processed, since top-p sorts the vocabulary.
     """
 
     def log_p(node: Array) -> Array:
         return log_probabilities(sampling, jax.lax.dynamic_index_in_dim(logits, node, keepdims=False))
 
     def choose(level: Array, node: Array) -> tuple[Array, Array]:
-        coin = jax.random.uniform(position_keys(key, index + level)[0])
-        return take_child(jnp.exp(log_p(node)), tree.tokens, tree.parents == node, coin)
+        u = jax.random.uniform(position_keys(key, index + level)[0])
+        return take_child(jnp.exp(log_p(node)), tree.tokens, tree.parents == node, u)
 
     path, count = walk(longest_path, choose)
     last = path[-1]
@@ -93,12 +96,12 @@ def take_child(
     probabilities: Float[Array, " vocab"],
     tokens: Int[Array, " nodes"],
     children: Bool[Array, " nodes"],
-    coin: Float[Array, ""],
+    u: Float[Array, ""],
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """The first of the `children` whose running sum of target probability exceeds `coin`, and whether there is one.
+    """Find the first of the `children` whose running sum of target probability exceeds `u`; also whether there is one.
 
-    The coin is scaled by the sum of children and rest, not by 1: where the rest is 0, a child is taken however the sums
-    were rounded. A child of probability 0 never is.
+    `u` is scaled by the sum of children and rest, not by 1: where the rest is 0, a child is accepted however the sums
+    are rounded. A child of probability 0 never is.
     """
     mass = jnp.where(children, probabilities[tokens], 0.0)
     # Accelerators add in a tree, where a running sum may creep up over an addend of 0: hence `possible`.
@@ -106,7 +109,7 @@ def take_child(
     running = jnp.where(possible, jnp.cumsum(mass), 0.0)
     others = jnp.ones(probabilities.shape, jnp.bool_).at[tokens].min(~children)
     rest = jnp.sum(jnp.where(others, probabilities, 0.0))
-    taken = possible & (running > coin * (jnp.max(running) + rest))
+    taken = possible & (running > u * (jnp.max(running) + rest))
     return jnp.argmax(taken).astype(jnp.int32), jnp.any(taken)
 
 
@@ -118,17 +121,17 @@ def accept_simulated(
     key: Array,
     index: Int[Array, ""],
 ) -> Accepted:
-    """For timing without a trained head: so far down the path to the deepest node that `count` is `mean_length` on
-    average, or to its end. The text means nothing.
+    """Accept part of the path to the deepest node, so that `count` is `mean_length` on average where the path is long
+    enough: for timing without a trained head. The text is meaningless.
 
-    The length is one of the two whole numbers around the mean, by a coin of the root's position.
+    `count` is one of the two integers around the mean, drawn by the root's position.
     """
     mask = ancestors(tree.parents)
     depth = depths(mask)
     deepest = jnp.argmax(depth)
     whole = int(mean_length)
-    coin = jax.random.uniform(position_keys(key, index)[0])
-    count = jnp.minimum(whole + (coin < mean_length - whole).astype(jnp.int32), depth[deepest] + 1)
+    u = jax.random.uniform(position_keys(key, index)[0])
+    count = jnp.minimum(whole + (u < mean_length - whole).astype(jnp.int32), depth[deepest] + 1)
     steps = jnp.minimum(jnp.arange(longest_path, dtype=jnp.int32), count - 1)
     path = jnp.argmax(mask[deepest][None, :] & (depth[None, :] == steps[:, None]), axis=-1).astype(jnp.int32)
     bonus = jnp.argmax(jax.lax.dynamic_index_in_dim(logits, path[-1], keepdims=False))
@@ -138,8 +141,8 @@ def accept_simulated(
 def walk(
     longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array]]
 ) -> tuple[Int[Array, " path"], Int[Array, ""]]:
-    """`path` and `count` of an `Accepted`: from the root to the child that `choose(level, node)` gives until it says
-    that it found none. `level` counts from 0 at the root; a child is an int32 scalar."""
+    """Walk from the root to the child of `choose(level, node) -> (child, found)` while one is found; returns `path` and
+    `count` of an `Accepted`. `level` counts from 0 at the root; a child is an int32 scalar."""
 
     def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         path, count, _ = state
@@ -157,24 +160,24 @@ def walk(
     return path, count
 
 
-def cut_path(tree: Tree, accepted: Accepted, live: Bool[Array, " nodes"]) -> Accepted:
-    """End the path before its first node that is not live, whose token becomes the bonus.
+def cut_path(tree: Tree, accepted: Accepted, kept: Bool[Array, " nodes"]) -> Accepted:
+    """End the path before its first pruned node, whose token becomes the bonus.
 
-    That token was chosen by the logits of its parent, which is live; only what would follow from the node itself is
-    given up. The root is live.
+    That token was accepted by the logits of its parent, which is kept; what follows from the node itself is dropped.
+    The root is kept.
     """
     step = jnp.arange(accepted.path.shape[0], dtype=jnp.int32)
-    dead = ~live[accepted.path] & (step < accepted.count)
-    first = jnp.where(jnp.any(dead), jnp.argmax(dead).astype(jnp.int32), accepted.count)
+    pruned = ~kept[accepted.path] & (step < accepted.count)
+    first = jnp.where(jnp.any(pruned), jnp.argmax(pruned).astype(jnp.int32), accepted.count)
     path = jnp.where(step < first, accepted.path, accepted.path[jnp.maximum(first - 1, 0)])
     bonus = jnp.where(first < accepted.count, tree.tokens[accepted.path[jnp.minimum(first, step[-1])]], accepted.bonus)
     return Accepted(path, first, bonus)
 
 
 def position_keys(key: Array, position: Int[Array, ""]) -> tuple[Array, Array]:
-    """The keys of a position's coin and of its bonus: two streams, so that neither says anything of the other."""
-    coin, bonus = jax.random.split(jax.random.fold_in(key, position))
-    return coin, bonus
+    """Keys of a position's uniform draw and of its bonus token, which are independent."""
+    uniform, bonus = jax.random.split(jax.random.fold_in(key, position))
+    return uniform, bonus
 
 
 @functools.cache

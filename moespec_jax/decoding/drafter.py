@@ -4,7 +4,7 @@ A drafter is a frozen value: equal drafters share compiled programs. Its paramet
 pytree, and its state `SpeculationState.draft`, another. A drafter without either is one function, `propose`.
 """
 
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -42,6 +42,7 @@ class SpeculationState(Generic[DraftState]):
     depth_counts: Float[Array, " path"]
 
 
+@runtime_checkable
 class Drafter(Protocol[Weights, DraftState]):
     """A way of drafting.
 

@@ -6,7 +6,7 @@ takes is donated to its program, and is not used again.
 """
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 from jaxtyping import Array, Int
@@ -21,6 +21,7 @@ State = TypeVar("State")
 AnyState = TypeVar("AnyState")
 
 
+@runtime_checkable
 class Prefill(Protocol[Params, PrefillState]):
     """A way of reading prompts. It is a value of its own, so that methods that read prompts alike share programs."""
 
@@ -49,6 +50,7 @@ class Prefill(Protocol[Params, PrefillState]):
         ...
 
 
+@runtime_checkable
 class Method(Protocol[Params, PrefillState, State]):
     """A way of decoding."""
 

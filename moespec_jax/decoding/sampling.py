@@ -1,4 +1,4 @@
-"""From logits to a token: the distribution that temperature, top-k and top-p leave, and one draw from it."""
+"""Sampling: the distribution of temperature, top-k and top-p, and one draw from it."""
 
 import dataclasses
 
@@ -11,7 +11,12 @@ from moespec_jax.parallel.collectives import first_sequence
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+    """Distribution that tokens are drawn from.
+
+    Fields:
+        temperature: divides the logits; 0 is greedy.
+        top_k: number of most probable tokens to draw from; 0 is all.
+        top_p: draw from the smallest set of most probable tokens that holds this probability; 1 is all.
 
     Raises:
         ValueError: a value is out of its range.
@@ -31,14 +36,14 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether the most probable token is always drawn."""
         return self.temperature == 0.0
 
 
 def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-    """Natural log of the distribution tokens are drawn from, float32; excluded tokens are -inf.
+    """Compute the log of the distribution, in float32; excluded tokens are -inf.
 
-    In the order transformers applies them: temperature, top-k, top-p. Greedy puts all mass on the first maximum.
+    The order is that of transformers: temperature, top-k, top-p. Greedy puts all mass on the first maximum.
     """
     logits = logits.astype(jnp.float32)
     if sampling.greedy:
@@ -56,8 +61,8 @@ def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch voc
 def draw(
     sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"], index: Int[Array, " batch"]
 ) -> Int[Array, " batch"]:
-    """One token a sequence. `index` is the position of the new token: with the sequence's number it makes the key, so
-    that a sequence's draws depend neither on how the loop is cut nor on how far its neighbours are."""
+    """Draw one token for every sequence. The key of a draw is a function of the sequence's number and of the position
+    `index` of the new token, so that a sequence's draws depend neither on the loop's calls nor on its neighbours."""
     if sampling.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     row = first_sequence(logits.shape[0]) + jnp.arange(logits.shape[0], dtype=jnp.int32)
@@ -66,7 +71,7 @@ def draw(
 
 
 def _outside_nucleus(logits: Array, top_p: float) -> Array:
-    """True for tokens outside the smallest set of most probable tokens that holds at least `top_p` of the mass."""
+    """Mark tokens outside the smallest set of most probable tokens that holds at least `top_p` of the mass."""
     order = jnp.argsort(-logits, axis=-1, stable=True)
     sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities

@@ -6,10 +6,11 @@ pass and the budget's restriction are fields that can be replaced.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import TreeConfig
@@ -38,7 +39,8 @@ from moespec_jax.parallel.collectives import data_axes, first_sequence, psum
 TargetForward = Callable[..., tuple[Array, Cache | None, ForwardInfo]]
 
 
-class SpeculationPrefill(NamedTuple, Generic[DraftState]):
+@struct.dataclass
+class SpeculationPrefill(Generic[DraftState]):
     """State that one chunk of a prompt leaves to the next: the target's and the drafter's."""
 
     target: PrefillState

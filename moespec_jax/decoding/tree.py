@@ -1,12 +1,20 @@
-"""The draft tree of one sequence in fixed slots: grown level by level, then cut to its best nodes.
+r"""The draft tree of one sequence, in arrays of static shape: grown level by level, then pruned to its best nodes.
 
 EAGLE-2's dynamic tree (arXiv:2406.16858), which EAGLE-3 (arXiv:2503.01840) keeps: a beam of `top_k` nodes is expanded
-`depth` times; every child enters the pool, the best of them are the next beam, and the best of the pool are the tree.
-Everything is static in shape and deterministic; callers `vmap` over the batch.
+`depth` times; every child enters the pool, the best children are the next beam, and the best of the pool are the tree.
+All functions are deterministic; callers `vmap` over the batch.
 
-The pool's flat order is the first level, then each level's children, beam node by beam node, best child first. A score
-is the sum of log-probabilities on the way from the root. Since none of them is above 0 and equal scores go to the lower
-flat index, whichever node is chosen, its parent is chosen too.
+The pool is ordered by level, then by beam node, then by child, best first. The score of a node is the log-probability
+of its path: s(node) = s(parent) + log q(token | parent). Since log q <= 0 and ties go to the lower index, the parent of
+every chosen node is chosen too.
+
+A tree of five nodes, its parents, and the attention mask of `ancestors` (row i attends to column j):
+
+            0 root           node     0  1  2  3  4         1 . . . .
+           / \               parent  -1  0  0  1  1         1 1 . . .
+          1   2                                             1 . 1 . .
+         / \                                                1 1 . 1 .
+        3   4                                               1 1 . . 1
 """
 
 from typing import NamedTuple
@@ -21,19 +29,24 @@ from moespec_jax.config import TreeConfig
 class Tree(NamedTuple):
     """The `TreeConfig.size` tokens to verify: the root, then drafted nodes in the pool's order.
 
-    `tokens` are the target's ids. `parents` are node indices, -1 for the root; a parent precedes its children, and
-    siblings, best first, differ in their tokens. `scores` are float32, 0 for the root.
+    Fields:
+        tokens: the target's token ids; siblings differ.
+        parents: node indices, -1 for the root; a parent precedes its children.
+        scores: log-probability of the path from the root, float32, 0 for the root.
     """
 
-    tokens: Int[Array, " nodes"]
-    parents: Int[Array, " nodes"]
-    scores: Float[Array, " nodes"]
+    tokens: Int[Array, "*batch nodes"]
+    parents: Int[Array, "*batch nodes"]
+    scores: Float[Array, "*batch nodes"]
 
 
 class Level(NamedTuple):
-    """The candidates that one expansion adds to the pool, in flat order; stacked `[levels, candidates]` over levels.
+    """Candidates that one expansion adds to the pool.
 
-    `parents_flat` are flat indices in the pool, -1 for the root.
+    Fields:
+        tokens: the target's token ids.
+        scores: log-probability of the path from the root.
+        parents_flat: indices in the pool, -1 for the root.
     """
 
     tokens: Int[Array, "*levels candidates"]
@@ -42,12 +55,16 @@ class Level(NamedTuple):
 
 
 class Beam(NamedTuple):
-    """The nodes that the next draft forward expands.
+    """Nodes that the next pass of the drafter expands. Row i of the beam of level l is written to scratch slot
+    `l * top_k + i` of the drafter's cache.
 
-    `tokens` are the target's ids; `flat` says where in the pool a node is. `parents` are rows of the previous beam,
-    whose outputs are the input features; all 0 in the first beam, whose parent is the root. Row i of the beam of level
-    l is written to slot `l * top_k + i` of the draft cache's scratch; `ancestors` says which slots a node may see:
-    those on its way from the root, itself included.
+    Fields:
+        tokens: the target's token ids.
+        scores: log-probability of the path from the root.
+        parents: rows of the previous beam, whose outputs are the input features; 0 in the first beam, whose parent is
+            the root.
+        flat: indices in the pool.
+        ancestors: scratch slots that a node attends to: its path from the root, itself included.
     """
 
     tokens: Int[Array, " beam"]
@@ -58,14 +75,14 @@ class Beam(NamedTuple):
 
 
 def check_draft_vocabulary(config: TreeConfig, draft_vocab_size: int) -> None:
-    """A node can have no more children than the head knows tokens.
+    """Check that a node has no more children than the head has tokens.
 
     Raises:
-        ValueError: the tree wants more.
+        ValueError: it has more.
     """
     if draft_vocab_size < config.top_k:
         raise ValueError(
-            f"expected a tree of top-k at most {draft_vocab_size}, the number of tokens that the draft head knows;"
+            f"expected a tree of top-k at most {draft_vocab_size}, the size of the draft head's vocabulary;"
             f" got {config.top_k}"
         )
 
@@ -73,10 +90,10 @@ def check_draft_vocabulary(config: TreeConfig, draft_vocab_size: int) -> None:
 def first_level(
     config: TreeConfig, log_probs: Float[Array, " draft_vocab"], target_ids: Int[Array, " draft_vocab"]
 ) -> tuple[Level, Beam]:
-    """The root's `top_k` best children, which are all of the first beam.
+    """Take the root's `top_k` best children, which are the first beam.
 
-    `log_probs` are the float32 `log_softmax` of the draft's raw logits after the last confirmed pair; `target_ids` maps
-    the draft's tokens to the target's, no two to the same.
+    `log_probs` are the float32 `log_softmax` of the drafter's logits after the last confirmed pair; `target_ids` maps
+    the drafter's tokens to different tokens of the target.
     """
     check_draft_vocabulary(config, log_probs.shape[0])
     scores, ids = _best(log_probs, config.top_k)
@@ -98,10 +115,10 @@ def next_level(
     log_probs: Float[Array, "beam draft_vocab"],
     target_ids: Int[Array, " draft_vocab"],
 ) -> tuple[Level, Beam]:
-    """The `top_k` best children of every beam node, and the best of them as the next beam.
+    """Take the `top_k` best children of every beam node, and the best of them as the next beam.
 
-    Expansions are counted by `level_index` from 0, and may be a scan's: all shapes are the same. `log_probs` follow the
-    beam's tokens. The beam that the last expansion leaves is not drafted and has no slot of its own.
+    `level_index` counts expansions from 0 and may be traced. `log_probs` are those of the beam's tokens. The beam of
+    the last expansion is not expanded and has no scratch slots.
     """
     k = config.top_k
     gains, ids = jax.vmap(lambda row: _best(row, k))(log_probs)
@@ -116,13 +133,13 @@ def next_level(
 
 
 def prune(config: TreeConfig, root_token: Int[Array, ""], first: Level, rest: Level) -> Tree:
-    """The best `size - 1` candidates of the pool as a tree. `rest` is stacked `[depth, top_k**2]`."""
+    """Prune the pool to its best `size - 1` candidates. `rest` is stacked `[depth, top_k**2]`."""
     tokens, scores, parents_flat = (
         jnp.concatenate([a, b.reshape(-1)]) for a, b in zip(first, rest, strict=True)
     )  # [pool]
     chosen = jnp.sort(jax.lax.top_k(scores, config.size - 1)[1])
     above = parents_flat[chosen]
-    # Node 0 is the root, and so chosen[i] is node i + 1.
+    # Node 0 is the root, so that chosen[i] is node i + 1.
     found = jnp.searchsorted(chosen, above, method="compare_all").astype(jnp.int32) + 1
     return Tree(
         tokens=jnp.concatenate([root_token[None].astype(jnp.int32), tokens[chosen]]),
@@ -132,14 +149,14 @@ def prune(config: TreeConfig, root_token: Int[Array, ""], first: Level, rest: Le
 
 
 def ancestors(parents: Int[Array, " nodes"]) -> Bool[Array, "nodes nodes"]:
-    """Row i marks the nodes on the way from the root to node i, itself included: the tree's attention mask.
+    """Compute the tree's attention mask: row i marks the path from the root to node i, itself included.
 
-    Derived from `parents` alone; a slot of parent -1 sees itself.
+    A node of parent -1 attends to itself alone.
     """
     size = parents.shape[0]
     slots = jnp.arange(size, dtype=jnp.int32)
     reach = (parents[:, None] == slots[None, :]) | (slots[:, None] == slots[None, :])
-    # Each squaring doubles how far a row looks; no node is more than size - 1 steps from its root.
+    # Each squaring doubles the length of the paths; none has more than size - 1 steps.
     for _ in range((size - 1).bit_length()):
         steps = reach.astype(jnp.float32)
         reach = steps @ steps > 0
@@ -147,18 +164,18 @@ def ancestors(parents: Int[Array, " nodes"]) -> Bool[Array, "nodes nodes"]:
 
 
 def depths(mask: Bool[Array, "nodes nodes"]) -> Int[Array, " nodes"]:
-    """How many steps each node is from its root, given `ancestors`."""
+    """Count the steps from the root to each node, given `ancestors`."""
     return jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
 
 
 def _best(log_probs: Float[Array, " draft_vocab"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:
-    """The k largest, the lower index first among equals. A logarithm may round to above 0 or to -0, which `top_k` ranks
-    below 0: either would let a child overtake its parent."""
+    """Take the k largest, lower indices first among equals. A logarithm may round to above 0, or to -0, which `top_k`
+    ranks below 0: in both cases a child could precede its parent."""
     return jax.lax.top_k(jnp.where(log_probs < 0, log_probs, 0.0), k)
 
 
 def _own_slot(config: TreeConfig, level_index: Int[Array, ""]) -> Bool[Array, "beam drafted"]:
-    """The slot where each node of a level's beam is drafted."""
+    """Mark the scratch slot of each node of a level's beam."""
     slots = jnp.arange(config.depth * config.top_k, dtype=jnp.int32)
     own = level_index * config.top_k + jnp.arange(config.top_k, dtype=jnp.int32)
     return slots[None, :] == own[:, None]

@@ -1,0 +1,177 @@
+"""Check and time this library on one GPU, within minutes, and write one results file:
+
+    python -m benchmarks.gpu --reference benchmarks/results/embedded_tokens.json     (on a CPU, once)
+    python -m benchmarks.gpu --out benchmarks/results/gpu.json                       (on the GPU)
+
+Correctness: the embedded pair in float32 generates the tokens that a CPU generated with the same settings, plainly and
+speculatively, greedy and sampled, exact and under budgets. Sampled texts may part where two draws are near a boundary;
+the number of equal tokens before that is reported.
+
+Speed: OLMoE-1B-7B (or `--model`) with random weights in bfloat16, batch 1, SIMULATED acceptance of published length and
+SIMULATED routing skew (`moespec_jax/bench/random_pair.py`): times mean something, texts do not. Columns:
+
+- `ms`: milliseconds a round (plain: a token), median and range over repeats of one run in one process;
+- `tokens_per_s`: with the simulated acceptance length, the same for all budgets of a tree;
+- `experts_read`: distinct experts a layer;
+- `floor_ms`: bytes of the weights that the verification must read (experts read, all else once) over the copy bandwidth;
+- `prefill_ms`: a prompt of 512 tokens.
+
+`copy_gb_per_s` is that of a large copy out of place, bytes read and written.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moespec_jax
+from moespec_jax import BACKENDS, BudgetConfig, DecodingSpec, Model, TreeConfig
+from moespec_jax.bench.random_pair import published_accept_length, random_model
+from moespec_jax.measure.roofline import verification_bytes
+from moespec_jax.runtime.results import device_name, versions
+
+PROMPT = "def quicksort(values):\n"
+TREE = TreeConfig()
+CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(tree=None),
+    "chain 4/2/1": {},
+    "tree 60/7/10": dict(tree=TREE),
+    "tree 60/7/10, B = 12": dict(tree=TREE, budget=BudgetConfig(12)),
+    "tree 60/7/10, B = 12, kept weight 1": dict(tree=TREE, budget=BudgetConfig(12, anchor="root", min_kept_weight=1.0)),
+    "sampled, plain": dict(tree=None, temperature=0.8, top_p=0.9, seed=5),
+    "sampled, chain 4/2/1": dict(temperature=0.8, top_p=0.9, seed=5),
+}
+TREES = (TreeConfig(2, 1, 4), TreeConfig(4, 4, 16), TREE)
+PREFILL, NEW = 512, 96
+
+
+def main() -> int:
+    """Write the reference on a CPU, or check and time on a GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--reference", type=Path, help="write the CPU's tokens to this file, and stop")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--model", default="OLMoE-1B-7B")
+    parser.add_argument("--layers", type=int, help="cut the model to its first layers")
+    parser.add_argument("--backends", nargs="+", default=["slots", "triton", "mosaic"])
+    parser.add_argument("--full", default="triton", help="back-end that is timed with every tree and budget")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.reference:
+        arguments.reference.write_text(json.dumps(embedded_tokens(), indent=1) + "\n")
+        return 0
+    report = {"device": device_name(), "versions": versions(), "model": arguments.model, "simulated": True}
+    report["embedded"] = check_embedded(Path(__file__).parent / "results" / "embedded_tokens.json")
+    report["copy_gb_per_s"] = round(copy_bandwidth() / 1e9, 1)
+    report["rows"] = []
+    for name in arguments.backends:
+        model = random_model(arguments.model, arguments.layers, "bfloat16", BACKENDS[name])
+        specs = all_specs(model) if name == arguments.full else few_specs(model)
+        report["rows"] += timed_rows(model, specs, arguments.repeats, report["copy_gb_per_s"] * 1e9)
+        del model
+        if arguments.out:  # what is measured so far, should time run out
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def embedded_tokens() -> dict[str, list[int]]:
+    """Generate 64 tokens with the embedded pair in every case."""
+    model = moespec_jax.load(dtype="float32")
+
+    def tokens(name: str) -> list[int]:
+        return model.generate(PROMPT, max_new_tokens=64, **CASES[name]).prompts[0].token_ids
+
+    with ThreadPoolExecutor() as pool:  # compiles side by side
+        return dict(zip(CASES, pool.map(tokens, CASES), strict=True))
+
+
+def check_embedded(reference: Path) -> dict[str, int]:
+    """Count the tokens before the first that differs from the CPU's, of 64."""
+    expected, found = json.loads(reference.read_text()), embedded_tokens()
+    equal = {name: np.cumprod(np.equal(found[name], expected[name])).sum() for name in CASES}
+    print({name: int(count) for name, count in equal.items()}, flush=True)
+    return {name: int(count) for name, count in equal.items()}
+
+
+def all_specs(model: Model) -> list[DecodingSpec]:
+    """Plain decoding, and every tree exactly and under budgets of N/2, N/4 and N/8."""
+    least = model.config.num_experts_per_tok
+    budgets = [None, *(model.config.num_experts // part for part in (2, 4, 8))]
+    return [DecodingSpec()] + [
+        DecodingSpec(tree, None if b is None else BudgetConfig(max(b, least)), published_accept_length(tree))
+        for tree in TREES
+        for b in budgets
+    ]
+
+
+def few_specs(model: Model) -> list[DecodingSpec]:
+    """Plain decoding, the chain exactly, and the large tree exactly and under N/4."""
+    names = ("plain", "4/2/1", "60/7/10", f"60/7/10 B={model.config.num_experts // 4}")
+    return [spec for spec in all_specs(model) if spec.name in names]
+
+
+def timed_rows(model: Model, specs: Sequence[DecodingSpec], repeats: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Compile all specs side by side, then time each."""
+    prompt = [np.random.default_rng(0).integers(0, model.config.vocab_size, PREFILL).tolist()]
+
+    def run(spec: DecodingSpec) -> moespec_jax.RunResult:
+        return model.generate(
+            prompt, tree=spec.tree, budget=spec.budget, simulate_accept_length=spec.simulate_accept_length,
+            max_new_tokens=NEW, ignore_eos=True,
+        )  # fmt: skip
+
+    for spec in specs[:2]:  # prefill of target and head, which the others share
+        run(spec)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(run, specs))
+    return [_row(model, spec, [run(spec) for _ in range(repeats)], bandwidth) for spec in specs]
+
+
+def _row(
+    model: Model, spec: DecodingSpec, results: Sequence[moespec_jax.RunResult], bandwidth: float
+) -> dict[str, Any]:
+    ms = [r.decode_s / r.prompts[0].rounds * 1e3 for r in results]
+    last = results[-1]
+    floor = verification_bytes(model.config, model.params, last.experts_read) / bandwidth
+    row = {
+        "backend": model.backend.name,
+        "layers": model.config.num_hidden_layers,
+        "spec": spec.name,
+        "lossy": spec.budget is not None,
+        "ms": _spread(ms),
+        "tokens_per_s": round(statistics.median(r.tokens_per_s for r in results), 1),
+        "accept_length": round(last.prompts[0].accept_length, 2),
+        "experts_read": round(last.experts_read, 1),
+        "floor_ms": round(floor * 1e3, 3),
+        "prefill_ms": _spread([r.prefill_s * 1e3 for r in results]),
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def copy_bandwidth(gigabytes: int = 2, repeats: int = 10) -> float:
+    """Measure the bytes per second, read and written, of a large copy out of place: the best of `repeats`."""
+    array, copy, times = jnp.ones((gigabytes << 28,), jnp.float32), jax.jit(lambda a: a + 1.0), []
+    jax.block_until_ready(copy(array))
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(copy(array))
+        times.append(time.perf_counter() - started)
+    return 2 * array.nbytes / min(times)
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
