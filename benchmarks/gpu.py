@@ -13,7 +13,8 @@ SIMULATED routing skew (`moespec_jax/bench/random_pair.py`): times mean somethin
 - `ms`: milliseconds a round (plain: a token), median and range over repeats of one run in one process;
 - `tokens_per_s`: with the simulated acceptance length, the same for all budgets of a tree;
 - `experts_read`: distinct experts a layer;
-- `floor_ms`: bytes of the weights that the verification must read (experts read, all else once) over the copy bandwidth;
+- `floor_ms`: bytes of the weights that the verification must read (experts read, all else once) over the copy
+bandwidth;
 - `prefill_ms`: a prompt of 512 tokens.
 
 `copy_gb_per_s` is that of a large copy out of place, bytes read and written.

@@ -33,10 +33,10 @@ def main() -> int:
     arguments = parser.parse_args()
     model, records = moespec_jax.load(), []
     model.generate(
-        PROMPT, tree=TREE, max_new_tokens=48, on_round=lambda number, info: records.extend(round_records(number, info))
+        PROMPT, tree=TREE, max_new_tokens=160, on_round=lambda number, info: records.extend(round_records(number, info))
     )
-    # Of the rounds that accept three drafted tokens, the one with the most different words on its path.
-    record = max(records, key=lambda r: (len(r["accepted"]) == 3, _words(model, r)))
+    # Of the rounds that accept a path to the tree's end, the one with the most different words on it.
+    record = max(records, key=lambda r: (len(r["accepted"]) == TREE.longest_path - 1, _words(model, r)))
     parents, accepted = record["parents"], record["accepted"]
     labels = token_labels(model.decode, record["tokens"])
     (bonus,) = token_labels(model.decode, [record["bonus"]])

@@ -1,6 +1,6 @@
 """The run-time checker of type and shape annotations in all tests (`conftest.py`): beartype, under jaxtyping's hook.
 
-Trees of shardings, shapes or axis numbers have the classes of trees of arrays, and are not checked.
+JAX makes trees of shardings, shapes or placeholders with the classes of trees of arrays; those are not checked.
 """
 
 import functools
@@ -9,19 +9,21 @@ from typing import Any
 
 import jax
 from beartype import beartype
-from jax.sharding import PartitionSpec, Sharding
-
-# Leaves that stand for arrays: shardings, shapes without memory, axis numbers of `vmap`, placeholders of JAX.
-_PLACEHOLDERS = (PartitionSpec, Sharding, jax.ShapeDtypeStruct, jax.core.ShapedArray)
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Check the arguments and the result of every call whose arguments are no placeholders."""
+    """Check the arguments and the result of every call in which nothing stands for an array."""
     checked = beartype(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        stand_ins = any(isinstance(value, _PLACEHOLDERS) for value in (*args, *kwargs.values()))
-        return (function if stand_ins else checked)(*args, **kwargs)
+        placeholders = any(stands_for_array(value) for value in (*args, *kwargs.values()))
+        return (function if placeholders else checked)(*args, **kwargs)
 
     return call
+
+
+def stands_for_array(value: Any) -> bool:
+    """True for objects of JAX that are no arrays (shardings, shapes), and for the plain objects that it flattens."""
+    kind = type(value)
+    return kind is object or (kind.__module__.split(".")[0] in ("jax", "jaxlib") and not isinstance(value, jax.Array))

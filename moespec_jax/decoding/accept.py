@@ -29,9 +29,9 @@ class Accepted:
         bonus: token after the last accepted node.
     """
 
-    path: Int[Array, " path"]
-    count: Int[Array, ""]
-    bonus: Int[Array, ""]
+    path: Int[Array, "*batch path"]
+    count: Int[Array, "*batch"]
+    bonus: Int[Array, "*batch"]
 
 
 # (tree, logits [nodes, vocab], the sequence's random key, position of the first token after the root) -> Accepted.
