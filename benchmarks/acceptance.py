@@ -70,7 +70,7 @@ def summary(tree: TreeConfig, result: RunResult) -> dict[str, Any]:
     rounds = sum(p.rounds for p in result.prompts)
     by_depth = np.sum([np.array(p.accepted_by_depth) * p.rounds for p in result.prompts], axis=0) / rounds
     return {
-        "tree": f"{tree.size}/{tree.depth}/{tree.top_k}",
+        "tree": tree.name,
         "rounds": rounds,
         "accept_length": round(1 + float(by_depth.sum()), 3),
         "accepted_by_depth": by_depth.round(3).tolist(),

@@ -8,7 +8,6 @@ router probability the heaviest experts hold, of the embedded target. `budget_qu
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.prompt_sets import held_out_pieces
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
@@ -51,13 +50,12 @@ def main() -> int:
 
 def tree_probabilities(model: Model) -> np.ndarray:
     """Router probabilities `[layers, trees, nodes, experts]` of trees drafted over held-out text."""
-    method = model.method(SamplingConfig(), TREE)
-    settings, params = method.settings, method.params
-    assert isinstance(settings, SpeculationSettings)
+    method, params = model.speculative(DecodingSpec(TREE), SamplingConfig()), model.speculative_params
     prompts = held_out_pieces(model, TREES)
-    state = Run(model.programs, method, Batch(prompts, [len(p) + 40 for p in prompts], (), 0)).state_after(2)
-    trees, _ = jax.jit(partial(draft_trees, settings))(params, state)
-    _, _, info = jax.jit(partial(verify_trees, settings))(params.target, state, trees)
+    batch = Batch(prompts, [len(p) + 40 for p in prompts], (), 0)
+    state = Run(model.programs, method, params, batch).state_after(2)
+    trees, drafted = jax.jit(method.propose)(params, state)
+    _, _, info = jax.jit(method.verify)(params, drafted, trees)
     return np.stack([np.asarray(r.probabilities).reshape(TREES, TREE.size, -1) for r in info.routers])
 
 

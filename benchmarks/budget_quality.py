@@ -2,13 +2,13 @@
 
     python -m benchmarks.budget_quality --out benchmarks/results
 
-Texts are pieces of held-out modules, and the target's own greedy continuations of their beginnings, each followed
+Texts are pieces of held-out modules, and the target's own greedy continuations of their beginnings, run
 token by token as `moespec_jax/measure/teacher_forcing.py` describes. Figures are means over positions, and intervals
 95 % of a bootstrap over texts.
 
 `accept_length` counts tokens a round gains: on held-out text that is how well the head guesses the text, on the
-target's own how much greedy decoding would accept. Under a faithful rule it is lower: what is given up is not
-committed.
+target's own how much greedy decoding would accept. A rule that prunes rows ("faithfulness") lowers it: pruned rows are
+not committed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from moespec_jax.runtime.results import versions
 from moespec_jax.study.rules import PAPER, RULES, SIZED
 
 TREE = TreeConfig(7, 10, 60)
-# Of these, the ones that are followed through the target's own text too.
+# Of these, the ones that are run through the target's own text too.
 OWN = [name for name in RULES if name.startswith(("MoE-Spec (", "path, hits", "path, squares"))]
 
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="directory to write budget_quality.json to (default: print)")
     parser.add_argument("--texts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=112, help="followed in each text, after its prompt of 64")
+    parser.add_argument("--tokens", type=int, default=112, help="of each text, after its prompt of 64")
     parser.add_argument("--budgets", nargs="+", type=int, default=[6, 8, 12, 16])
     parser.add_argument("--rules", nargs="+", choices=[*RULES, *SIZED], default=[*RULES, *SIZED], metavar="RULE")
     options = parser.parse_args()
@@ -116,7 +116,7 @@ def own(model: Model, options: argparse.Namespace) -> list[list[int]]:
 
 def measure(texts: Texts, rule: BudgetConfig | None, budget: int | None) -> dict[str, Any]:
     """Figures of one rule under one budget; without a rule, exactly."""
-    found = summary(texts.follow(rule, budget))
+    found = summary(texts.teacher_force(rule, budget))
     names = ("kl", "kl_95", "top1", "top1_95", "accept_length", "experts_read", "kl_by_text")
     return {name: found[name] for name in names}
 

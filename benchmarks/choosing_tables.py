@@ -1,4 +1,7 @@
-"""The tables of docs/choosing.md: what speculation and budgets gain on a CPU, and how well the search chooses."""
+"""Tables of docs/choosing.md: speed of speculation and budgets on a CPU, and quality of the search.
+
+Each function returns head and rows.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +10,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def choosing_cpu(report: dict[str, Any]) -> Table:
-    """Head and rows: exact trees and budgets over plain decoding, one row a tree and budget."""
+    """List the speed of exact trees and of budgets over plain decoding, one row a tree and budget."""
     shown = {"exact": "exact", "N/2": "LOSSY, half of the experts", "N/4": "LOSSY, a quarter of them"}
     rows = [
         [row["tree"], shown[row["budget"]], _times(row["over_plain"])]
@@ -19,7 +22,7 @@ def choosing_cpu(report: dict[str, Any]) -> Table:
 
 
 def tune_check(report: dict[str, Any]) -> Table:
-    """Head and rows: what the search chose beside the best of everything that was timed, one row a bound."""
+    """Compare the choice of the search with the fastest of all timed settings, one row a bound."""
     rows = []
     for name, bound in {"exact": "exact", "lossy": f"divergence up to {report['max_kl']:g} nats (LOSSY)"}.items():
         found = report[name]
@@ -36,7 +39,7 @@ def _times(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.2f}x** ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
-# What makes each table, and the results it is made of.
+# Function and result files of each table.
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "choosing_cpu": (choosing_cpu, ("budget_speed.json",)),
     "tune_check": (tune_check, ("tune_check.json",)),

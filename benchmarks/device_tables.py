@@ -1,16 +1,20 @@
-"""What the committed compilations say about devices: which models fit, what compiling takes, what GPU programs copy."""
+"""Tables of docs about devices: models that fit, compilation times, copies in GPU programs, meshes, int8 experts.
+
+Each function returns head and rows.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 Table = tuple[list[str], list[list[str]]]
-# Sizes of GPU memory that are sold.
+# Memory sizes of common GPUs in GB.
 CARDS = (16, 24, 48, 80, 141)
 
 
 def chip_memory(verifications: dict[str, Any], rounds: dict[str, Any]) -> Table:
-    """Head and rows: one row a model, one column a chip, with how long the loop over rounds took to compile."""
+    """List which model fits one chip, and the compilation time of the loop over rounds: one row a model, one column a
+    chip."""
     rows, chips = verifications["rows"], list(dict.fromkeys(row["chip"] for row in verifications["rows"]))
     found = []
     for model, needed in whole_models(rounds).items():
@@ -23,8 +27,10 @@ def chip_memory(verifications: dict[str, Any], rounds: dict[str, Any]) -> Table:
 
 
 def card_memory(rounds: dict[str, Any]) -> Table:
-    """Head and rows: one row a model, one column a size of memory: whether the share that JAX reserves by default
-    holds weights, head and caches, whether a larger one does, or none."""
+    """List which model fits which GPU memory: one row a model, one column a size.
+
+    "yes": weights, head and caches fit the share that JAX reserves by default; "with `.95`": they fit a larger share.
+    """
     found = []
     for model, needed in whole_models(rounds).items():
         size = needed["weights_gb"] + needed["cache_mb"] / 1e3
@@ -35,12 +41,13 @@ def card_memory(rounds: dict[str, Any]) -> Table:
 
 
 def whole_models(rounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each model takes on one device, by model."""
+    """Select the row of each model on one device, by model."""
     return {row["model"]: row for row in rounds["rows"]}
 
 
 def expert_copies(report: dict[str, Any]) -> Table:
-    """Head and rows: one row a model, GPU and back-end, one column a number of tokens, all experts allowed."""
+    """List copies of experts in GPU programs without a budget: one row a model, GPU and back-end, one column a number
+    of tokens."""
     rows = report["rows"]
     tokens = sorted({row["tokens"] for row in rows})
     found = []
@@ -55,7 +62,8 @@ def expert_copies(report: dict[str, Any]) -> Table:
 
 
 def embedded_pair(report: dict[str, Any]) -> Table:
-    """Head and rows: one row a way to decode and dtype, one column a chip, with seconds over all its programs."""
+    """List compilation times of the embedded pair, summed over programs: one row a decoding method and dtype, one
+    column a chip."""
     rows = report["rows"]
     chips = list(dict.fromkeys(row["chip"] for row in rows))
     found = []
@@ -74,9 +82,8 @@ def _compile_seconds(rounds: dict[str, Any], model: str, chip: str) -> str:
     return f"{min(seconds):.0f} to {max(seconds):.0f} s" if len(seconds) > 1 else f"{seconds[0]:.0f} s"
 
 
-# What makes each table, and of which results.
 def sizing(plan: dict[str, Any]) -> Table:
-    """Head and rows: one row a model and precision, one column a chip, with the smallest slice that holds it."""
+    """List the smallest slice that holds a model: one row a model and precision, one column a chip."""
     rows = plan["rows"]
     chips = list(dict.fromkeys(row["slice"].partition("-")[0] for row in rows))
     found = []
@@ -102,7 +109,7 @@ def _smallest(row: dict[str, Any]) -> str:
 
 
 def mesh_bytes(report: dict[str, Any]) -> Table:
-    """Head and rows: what one device of a slice holds, reads and exchanges, one row a budget and precision."""
+    """List memory, bytes read and collectives of one device of a slice, one row a budget and precision."""
     found = []
     for row in report["rows"]:
         moved = ", ".join(f"{runs} {kind} ({size / 1e6:.1f} MB)" for kind, (runs, size) in row["collectives"].items())
@@ -118,7 +125,8 @@ def mesh_bytes(report: dict[str, Any]) -> Table:
 
 
 def mesh_equality(report: dict[str, Any]) -> Table:
-    """Head and rows: whether every way to decode gives what one device gives, one row a family, a column a mesh."""
+    """Count the decoding methods whose output on a mesh equals that of one device: one row a family, one column a
+    mesh."""
     rows = report["rows"]
     places = list(dict.fromkeys((row["mesh"], row["processes"]) for row in rows))
     found = []
@@ -133,7 +141,7 @@ def mesh_equality(report: dict[str, Any]) -> Table:
 
 
 def int8_quality(report: dict[str, Any]) -> Table:
-    """Head and rows: one row of figures, with intervals over texts."""
+    """List the quality of int8 experts, with intervals over texts."""
 
     def cell(name: str, form: str) -> str:
         mean, low, high = (format(report[name][key], form) for key in ("mean", "low", "high"))
@@ -144,6 +152,7 @@ def int8_quality(report: dict[str, Any]) -> Table:
     return ["divergence, nats", "same first choice", "perplexity, float32 and int8"], [row]
 
 
+# Function and result files of each table.
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "chip_memory": (chip_memory, ("tpu_verify.json", "tpu_speculate.json")),
     "card_memory": (card_memory, ("tpu_speculate.json",)),

@@ -43,7 +43,7 @@ def main() -> int:
             differ = np.flatnonzero(np.array(a.token_ids) != np.array(b.token_ids))
             if differ.size:
                 gaps.append(leading_gap(exact, prompt + a.token_ids[: differ[0]]))
-        row = {"tree": f"{tree.size}/{tree.depth}/{tree.top_k}", "prompts": len(prompts), "diverged": len(gaps)}
+        row = {"tree": tree.name, "prompts": len(prompts), "diverged": len(gaps)}
         rows.append(row | {"gap_median": statistics.median(gaps) if gaps else None, "gap_max": max(gaps, default=None)})
         print(json.dumps(rows[-1]), file=sys.stderr)
     report = {"new_tokens": NEW, "dtype": "bfloat16", "device": plain.device, "versions": plain.versions, "rows": rows}
@@ -62,9 +62,8 @@ def leading_gap(model: Model, ids: list[int]) -> float:
 
 def _logits(model: Model, params: Decoder, tokens: jax.Array) -> jax.Array:
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    compute = model.backend.compute(model.config.hidden_act)
     mask = causal_mask(positions, tokens.shape[1])
-    hidden, _, _ = forward(model.config, params, tokens, positions, mask, None, compute)
+    hidden, _, _ = forward(model.config, params, tokens, positions, mask, None, model.backend)
     return unembed(params, hidden)
 
 

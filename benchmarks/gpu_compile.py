@@ -6,15 +6,15 @@ compiles the experts of one MoE layer ahead of time, for GPUs as `GPUS` describe
 checkpoints in bfloat16, and writes `gpu_compile.json`. The layer's index is traced and the weights hold `LAYERS`
 layers, as in our programs. Nothing runs, so there are no times.
 
-`slots` is how many experts the program can visit: all that the tokens may want, or a budget of a quarter of them all.
+`slots` is how many experts the program can visit: all that the tokens may select, or a budget of a quarter of them all.
 `temp_mb` is the compiler's temporary memory. `copies` lists the values of an expert's size that the program writes to
 memory, one for each instruction that writes one: a matrix, gate and up side by side, the matrices of all slots, of a
 layer, of all layers. An expert in another type, or multiplied by a token and not yet summed, counts as well: it is
-traffic no less. Products do not: what matrix multiplications and kernels write. Empty means that weights are read where
-they lie.
+traffic no less. Products do not: what matrix multiplications and kernels write. Empty means that weights are read in
+place.
 
-(`tpu_hlo.large_values` does not do here. It looks at values from 4 MB up, and Qwen3's matrices have 3.1; and it tells
-copies by type and size alone, which a kernel's output for all slots can share with an expert.)
+(`tpu_hlo.large_values` does not do here. It looks at values from 4 MB up, and Qwen3's matrices have 3.1; and it
+recognizes copies by type and size alone, which a kernel's output for all slots can share with an expert.)
 
 No device also means no autotuning: tile sizes, and Triton against cuBLAS, are the compiler's defaults. Both are chosen
 after what to fuse into a matrix multiplication is, so they do not undo a copy.
@@ -27,6 +27,7 @@ import math
 import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.tpu_hlo import computations
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
 from moespec_jax.measure.published_shapes import MODELS
@@ -46,7 +48,7 @@ from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.experts.triton_gpu import triton_experts
 from moespec_jax.nn.routing import Routing
 
-# Whoever imports this may have imported JAX before.
+# An importing program may have imported JAX before.
 jax.config.update("jax_platforms", "cpu")
 
 TOKENS, LAYERS, DTYPE = (1, 4, 60), 2, jnp.bfloat16
@@ -74,7 +76,6 @@ gpu_device_info {{ name: "{name}" threads_per_block_limit: 1024 threads_per_warp
     thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
     registers_per_core_limit: 65536 registers_per_block_limit: 65536 {of_its_own} }}"""
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 # What names values that are there already or, as `*-start`, ones that `*-done` names again.
 _VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|call|bitcast|constant|opt-barrier|.*-start")
@@ -87,9 +88,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["OLMoE-1B-7B", "Qwen3-30B-A3B", "Mixtral-8x7B"])
     parser.add_argument("--out", type=Path, help="directory to write to")
     options = parser.parse_args()
-    versions = _versions()
-    if not any(plugin in versions for plugin in PLUGINS):
-        raise SystemExit('The CUDA compiler is not installed: pip install "jax[cuda12]".')
+    versions = installed_versions()
+    check_compiler(versions)
     rows = []
     for model in options.models:
         for gpu in options.gpus:
@@ -109,7 +109,7 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
     for backend in COMPUTES if gpu == "sm_90" else ("slots", "triton"):
         for tokens in TOKENS:
             every = min(tokens * config.num_experts_per_tok, config.num_experts)
-            # One token visits its own experts, whatever the budget.
+            # One token visits its own experts under any budget.
             budget = every if tokens == 1 else min(every, config.num_experts // 4)
             rows += [row(config, gpu, backend, tokens, slots) for slots in sorted({budget, every})]
     return rows
@@ -118,8 +118,7 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
 def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) -> dict[str, Any]:
     """What the compiler makes of one model's experts on one GPU."""
     compute = COMPUTES[backend](config.hidden_act)
-    device = jax.sharding.AbstractDevice(device_kind=KINDS[gpu], num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    with lowering_for(gpu):
         lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots))
     compiled = lowered.compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -135,11 +134,27 @@ def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) 
     }
 
 
+def described_device(gpu: str) -> Any:
+    """A GPU as `GPUS` describes it, to compile for."""
+    target = _TARGET.format(name=gpu, of_its_own=GPUS[gpu])
+    return topologies.get_topology_desc(gpu, platform="cuda", topology="1x1x1", target_config=target).devices[0]
+
+
+def lowering_for(gpu: str) -> AbstractContextManager[object]:
+    """Context in which Pallas lowers kernels for such a GPU."""
+    device = jax.sharding.AbstractDevice(device_kind=KINDS[gpu], num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def check_compiler(versions: dict[str, str]) -> None:
+    """End the program where no plugin with the CUDA compiler is among the installed `versions`."""
+    if not any(plugin in versions for plugin in PLUGINS):
+        raise SystemExit('The CUDA compiler is not installed: pip install "jax[cuda12]".')
+
+
 def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tuple[Any, ...]:
     """Experts, layer, tokens and routing, as shapes on the GPU."""
-    target = _TARGET.format(name=gpu, of_its_own=GPUS[gpu])
-    device = topologies.get_topology_desc(gpu, platform="cuda", topology="1x1x1", target_config=target).devices[0]
-    sharding = SingleDeviceSharding(device)
+    sharding = SingleDeviceSharding(described_device(gpu))
 
     def array(*shape: int, dtype: Any = DTYPE) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -153,13 +168,7 @@ def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tupl
 
 def copies(hlo: str, sizes: set[int]) -> list[str]:
     """Values of one of the `sizes`, in elements, that an optimized HLO program writes, as `operation dtype[dims]`."""
-    bodies: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            lines = bodies.setdefault(header[1], [])
-        elif line.startswith(" "):
-            lines.append(line)
+    bodies = computations(hlo)
     inside = {name for body in bodies.values() for line in body for name in _called(line)}
     outside = [line for name, body in bodies.items() if name not in inside for line in body]
     return sorted(value for line in outside for value in _written(line, bodies, sizes))
@@ -184,7 +193,8 @@ def _called(line: str) -> list[str]:
     return re.findall(r" calls=%?([\w.\-]+)", line)
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Of what compiles."""
     found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {name: found[name] for name in ("jax", "jaxlib", *PLUGINS) if name in found}
 

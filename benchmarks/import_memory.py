@@ -95,7 +95,7 @@ def random_source(config: DecoderConfig, dtype: str) -> Source:
         for name in names:
             yield name, random.standard_normal(table[name].shape, np.float32).astype(kind)
 
-    return Source(dict.fromkeys(table, kind), read)
+    return Source(dict.fromkeys(table, kind), read, table)
 
 
 def _measure_all(root: Path, config: DecoderConfig):
@@ -105,7 +105,7 @@ def _measure_all(root: Path, config: DecoderConfig):
         write_config(config, published)
         count = sum(int(np.prod(tensor.shape)) for tensor in tensor_table(config).values())
         size = count * jnp.dtype(stored).itemsize
-        write_safetensors(random_source(config, stored), config, published, max_shard_bytes=size // 4)
+        write_safetensors(random_source(config, stored), published, max_shard_bytes=size // 4)
         shards = len(set(read_json(published / INDEX)["weight_map"].values()))
         about = {"stored": stored, "stored_bytes": size, "shards": shards}
         yield _run(about, "convert", "to_orbax", published, converted, size=size)
@@ -152,7 +152,7 @@ def _convert(direction: str, model: str, output: str) -> dict[str, Any]:
     if direction == "to_orbax":
         write_orbax(source, config, directory)
     else:
-        write_safetensors(source, config, directory)
+        write_safetensors(source, directory)
     write_config(config, directory)
     return {"seconds": round(time.perf_counter() - started, 1), "runtime_bytes": before, "peak_bytes": _peak()}
 

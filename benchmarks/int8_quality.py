@@ -22,7 +22,7 @@ from moespec_jax.measure.fidelity import interval
 from moespec_jax.measure.prompt_sets import held_out_pieces
 from moespec_jax.measure.teacher_forcing import log_probabilities
 from moespec_jax.runtime.load import load
-from moespec_jax.runtime.model import DEFAULT_TREE, Model
+from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import versions
 
 BATCH = 8
@@ -69,8 +69,8 @@ def compare(exact: Model, quantized: Model, tokens: np.ndarray) -> dict[str, np.
 
 def distributions(model: Model, tokens: np.ndarray) -> np.ndarray:
     """Log-probabilities of the next token at every position but the last, float64."""
-    settings = model.method(SamplingConfig(), DEFAULT_TREE).settings
-    return np.asarray(model.programs.run(log_probabilities, settings, model.params, jnp.asarray(tokens)), np.float64)
+    plain = model.autoregressive(SamplingConfig())
+    return np.asarray(model.programs.run(log_probabilities, plain, model.params, jnp.asarray(tokens)), np.float64)
 
 
 if __name__ == "__main__":

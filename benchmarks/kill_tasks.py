@@ -30,7 +30,7 @@ from moespec_jax.errors import CheckpointError
 # Of a line of bench.jsonl, and of the value of a turn, what no clock says.
 _COUNTS = (
     "setting prompts count tree budget rounds accept_length accepted_by_depth exact experts_wanted experts_read"
-    " experts_loaded mass_kept tokens_replaced tokens token_ids"
+    " mass_kept tokens_replaced tokens token_ids"
 ).split()
 _TIMED_FILES = ("bench.md", "bench.png")
 _SHARDS = "--max-shard-bytes 2000000 --dtype bfloat16".split()
@@ -157,14 +157,14 @@ def _timeless(name: str, line: Mapping[str, Any]) -> Any:
         return {key: value for key, value in line.items() if key != "seconds"}
     if name == "bench.jsonl":
         return {key: line[key] for key in _COUNTS if key in line}
-    if name == "turns.jsonl" and "piece" in line:
+    if name == "turns.jsonl" and "task" in line:
         value = line["value"]
-        return line["piece"], {key: value[key] for key in _COUNTS if key in value} if isinstance(value, dict) else None
+        return line["task"], {key: value[key] for key in _COUNTS if key in value} if isinstance(value, dict) else None
     return line
 
 
 def _hash_of_target(directory: Path) -> str:
-    """Of every tensor's name and bytes, whatever the format."""
+    """Hash of every tensor's name and bytes, equal for all formats."""
     config, digest = load_config(directory), hashlib.sha256()
     for name, array in open_source(directory, config).read(tensor_table(config)):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())

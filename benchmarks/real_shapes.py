@@ -1,12 +1,12 @@
-"""Speculative rounds at published shapes with and without a budget, on whatever device is here: random weights,
-simulated acceptance.
+"""Speculative rounds at published shapes with and without a budget, on the device at hand: random weights, simulated
+acceptance.
 
     python -m benchmarks.real_shapes --model OLMoE-1B-7B --out benchmarks/results     # one GPU or TPU
     python -m benchmarks.real_shapes --layers 4 --trees 32/4/4 --no-rounds    # a CPU with 24 GB
     python -m benchmarks.real_shapes --model toy                                      # seconds on a CPU
 
-For every tree (size/depth/top-k) and budget: the verification called alone, of distinct tokens, so that it wants as
-many experts as a tree can; a round inside the compiled loop (the time of many rounds over their number, so that the
+For every tree (size/depth/top-k) and budget: the verification called alone, of distinct tokens, so that they select
+as many experts as a tree can; a round inside the compiled loop (the time of many rounds over their number, so that the
 host is in it once); and plain decoding's time a token. Everything takes turns in one process, and ratios are of the
 same turn: medians and ranges. Beside the verification stands its floor, bytes that it must read over the copy bandwidth
 measured here; with `--transformers`, torch's forward pass of such a tree. Nothing here says how many tokens a trained
@@ -28,23 +28,21 @@ import jax.numpy as jnp
 
 from benchmarks.speculation import spread
 from moespec_jax.bench.random_pair import random_pair, shapes_of
-from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
+from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.drafter import SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
 from moespec_jax.decoding.round_info import experts_read, experts_wanted, mean_distinct_experts
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import (
-    SpeculationSettings,
-    SpeculativeParams,
-    draft_trees,
-    speculation_rounds,
-    verify_trees,
-)
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
+from moespec_jax.measure.timing import parse_tree
 from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
-from moespec_jax.runtime.method import plain_method, speculative_method
+from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Batch, Run
 
@@ -94,58 +92,57 @@ def measure(
     config: DecoderConfig, draft: DraftConfig, backend: Backend, dtype: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The report of one model."""
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
+    plain = Autoregressive(config, SamplingConfig(), backend)
     # Tokens spread evenly over the experts: a verification's most.
     params, bandwidth = random_pair(config, draft, backend, dtype, exponent=0.0), copy_bandwidth()
     target = params.target
     cases = []
     for name in options.trees:
-        size, depth, top_k = (int(part) for part in name.split("/"))
-        tree = TreeConfig(depth, top_k, size)
+        tree = parse_tree(name)
+        assert tree is not None
         accept = accept_rule(SamplingConfig(), tree.longest_path, min(options.accept_length, float(tree.longest_path)))
         for fraction in (None, *options.budgets):
-            rule = None if fraction is None else resolve(BudgetConfig(fraction), config)
-            speculation = SpeculationSettings(settings, draft, tree, accept, rule)
-            cases.append(prepare(name, speculation, params, dtype, with_rounds=not options.no_rounds))
+            budget = None if fraction is None else resolve(BudgetConfig(fraction), config)
+            method = Speculative(plain, Eagle3Drafter(draft), tree, accept, budget)
+            cases.append(prepare(name, method, params, with_rounds=not options.no_rounds))
     theirs = {}
     if options.transformers:
         from benchmarks.transformers_verification import tree_passes
 
         theirs = tree_passes(options.model, config.num_hidden_layers, options.trees, options.dtype, PROMPT)
-    plain = None if options.no_rounds else plain_steps(settings, target, dtype)
-    turns = [take_turn(cases, plain, theirs) for _ in range(options.repeats + 1)][1:]
+    steps = None if options.no_rounds else plain_steps(plain, target)
+    turns = [take_turn(cases, steps, theirs) for _ in range(options.repeats + 1)][1:]
     return {
         "model": options.model, "layers": config.num_hidden_layers, "backend": backend.name, "dtype": str(dtype),
         "device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})", "weights": "random",
         "copy_gb_per_s": round(bandwidth / 1e9, 1), "repeats": options.repeats,
         "simulated_accept_length": options.accept_length,
-        "plain_ms_per_token": None if plain is None else rounded(spread([turn["plain"] for turn in turns])),
+        "plain_ms_per_token": None if steps is None else rounded(spread([turn["plain"] for turn in turns])),
         "rows": [row(case, turns, options, config, target, bandwidth, cases) for case in cases],
     }  # fmt: skip
 
 
-def prepare(name: str, settings: SpeculationSettings, params: SpeculativeParams, dtype: Any, with_rounds: bool) -> Case:
+def prepare(
+    name: str, method: Speculative[DraftHead, Eagle3State], params: SpeculativeParams[DraftHead], with_rounds: bool
+) -> Case:
     """Compile one case, on the state after a prompt and, if rounds are timed, two of them."""
-    method = speculative_method(settings, params, dtype)
-    margin = ROUNDS * settings.tree.longest_path * 4
-    run = Run(Programs(), method, Batch([list(range(1, PROMPT + 1))], [PROMPT + margin], (), 0))
+    margin, config = ROUNDS * method.tree.longest_path * 4, method.target.config
+    run = Run(Programs(), method, params, Batch([list(range(1, PROMPT + 1))], [PROMPT + margin], (), 0))
     state = run.state_after(2 if with_rounds else 0)
-    trees, _ = jax.jit(partial(draft_trees, settings))(params, state)
-    spread_out = jnp.arange(settings.tree.size, dtype=jnp.int32)[None, :] * 7919 % settings.draft.vocab_size
-    trees = trees._replace(tokens=spread_out)
-    verify = partial(jax.jit(partial(verify_trees, settings)), params.target, state, trees)
-    config, info = settings.target.config, verify()[2]
+    trees, drafted = jax.jit(method.propose)(params, state)
+    spread_out = jnp.arange(method.tree.size, dtype=jnp.int32)[None, :] * 7919 % config.vocab_size
+    verify = partial(jax.jit(method.verify), params, drafted, trees._replace(tokens=spread_out))
+    info = verify()[2]
     wanted, read = (float(mean_distinct_experts(of(config, info, 1))) for of in (experts_wanted, experts_read))
-    many = partial(jax.jit(partial(speculation_rounds, settings)), params, state, jnp.int32(ROUNDS))
-    bound = None if settings.budget is None else max(settings.budget.experts)  # pyright: ignore[reportArgumentType]
+    many = partial(jax.jit(method.step), params, state, jnp.int32(ROUNDS))
+    bound = None if method.budget is None else method.budget.slots
     return Case(name, bound, verify, many if with_rounds else None, wanted, read)
 
 
-def plain_steps(settings: Settings, target: Any, dtype: Any) -> Callable[[], Any]:
+def plain_steps(method: Autoregressive, target: Decoder) -> Callable[[], Any]:
     """Plain decoding inside its compiled loop."""
-    method = plain_method(settings, target, dtype)
-    run = Run(Programs(), method, Batch([list(range(1, PROMPT + 1))], [PROMPT + 4 * ROUNDS], (), 0))
-    return partial(jax.jit(partial(method.advance, settings)), target, run.state_after(1), jnp.int32(ROUNDS))
+    run = Run(Programs(), method, target, Batch([list(range(1, PROMPT + 1))], [PROMPT + 4 * ROUNDS], (), 0))
+    return partial(jax.jit(method.step), target, run.state_after(1), jnp.int32(ROUNDS))
 
 
 def take_turn(

@@ -21,8 +21,11 @@ import jax
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, speculation_round, verify_trees
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.prompt_sets import held_out_pieces
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
@@ -78,27 +81,31 @@ def decode_all(
         "s_per_token": sum(r.decode_s for r in results) / sum(len(ids) - 1 for ids in tokens),
         "accept_length": round(sum(r.prompts[0].accept_length * r.prompts[0].rounds for r in results) / rounds, 3),
         "tokens": tokens,
-        "experts_read": round(sum(r.experts_loaded for r in results) / len(results), 2),
+        "experts_read": round(sum(r.experts_read for r in results) / len(results), 2),
         "where": {"device": results[0].device, "dtype": results[0].dtype, "versions": results[0].versions},
     }
 
 
 def time_round(model: Model, prompt: list[int], tree: TreeConfig) -> dict[str, Any]:
     """Milliseconds of a whole round and of its parts, each a program of its own."""
-    method = model.method(SamplingConfig(), tree)
-    settings, params = method.settings, method.params
-    assert isinstance(settings, SpeculationSettings)
-    state = Run(model.programs, method, Batch([prompt], [len(prompt) + NEW], (), 0)).state_after(8)
-    draft = jax.jit(partial(draft_trees, settings))
-    trees, _ = draft(params, state)
-    verify = jax.jit(partial(verify_trees, settings))
+    method, params = model.speculative(DecodingSpec(tree), SamplingConfig()), model.speculative_params
+    state = Run(model.programs, method, params, Batch([prompt], [len(prompt) + NEW], (), 0)).state_after(8)
+    trees, drafted = jax.jit(method.propose)(params, state)
     parts = {
-        "round": timed(jax.jit(partial(speculation_round, settings)), params, state),
-        "draft": timed(draft, params, state),
-        "verify": timed(verify, params.target, state, trees),
+        "round": timed(jax.jit(method.round), params, state),
+        "draft": timed(jax.jit(partial(draft_only, method)), params, state),
+        "verify": timed(jax.jit(method.verify), params, drafted, trees),
     }
     parts["rest"] = {"median": parts["round"]["median"] - parts["draft"]["median"] - parts["verify"]["median"]}
     return {name: {key: round(value, 3) for key, value in part.items()} for name, part in parts.items()}
+
+
+def draft_only(
+    method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]
+) -> tuple[Tree, Any]:
+    """Draft trees; of the state after it return the drafter's part alone, or the target's cache would be copied."""
+    trees, after = method.propose(params, state)
+    return trees, after.draft
 
 
 def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 50) -> dict[str, float]:

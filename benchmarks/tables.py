@@ -1,6 +1,7 @@
-"""The tables of README and docs, made from the committed results: `python -m benchmarks.tables` rewrites them.
+"""Generate the tables of README and docs from the committed results: `python -m benchmarks.tables`.
 
-A table stands between `<!-- table:NAME -->` and `<!-- end -->`; a test keeps the pages equal to what this makes.
+A table is placed between `<!-- table:NAME -->` and `<!-- end -->`. `tests/test_readme.py` checks that the pages are
+up to date.
 """
 
 import json
@@ -15,19 +16,19 @@ from benchmarks import choosing_tables, device_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("budgets", "choosing", "devices", "extending", "gpu", "tpu")
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS)]
+# README first: `tests/test_readme.py` runs its example.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> int:
-    """Rewrite all pages."""
+    """Rewrite all pages; returns the exit status."""
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
 def render(text: str) -> str:
-    """The text with every table made anew."""
+    """Replace every table of a page by the current one."""
 
     def fill(match: re.Match[str]) -> str:
         return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
@@ -36,7 +37,7 @@ def render(text: str) -> str:
 
 
 def against_transformers() -> str:
-    """Times of both engines and the ratio, one row a shape and phase."""
+    """List the times of both engines and their ratio, one row a shape and phase."""
     names = {"olmoe-4-layers": "OLMoE's shape, 4 layers", "demo": "the embedded model"}
     phases = {"decode_s_per_token": "decoding, one token", "prefill_512_s": "prefill of 512 tokens"}
     results = _read("against_transformers.json")
@@ -50,7 +51,7 @@ def against_transformers() -> str:
 
 
 def import_memory() -> str:
-    """Peak memory over parameters, one row a kind of source and a back-end."""
+    """List peak memory over the size of the parameters, one row a source, back-end and dtype."""
     loads = [run for run in _read("import_memory.json")["runs"] if run["task"] == "load"]
     rows = [
         [run["from"], run["stored"], f"{run['stored_bytes'] / 1e9:.2f} GB", *run["how"][:2], f"{run['factor']:.2f}"]
@@ -60,22 +61,22 @@ def import_memory() -> str:
 
 
 def tpu_compile() -> str:
-    """As the script wrote it, without its title."""
+    """Return the report of `tpu_compile.py` without its title."""
     return _untitled("tpu_compile.md")
 
 
 def tpu_speculate() -> str:
-    """As the script wrote it, without its title."""
+    """Return the report of `tpu_speculate.py` without its title."""
     return _untitled("tpu_speculate.md")
 
 
 def tpu_verify() -> str:
-    """As the script wrote it, without its title."""
+    """Return the report of `tpu_verify.py` without its title."""
     return _untitled("tpu_verify.md")
 
 
 def demo_target() -> str:
-    """What the embedded model is and how well it predicts."""
+    """Describe the embedded target: training and prediction quality."""
     record = _read(ROOT / "moespec_jax" / "demo" / "target_record.json")
     kept = record["mass_kept_of_60_tokens"]
     mean = {b: sum(layers) / len(layers) for b, layers in kept.items()}
@@ -95,7 +96,7 @@ def demo_target() -> str:
 
 
 def demo_draft() -> str:
-    """What the embedded head is and how well it guesses."""
+    """Describe the embedded draft head: training and accuracy."""
     record = _read(ROOT / "moespec_jax" / "demo" / "draft_record.json")
     rows = [
         ["trained on", f"{record['tokens'] / 1e6:.1f} M tokens ({record['steps']} steps), CPU, float32"],
@@ -106,7 +107,7 @@ def demo_draft() -> str:
 
 
 def acceptance() -> str:
-    """Acceptance length and by depth, one row a prompt set, temperature and tree."""
+    """List acceptance length and acceptance by depth, one row a prompt set, temperature and tree."""
     report = _read("acceptance.json")
     rows = [
         [row["prompts"], f"{row['temperature']:g}", row["tree"], f"**{row['accept_length']:.2f}**"]
@@ -120,7 +121,7 @@ def acceptance() -> str:
 
 
 def speculation() -> str:
-    """Speed against plain decoding and where a round's time goes, one row a tree."""
+    """List the speed-up over plain decoding and the parts of a round's time, one row a tree."""
     report = _read("speculation.json")
     rows = []
     for row in report["rows"]:
@@ -140,18 +141,18 @@ def speculation() -> str:
 
 
 def budget_quality() -> str:
-    """Divergence by rule and budget on both kinds of text: every rule."""
+    """List the divergence of every rule by budget, on both kinds of text."""
     return _quality(lambda rule: True)
 
 
 def budget_quality_short() -> str:
-    """The same of the rules that README speaks of."""
+    """List the divergence of the rules that docs/results.md compares."""
     names = ("MoE-Spec (", "path, squares (", "path, squares, faithfulness 0.3", "path, squares, guarantee")
     return _quality(lambda rule: rule.startswith(names))
 
 
 def budget_sizes() -> str:
-    """Sizes that follow the text: what they read on average, and what it costs."""
+    """List experts read and divergence of sizes that depend on the text."""
     report = _read("budget_quality.json")
     rows = [
         [row["rule"], f"{row['experts_read']:.1f}", f"{row['kl']:.4f} ({row['kl_95'][0]:.4f} to {row['kl_95'][1]:.4f})"]
@@ -163,7 +164,7 @@ def budget_sizes() -> str:
 
 
 def budget_equal() -> str:
-    """The budget at which a rule diverges as MoE-Spec's own does at another, one row a text and rule."""
+    """List the budget at which a rule diverges as MoE-Spec's own rule does at another, one row a text and rule."""
     found = _read("budget_quality.json")["equal_quality"]
     budgets = sorted({entry["paper_budget"] for entry in found})
     rows = []
@@ -176,7 +177,7 @@ def budget_equal() -> str:
 
 
 def budget_speed() -> str:
-    """Speed of budgets over exact speculation and plain decoding, one row a tree and budget."""
+    """List the speed of budgets over exact speculation and plain decoding, one row a tree and budget."""
     report = _read("budget_speed.json")
     rows = [
         [row["tree"], row["budget"], _ratio(row["over_exact"]), _range(row["over_plain"])]
@@ -190,7 +191,7 @@ def budget_speed() -> str:
 
 
 def real_shapes() -> str:
-    """Verification by budget at published shapes, one row a model, tree and budget."""
+    """List the time of a verification at published shapes, one row a model, tree and budget."""
     rows = []
     for report in _read("real_shapes.json").values():
         name = f"{report['model']}, {report['layers']} layers"
@@ -199,19 +200,19 @@ def real_shapes() -> str:
             rows.append(
                 [name, report["device"], report["dtype"], row["tree"], budget, f"{row['experts_read']:.0f}"]
                 + [f"{_range(row['verify_ms'])}", _ratio(row["verify_over_exact"])]
-                # A CPU reads faster than it copies: the share would say little.
+                # A CPU reads faster than it copies, so the share is omitted there.
                 + ["" if report["device"].startswith("cpu") else f"{row['share_of_copy_bandwidth']:.0%}"]
             )
     head = ["shape", "device", "dtype", "tree", "budget", "experts read", "verification ms", "over exact"]
     return _table([*head, "of copy bandwidth"], rows)
 
 
-# What makes the tables of other files, and of which results.
+# Tables of other modules: function and result files.
 MADE = device_tables.TABLES | choosing_tables.TABLES
 
 
 def made(name: str) -> str:
-    """One of those tables."""
+    """Render a table of `MADE`."""
     make, files = MADE[name]
     return _table(*make(*(_read(file) for file in files)))
 
@@ -255,7 +256,7 @@ def _quality(shown: Callable[[str], bool]) -> str:
 
 
 def _quality_cell(row: dict[str, Any]) -> str:
-    # Rounding may leave an exact rule below 0.
+    # Rounding may leave the divergence of an exact rule below 0.
     mean, low, high = (max(0.0, value) for value in (row["kl"], *row["kl_95"]))
     return f"**{mean:.4f}** ({low:.4f} to {high:.4f}), {row['top1']:.1%}, {row['accept_length']:.2f}"
 

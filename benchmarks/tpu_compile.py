@@ -36,11 +36,13 @@ from benchmarks.tpu_table import table
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoding.autoregressive import DecodeState, PrefillState, Settings, decode_steps, prefill_chunk
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -55,6 +57,7 @@ from moespec_jax.plan.ahead import (
     versions,
     with_layers,
 )
+from moespec_jax.runtime.programs import Programs
 
 CHUNK = 512
 PROGRAMS = ("decode", "prefill")
@@ -158,33 +161,27 @@ def compile_program(config: DecoderConfig, program: str, backend: Backend, shard
     Raises:
         OutOfMemory: parameters and state exceed the chip's memory.
     """
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
-    function, arguments = _PROGRAMS[program]
-    params = abstract_decoder(config, backend, DTYPE, sharding)
-    state = placed(arguments(config), sharding)
-    return compile_lowered(jax.jit(partial(function, settings), donate_argnums=1).lower(params, *state))
+    plain, params = Autoregressive(config, SamplingConfig(), backend), abstract_decoder(config, backend, DTYPE)
+    function = plain.step if program == "decode" else plain.prefill.read
+    arguments = jax.eval_shape(partial(_ARGUMENTS[program], plain), params)
+    params, arguments = placed((params, arguments), sharding)
+    return compile_lowered(Programs().lower(function, params, *arguments, donate=True))
 
 
-def _decode_arguments(config: DecoderConfig) -> tuple[Any, ...]:
-    def make() -> tuple[Any, ...]:
-        one = jnp.zeros((1,), jnp.int32)
-        tokens, stops = jnp.zeros((1, SLOTS), jnp.int32), jnp.zeros((2,), jnp.int32)
-        cache = empty_cache(config, 1, SLOTS, DTYPE, stacked=True)
-        return DecodeState(tokens, one, one, one > 0, stops, jax.random.key(0), cache), jnp.int32(0)
-
-    return jax.eval_shape(make)
+def _step_arguments(plain: Autoregressive, params: Decoder) -> tuple[Any, ...]:
+    """One sequence under way, and the number of tokens."""
+    ids, stop_ids = jnp.zeros((1,), jnp.int32), jnp.zeros((8,), jnp.int32)
+    prompts = Prompts(jnp.zeros((1, SLOTS), jnp.int32), ids, ids, stop_ids, jax.random.key(0))
+    return plain.begin(params, plain.prefill.init(params, 1, SLOTS), prompts), jnp.int32(0)
 
 
-def _chunk_arguments(config: DecoderConfig) -> tuple[Any, ...]:
-    def make() -> tuple[Any, ...]:
-        cache = empty_cache(config, 1, SLOTS, DTYPE, stacked=True)
-        state = PrefillState(cache, jnp.zeros((1, config.hidden_size), DTYPE))
-        return state, jnp.zeros((1, CHUNK), jnp.int32), jnp.int32(0), jnp.zeros((1,), jnp.int32)
-
-    return jax.eval_shape(make)
+def _chunk_arguments(plain: Autoregressive, params: Decoder) -> tuple[Any, ...]:
+    """State of a prefill, a chunk of tokens, its position and the prompt's length."""
+    tokens, length = jnp.zeros((1, CHUNK), jnp.int32), jnp.zeros((1,), jnp.int32)
+    return plain.prefill.init(params, 1, SLOTS), tokens, jnp.int32(0), length
 
 
-_PROGRAMS = {"decode": (decode_steps, _decode_arguments), "prefill": (prefill_chunk, _chunk_arguments)}
+_ARGUMENTS = {"decode": _step_arguments, "prefill": _chunk_arguments}
 
 
 def memory_needed(config: DecoderConfig, backend: Backend) -> int:
@@ -206,7 +203,7 @@ def cache_bytes(config: DecoderConfig) -> int:
 
 
 def weight_sizes(config: DecoderConfig, backend: Backend) -> set[tuple[str, int]]:
-    """What a copy of a weight or of the cache is told by."""
+    """Dtypes and sizes by which a copy of a weight or of the cache is recognized."""
     cache = jax.eval_shape(lambda: empty_cache(config, 1, SLOTS, DTYPE, stacked=True))
     return copyable_sizes(config, (abstract_decoder(config, backend, DTYPE), cache.k, cache.v))
 

@@ -25,9 +25,9 @@ _SLICES = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
 def large_values(hlo: str, weights: set[tuple[str, int]]) -> tuple[list[str], list[str]]:
     """Copies of weights or cache, and activations, as `operation dtype[dims]`, the largest first.
 
-    `weights` holds what a copy is told by: dtype and number of elements of every weight, expert and cache array.
+    `weights` holds what a copy is recognized by: dtype and number of elements of every weight, expert and cache array.
     """
-    bodies = _computations(hlo)
+    bodies = computations(hlo)
     fused = {name for lines in bodies.values() for line in lines for name in _fusion_body(line)}
     lines = [line for name, body in bodies.items() if name not in fused for line in body]
     found = [value for line in lines for value in _materialised(line, bodies)]
@@ -43,7 +43,7 @@ def near_bytes(hlo: str) -> int:
     Rather too few: without padding, without kernels (which are counted by their own estimate), without the transfers
     that end in VMEM, and without values that are read in part.
     """
-    bodies = _computations(hlo)
+    bodies = computations(hlo)
     fused = {name for lines in bodies.values() for line in lines for name in _fusion_body(line)}
     return sum(_near(body, bodies) for name, body in bodies.items() if name not in fused)
 
@@ -121,7 +121,8 @@ def _materialised(line: str, bodies: dict[str, list[str]]) -> Iterator[tuple[str
             yield found[2], dtype, dims
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def computations(hlo: str) -> dict[str, list[str]]:
+    """Lines of every computation, by its name."""
     bodies: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in hlo.splitlines():

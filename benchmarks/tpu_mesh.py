@@ -37,14 +37,17 @@ from benchmarks.tpu_verify import abstract_trees, counts, verify
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.parallel.mesh import best_mesh, make_mesh
 from moespec_jax.plan.ahead import compile_lowered, copyable_sizes, devices, local_bytes, versions, with_layers
 from moespec_jax.plan.collectives import traffic
-from moespec_jax.plan.program import Round, Wanted, abstract_round, lower_round, on_mesh
+from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round, on_mesh
 from moespec_jax.plan.sizing import HBM, SLICES
 from moespec_jax.runtime.programs import Programs
 
@@ -93,11 +96,11 @@ def examine(model: str, where: str, quantization: Any, budget: str) -> dict[str,
         cut = config if layers == config.num_hidden_layers else with_layers(config, layers)
         draft = draft_config(model, cut, **({} if cut is config else {"boundaries": (0, 0, 0)}))
         limit = rule if cut.num_sparse_layers else None
-        return abstract_round(Wanted(cut, draft, mesh, backend, TREE, SLOTS, 1, limit, quantization))
+        return abstract_round(Workload(cut, draft, mesh, backend, TREE, SLOTS, 1, limit, quantization))
 
     round_ = planned()
     whole = compile_lowered(lower_round(round_, mesh))
-    decoding, draft_cache = round_.state.decoding, round_.state.draft_cache
+    decoding, draft_cache = round_.state.decoding, round_.state.draft.cache
     caches = (decoding.cache.k, decoding.cache.v, draft_cache.k, draft_cache.v)
     moved, found = traffic(whole.hlo), large_values(whole.hlo, copyable_sizes(config, (round_.params, caches)))
     real, idle, outside = (count(r, mesh) for r in (round_, planned(IDLE), planned(layers=0)))
@@ -118,18 +121,17 @@ def examine(model: str, where: str, quantization: Any, budget: str) -> dict[str,
 def count(round_: Round, mesh: Mesh) -> np.ndarray:
     """Bytes that the compiler counts in one verification, and those of them in VMEM."""
     trees = on_mesh(mesh, abstract_trees(), BY_SEQUENCE)
-    specs = round_.method.specs[1], BY_SEQUENCE
-    lowered = Programs(mesh).lower(
-        partial(pass_over_layers, round_.method.settings),
-        round_.params.target, round_.state, trees, donate=(1,), specs=specs,
-    )  # fmt: skip
-    return counts(compile_lowered(lowered))
+    method, params, state = round_
+    function, specs = partial(pass_over_layers, method), (method.specs(params)[0], BY_SEQUENCE)
+    return counts(compile_lowered(Programs(mesh).lower(function, params, state, trees, donate=True, specs=specs)))
 
 
-def pass_over_layers(settings: Any, *arguments: Any) -> tuple[Any, Any]:
+def pass_over_layers(
+    method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any], trees: Tree
+) -> tuple[SpeculationState[Any], Any]:
     """A verification without logits, whose way in and out of VMEM would blur the count."""
-    state, _, taps = verify(settings, *arguments)
-    return state, taps
+    state, _, aux_hidden_states = verify(method, params, state, trees)
+    return state, aux_hidden_states
 
 
 def expert_bytes(config: DecoderConfig, round_: Round, mesh: Mesh, budget: str, counted: int) -> dict[str, Any]:

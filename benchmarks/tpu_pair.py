@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,16 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.method import Method
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
 from moespec_jax.runtime.load import load
-from moespec_jax.runtime.method import Method
 from moespec_jax.runtime.model import DEFAULT_TREE, Model
+from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import SMALLEST_CACHE
 
 CHUNK, BACKEND = 16, "pallas"
@@ -47,59 +50,61 @@ def main() -> None:
     rows = []
     for dtype in options.dtypes:
         model = load(backend=BACKENDS[BACKEND], dtype=dtype)
-        for decoding, method in methods(model).items():
+        for decoding, (method, params) in methods(model).items():
             for chip in options.chips:
-                rows.append({"chip": chip, "dtype": dtype, "decoding": decoding, **examine(method, chip)})
+                rows.append({"chip": chip, "dtype": dtype, "decoding": decoding, **examine(method, params, chip)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     report = {"versions": versions(), "backend": BACKEND, "slots": SMALLEST_CACHE, "chunk": CHUNK, "rows": rows}
     text = json.dumps(report, indent=1) + "\n"
     print(text) if options.out is None else (options.out / "tpu_pair.json").write_text(text)
 
 
-def methods(model: Model) -> dict[str, Method]:
-    """Ways to decode, as a table calls them."""
-    budget = resolve(BudgetConfig(12), model.config)
+def methods(model: Model) -> dict[str, tuple[Method[Any, Any, Any], Any]]:
+    """Methods as a table calls them, each with its parameters."""
+
+    def drafting(tree: TreeConfig, sampling: SamplingConfig, budget: BudgetConfig | None = None) -> tuple[Any, Any]:
+        return model.speculative(model.resolve(DecodingSpec(tree, budget)), sampling), model.speculative_params
+
     return {
-        "plain, greedy": model.method(SamplingConfig()),
-        "chain 4/2/1, greedy": model.method(SamplingConfig(), DEFAULT_TREE),
-        "tree 60/7/10, top-p, B = 12": model.method(DRAWN, TREE, budget),
+        "plain, greedy": (model.autoregressive(SamplingConfig()), model.params),
+        "chain 4/2/1, greedy": drafting(DEFAULT_TREE, SamplingConfig()),
+        "tree 60/7/10, top-p, B = 12": drafting(TREE, DRAWN, BudgetConfig(12)),
     }
 
 
-def examine(method: Method, chip: str) -> dict[str, Any]:
+def examine(method: Method[Any, Any, Any], params: Any, chip: str) -> dict[str, Any]:
     """Seconds and the most temporary memory of a method's programs on one chip."""
     sharding = SingleDeviceSharding(devices(chip)[0])
-    seconds, temporary = {}, 0
-    # As `Programs` compiles them: float32 is meant where it is asked for.
-    exact = jax.tree.leaves(method.params)[0].dtype == jnp.float32
-    for name, function, arguments, donated in programs(method):
-        with jax.default_matmul_precision("highest" if exact else None):
-            jitted = jax.jit(function, donate_argnums=donated)
-            program = compile_lowered(jitted.lower(*(placed(argument, sharding) for argument in arguments)))
+    seconds, temporary, exact = {}, 0, jax.tree.leaves(params)[0].dtype == jnp.float32
+    for name, function, arguments in programs(method, params):
+        traced: Any = partial(in_full_precision, function) if exact else function
+        program = compile_lowered(Programs().lower(traced, *placed(arguments, sharding), donate=True))
         seconds[name], temporary = round(program.compile_s, 1), max(temporary, program.temp_bytes)
     return {"compile_s": seconds, "temp_mb": round(temporary / 1e6, 2)}
 
 
-def programs(method: Method) -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
-    """Name, function, arguments without memory behind them, and donated arguments, of one sequence's programs."""
+def in_full_precision(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call with products of float32 in float32, as `Programs` does where the platform is an accelerator."""
+    with jax.default_matmul_precision("highest"):
+        return function(*arguments)
 
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+
+def programs(method: Method[Any, Any, Any], params: Any) -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
+    """Name, function, and arguments without memory behind them, of one sequence's programs; the first argument after
+    the parameters is a state, which is donated."""
+
+    def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    read = partial(method.read, method.prefill_settings)
-    prefill = (
-        jax.eval_shape(lambda: method.params),
-        jax.eval_shape(lambda: method.empty(1, SMALLEST_CACHE)),
-        ints(1, CHUNK + method.lookahead),
-        ints(),
-        ints(1),
-    )
-    yield "prefill", read, prefill, (1,)
-    begin, key = partial(method.begin, method.settings), jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(read, *prefill)
-    first = (prefill[0], *state, ints(1, SMALLEST_CACHE), ints(1), ints(1), ints(8), key)
-    yield "first token", begin, first, method.donated
-    yield "loop", partial(method.advance, method.settings), (prefill[0], jax.eval_shape(begin, *first), ints()), (1,)
+    prefill, params = method.prefill, jax.eval_shape(lambda: params)
+    empty = jax.eval_shape(lambda params: prefill.init(params, 1, SMALLEST_CACHE), params)
+    chunk = ints(1, CHUNK + prefill.lookahead), ints(), ints(1)
+    yield "prefill", prefill.read, (params, empty, *chunk)
+    read = jax.eval_shape(prefill.read, params, empty, *chunk)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prompts = Prompts(ints(1, SMALLEST_CACHE), ints(1), ints(1), ints(8), key)
+    yield "first token", method.begin, (params, read, prompts)
+    yield "loop", method.step, (params, jax.eval_shape(method.begin, params, read, prompts), ints())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_speculate --out benchmarks/results
 
-compiles `speculative.speculation_rounds` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
+compiles `Speculative.step` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
 path and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
 bfloat16, batch 1, caches of 2048 slots. Some verify under a budget of a quarter of the experts (score `path`, credit
 `squares`). Nothing runs, so there are no times: sizes and copies are the compiler's own.
@@ -18,9 +18,9 @@ What several chips hold and exchange: `tpu_mesh.py`.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,28 +31,16 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.tpu_hlo import large_values
 from benchmarks.tpu_table import speculation_table
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import DecodeState, Settings
-from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import (
-    SpeculationSettings,
-    SpeculationState,
-    SpeculativeParams,
-    expected_reach,
-    speculation_rounds,
-)
 from moespec_jax.measure.published_shapes import MODELS, draft_config
-from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.nn.cache import empty_cache
-from moespec_jax.nn.eagle3 import empty_draft_cache
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.parallel.mesh import MeshConfig, make_mesh
 from moespec_jax.plan.ahead import (
-    DTYPE,
     SLOTS,
     TOPOLOGIES,
-    Program,
     compile_lowered,
     copyable_sizes,
     devices,
@@ -61,7 +49,8 @@ from moespec_jax.plan.ahead import (
     versions,
     with_layers,
 )
-from moespec_jax.plan.program import abstract_head
+from moespec_jax.plan.program import Round, Workload, abstract_round
+from moespec_jax.runtime.programs import Programs
 
 TREES = {"tree": TreeConfig(depth=7, top_k=10, size=60), "chain": TreeConfig(depth=2, top_k=1, size=4)}
 BUDGETS: dict[str, float | None] = {"none": None, "N/4": 0.25}
@@ -131,9 +120,18 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
     if layers is not None:
         config = with_layers(config, layers)
         draft = draft_config(case.model, config, boundaries=(0, layers // 2, layers))
-    params, state = abstract_arguments(config, draft, case)
-    program = compile_rounds(config, draft, case, params, state)
-    caches = (state.decoding.cache.k, state.decoding.cache.v, state.draft_cache.k, state.draft_cache.v)
+    method, params, state = one_chip_round(
+        config, draft, BACKENDS[case.backend], TREES[case.tree], BUDGETS[case.budget], case.chip
+    )
+    sampling = SAMPLINGS[case.sampling]
+    plain, accept = (
+        dataclasses.replace(method.target, sampling=sampling),
+        accept_rule(sampling, method.tree.longest_path),
+    )
+    method = dataclasses.replace(method, target=plain, accept=accept)
+    rounds = placed(jax.ShapeDtypeStruct((), jnp.int32), state.decoding.length.sharding)
+    program = compile_lowered(Programs().lower(method.step, params, state, rounds, donate=True))
+    caches = (state.decoding.cache.k, state.decoding.cache.v, state.draft.cache.k, state.draft.cache.v)
     copies, activations = large_values(program.hlo, copyable_sizes(config, (params, caches)))
     return {
         **case._asdict(),
@@ -150,43 +148,16 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
     }
 
 
-def compile_rounds(
-    config: DecoderConfig, draft: DraftConfig, case: Case, params: SpeculativeParams, state: SpeculationState
-) -> Program:
-    """Compile for the device of the arguments; the state is donated."""
-    tree, sampling = TREES[case.tree], SAMPLINGS[case.sampling]
-    backend = BACKENDS[case.backend]
-    target = Settings(config, sampling, backend.compute(config.hidden_act), backend.attention)
-    budget = budget_rule(config, BUDGETS[case.budget])
-    settings = SpeculationSettings(target, draft, tree, accept_rule(sampling, tree.longest_path), budget)
-    run = jax.jit(partial(speculation_rounds, settings), donate_argnums=1)
-    return compile_lowered(run.lower(params, state, jax.ShapeDtypeStruct((), jnp.int32, sharding=state.taps.sharding)))
-
-
-def budget_rule(config: DecoderConfig, experts: float | None) -> BudgetConfig | None:
-    """A fraction of the experts as a budget of a target's, by squared router weights and the draft's probabilities."""
-    return None if experts is None else resolve(BudgetConfig(experts, score="path", credit="squares"), config)
-
-
-def abstract_arguments(config: DecoderConfig, draft: DraftConfig, case: Case) -> tuple[SpeculativeParams, SpeculationState]:
-    """Parameters and state without memory behind them, on one chip."""
-    params = SpeculativeParams(abstract_decoder(config, BACKENDS[case.backend], DTYPE), abstract_head(draft))
-    sharding = SingleDeviceSharding(devices(case.chip)[0])
-    return placed(params, sharding), placed(abstract_state(config, draft, TREES[case.tree]), sharding)
-
-
-def abstract_state(config: DecoderConfig, draft: DraftConfig, tree: TreeConfig) -> SpeculationState:
-    """One sequence under way."""
-
-    def make() -> SpeculationState:
-        one = jnp.zeros((1,), jnp.int32)
-        cache = empty_cache(config, 1, SLOTS, DTYPE, stacked=True)
-        tokens, stops = jnp.zeros((1, SLOTS), jnp.int32), jnp.zeros((2,), jnp.int32)
-        decoding = DecodeState(tokens, one, one, one > 0, stops, jax.random.key(0), cache)
-        taps = jnp.zeros((1, tree.longest_path, draft.aux_size), DTYPE)
-        return SpeculationState(decoding, empty_draft_cache(draft, 1, SLOTS, DTYPE), taps, expected_reach(tree))
-
-    return jax.eval_shape(make)
+def one_chip_round(
+    config: DecoderConfig, draft: DraftConfig, backend: Backend, tree: TreeConfig, budget: float | None, chip: str
+) -> Round:
+    """A greedy round of one sequence on one chip, as the library runs it there: without a mesh. `budget` is a fraction
+    of the experts, by squared router weights and the draft's probabilities."""
+    device = devices(chip)[0]
+    limit = None if budget is None else BudgetConfig(budget, score="path", credit="squares")
+    mesh = make_mesh(MeshConfig(), [device])
+    round_ = abstract_round(Workload(config, draft, mesh, backend, tree, SLOTS, budget=limit))
+    return Round(round_.method, *placed((round_.params, round_.state), SingleDeviceSharding(device)))
 
 
 if __name__ == "__main__":

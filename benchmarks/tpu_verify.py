@@ -2,11 +2,11 @@
 
     python -m benchmarks.tpu_verify --out benchmarks/results
 
-compiles `speculative.verify_trees` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
+compiles `Speculative.verify` ahead of time for one chip of each generation: a tree of 60 nodes through targets of
 published shapes, in bfloat16, batch 1, a cache of 2048 slots, back-end `pallas`. The budgets are a quarter and a half
 of the experts, ranked by squared router weights times the draft's probability of the path to a node (score `path`,
-credit `squares`), and none: then the kernel has slots for all experts that 60 nodes can want, which here is every one.
-As in a greedy round, logits end in the best token of every node. Nothing runs, so there are no times.
+credit `squares`), and none: then the kernel has slots for all experts that 60 nodes can select, which here is every
+one. As in a greedy round, logits end in the best token of every node. Nothing runs, so there are no times.
 
 Count. As in `tpu_compile.py`, three programs are compiled, because the compiler counts a loop's body once: the real
 one, one whose experts compute nothing, and one without layers, the latter two without a budget. From their counts,
@@ -38,23 +38,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from benchmarks.tpu_compile import cache_bytes, ideal_bytes, layers_that_fit, memory_needed, weight_sizes
 from benchmarks.tpu_hlo import large_values, near_bytes
-from benchmarks.tpu_speculate import TREES, abstract_state, budget_rule
+from benchmarks.tpu_speculate import TREES, one_chip_round
 from benchmarks.tpu_table import verification_table
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
-from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculationState, verify_trees
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
-from moespec_jax.nn.decoder import Decoder
 from moespec_jax.plan.ahead import (
     DTYPE,
     SLOTS,
@@ -62,11 +57,11 @@ from moespec_jax.plan.ahead import (
     OutOfMemory,
     Program,
     compile_lowered,
-    devices,
     placed,
     versions,
     with_layers,
 )
+from moespec_jax.runtime.programs import Programs
 
 TREE, BACKEND = TREES["tree"], BACKENDS["pallas"]
 IDLE = BACKEND._replace(compute=lambda _: lambda experts, layer, x, routing: jnp.zeros(x.shape, jnp.float32))
@@ -98,8 +93,7 @@ def main() -> None:
 def examine(model: str, chip: str, budgets: list[str]) -> list[dict[str, Any]]:
     """One row a budget: the program over all layers, or as many as fit the chip."""
     config = read_config(MODELS[model])
-    sharding = SingleDeviceSharding(devices(chip)[0])
-    compiled = partial(compile_verification, model, sharding=sharding)
+    compiled = partial(compile_verification, model, chip)
     shallow = config
     try:
         programs = [compiled(shallow, BACKEND, BUDGETS[name]) for name in budgets]
@@ -175,29 +169,27 @@ def distinct_bound(config: DecoderConfig, budget: float | None) -> int:
 
 
 def compile_verification(
-    model: str, config: DecoderConfig, backend: Backend, budget: float | None, sharding: Sharding
+    model: str, chip: str, config: DecoderConfig, backend: Backend, budget: float | None
 ) -> Program:
-    """Compile for the device of `sharding`, the state donated.
+    """Compile for one chip, the state donated.
 
     Raises:
         OutOfMemory: parameters and state exceed the chip's memory.
     """
     draft = draft_config(model, config)
-    target = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
-    accept = accept_rule(SamplingConfig(), TREE.longest_path)
-    settings = SpeculationSettings(target, draft, TREE, accept, budget_rule(config, budget))
-    params = abstract_decoder(config, backend, DTYPE, sharding)
-    arguments = placed((abstract_state(config, draft, TREE), abstract_trees()), sharding)
-    return compile_lowered(jax.jit(partial(verify, settings), donate_argnums=1).lower(params, *arguments))
+    method, params, state = one_chip_round(config, draft, backend, TREE, budget, chip)
+    trees = placed(abstract_trees(), state.decoding.length.sharding)
+    return compile_lowered(Programs().lower(partial(verify, method), params, state, trees, donate=True))
 
 
 def verify(
-    settings: SpeculationSettings, target: Decoder, state: SpeculationState, trees: Tree
-) -> tuple[SpeculationState, jax.Array, jax.Array | None]:
-    """What a greedy round takes from a verifying pass: the cache, every node's best token, and the tapped states."""
-    logits, cache, info = verify_trees(settings, target, state, trees)
+    method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any], trees: Tree
+) -> tuple[SpeculationState[Any], jax.Array, jax.Array | None]:
+    """What a greedy round takes from a verification: the cache, every node's best token, and the hidden states that the
+    head reads."""
+    logits, cache, info = method.verify(params, state, trees)
     state = dataclasses.replace(state, decoding=dataclasses.replace(state.decoding, cache=cache))
-    return state, jnp.argmax(logits, axis=-1), info.taps
+    return state, jnp.argmax(logits, axis=-1), info.aux_hidden_states
 
 
 def abstract_trees() -> Tree:

@@ -19,16 +19,17 @@ import jax
 from moespec_jax.cli.command import use_compilation_cache
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.fidelity import Texts, summary
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import continued, held_out_pieces
-from moespec_jax.measure.timing import Setting, speed, spread, take_turns, tree_name
+from moespec_jax.measure.timing import TimingCase, spread, time_interleaved, tokens_per_second
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import versions
 from moespec_jax.tune.candidates import LOSSY_RULES, grid
 from moespec_jax.tune.report import rows
-from moespec_jax.tune.search import PLAIN, Asked, Bound, Outcome, search
+from moespec_jax.tune.search import PLAIN, Bound, Outcome, SearchConfig, find_fastest
 
 DEPTH, TOP_KS, SIZES = 5, (1, 2, 4), (4, 8, 16, 32)
 LOSSY_TREES = [
@@ -62,34 +63,37 @@ def main() -> int:
     with TemporaryDirectory() as temporary:
         for name, bound in {"exact": Bound(), "lossy": Bound(max_kl=MAX_KL)}.items():
             trees = grid(DEPTH, TOP_KS, SIZES) if bound.exact else LOSSY_TREES
-            asked = Asked(bound, trees, BUDGETS, options.tokens, options.repeats)
+            search = SearchConfig(bound, trees, BUDGETS, options.tokens, options.repeats)
             ledger = Ledger((options.ledger or Path(temporary)) / f"{name}.jsonl", {"check": name} | about)
-            outcome = search(model, prompts, asked, ledger)
-            report[name] = compare(model, prompts, asked, outcome, ledger)
+            outcome = find_fastest(model, prompts, search, ledger)
+            report[name] = compare(model, prompts, search, outcome, ledger)
     text = json.dumps(report, indent=1) + "\n"
     print(text) if options.out is None else (options.out / "tune_check.json").write_text(text)
     return 0
 
 
-def compare(model: Model, prompts: list[list[int]], asked: Asked, outcome: Outcome, ledger: Ledger) -> dict[str, Any]:
+def compare(
+    model: Model, prompts: list[list[int]], search: SearchConfig, outcome: Outcome, ledger: Ledger
+) -> dict[str, Any]:
     """The search's choice beside every setting that the bound allows."""
-    settings = {PLAIN: Setting(), **{tree_name(tree): Setting(tree) for tree in asked.trees}}
-    if not asked.bound.exact:
-        settings |= allowed(model, prompts, asked, ledger)
+    cases = {PLAIN: TimingCase(), **{tree.name: TimingCase(DecodingSpec(tree)) for tree in search.trees}}
+    if not search.bound.exact:
+        cases |= allowed(model, prompts, search, ledger)
     chosen = PLAIN if outcome.best is None else outcome.best.candidate.name
-    setting = Setting() if outcome.best is None else outcome.best.candidate.setting
-    turns = take_turns(model, prompts, settings | {chosen: setting}, asked.tokens, asked.repeats, ledger, label="all")
-    medians = {name: statistics.median(speed(turn[name]) for turn in turns) for name in turns[0]}
+    timed = cases if outcome.best is None else cases | {chosen: TimingCase(outcome.best.candidate.spec)}
+    turns = time_interleaved(model, prompts, timed, search.tokens, search.repeats, ledger, label="all")
+    speeds = {name: [tokens_per_second(turn[name]) for turn in turns] for name in turns[0]}
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
     best = max(medians, key=lambda name: medians[name])
     finalists = rows(outcome)[:-1]
     errors = [abs(row["predicted_over_measured"] - 1) for row in finalists]
     return {
-        "settings": len(settings),
+        "settings": len(cases),
         "choice": chosen,
         "best": best,
-        "choice_over_best": spread([speed(turn[chosen]) / speed(turn[best]) for turn in turns]),
-        "choice_over_plain": spread([speed(turn[chosen]) / speed(turn[PLAIN]) for turn in turns]),
-        "best_over_plain": spread([speed(turn[best]) / speed(turn[PLAIN]) for turn in turns]),
+        "choice_over_best": ratios(speeds[chosen], speeds[best]),
+        "choice_over_plain": ratios(speeds[chosen], speeds[PLAIN]),
+        "best_over_plain": ratios(speeds[best], speeds[PLAIN]),
         "median_prediction_error": round(statistics.median(errors), 4),
         "largest_prediction_error": round(max(errors), 4),
         "finalists": finalists,
@@ -97,22 +101,27 @@ def compare(model: Model, prompts: list[list[int]], asked: Asked, outcome: Outco
     }
 
 
-def allowed(model: Model, prompts: list[list[int]], asked: Asked, ledger: Ledger) -> dict[str, Setting]:
-    """All budgeted settings whose divergence, followed on its own tree, is within the bound."""
-    texts = ledger.piece("all texts", lambda: continued(model, prompts, asked.tokens))
-    found: dict[str, Setting] = {}
-    for tree in asked.trees:
-        following: list[Texts] = []
+def ratios(speeds: list[float], base: list[float]) -> dict[str, float]:
+    """Median and range of the speed over that of `base` in the same turn."""
+    return spread([one / other for one, other in zip(speeds, base, strict=True)])
+
+
+def allowed(model: Model, prompts: list[list[int]], search: SearchConfig, ledger: Ledger) -> dict[str, TimingCase]:
+    """All budgeted settings whose divergence, measured by teacher forcing on their own tree, is within the bound."""
+    texts = ledger.task("all texts", lambda: continued(model, prompts, search.tokens))
+    found: dict[str, TimingCase] = {}
+    for tree in search.trees:
+        forced: list[Texts] = []  # prefilled when it is needed
         for rule_name, rule in LOSSY_RULES.items():
-            for budget in asked.budgets:
-                key = f"all, loss of {tree_name(tree)}, {rule_name}, {budget}"
+            for budget in search.budgets:
+                key = f"all, loss of {tree.name}, {rule_name}, {budget}"
                 if key not in ledger:
-                    following = following or [Texts(model, tree, texts, [len(prompt) for prompt in prompts])]
+                    forced = forced or [Texts(model, tree, texts, [len(prompt) for prompt in prompts])]
                     every = BudgetConfig(model.config.num_experts, **rule)
-                    ledger.put(key, summary(following[0].follow(every, budget))["kl"])
-                if ledger.get(key) <= asked.bound.max_kl:
-                    name = f"{tree_name(tree)} B={budget} {rule_name}"
-                    found[name] = Setting(tree, BudgetConfig(budget, **rule))
+                    ledger.put(key, summary(forced[0].teacher_force(every, budget))["kl"])
+                if ledger.get(key) <= search.bound.max_kl:
+                    name = f"{tree.name} B={budget} {rule_name}"
+                    found[name] = TimingCase(DecodingSpec(tree, BudgetConfig(budget, **rule)))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Scripts around checkpoints, and what they share: one-line errors, and directories that appear whole or not at all."""
+"""Scripts for checkpoints, and their shared parts: flags, one-line errors, and atomic output directories."""
 
 import argparse
 import contextlib
@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from moespec_jax.checkpoint.dtypes import FLOAT_DTYPES
 from moespec_jax.checkpoint.orbax_io import quiet_orbax
 from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.files import read_json, write_json, writing
 from moespec_jax.parallel.processes import all_or_none, is_first_process
 
-DTYPES = ("float32", "float16", "bfloat16")
+ALLOW_NON_FINITE = "--allow-non-finite"
+# Name of a file that identifies the directory of an unfinished conversion.
 MARK = ".incomplete-conversion"
-# What belongs to a model besides its weights and its config.json.
-_BESIDES = (
+# Files of a model other than its weights and its config.json.
+_METADATA = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,37 +33,50 @@ _BESIDES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as all others."""
+    """Argument parser with one-line errors."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def make_parser(script: str, doc: str | None) -> Parser:
+    """Make the parser of `python -m convert.SCRIPT`, described by the first line of its module's docstring."""
+    return Parser(prog=f"python -m convert.{script}", description=(doc or "").partition("\n")[0])
+
+
+def add_output_flags(parser: Parser) -> None:
+    """Add the flags of scripts that write a checkpoint."""
+    parser.add_argument("--output", required=True, type=Path, help="new or empty directory")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="dtype of all parameters (default: unchanged)")
+    parser.add_argument(ALLOW_NON_FINITE, action="store_true", help="accept weights that are NaN or infinite")
+
+
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with what `main` returns; with status 2 and one line for anything the caller can fix, 130 for Ctrl-C."""
-    quiet_orbax()  # which advises larger chunks than one expert, which is what we read at a time
+    """Run `main` and exit with the status that it returns; with status 2 and one line for errors that the caller can
+    correct, 130 for Ctrl-C."""
+    quiet_orbax()  # orbax advises larger chunks than one expert, the unit that is read
     try:
         status = main()
         sys.stdout.flush()
     except (CheckpointError, RequestError) as error:
-        status = _complain(2, str(error))
+        status = _report(2, str(error))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        if not where:  # standard output, which Python must not complain about once more at exit
+        if not where:  # standard output, which Python would flush at exit, with a second error
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = _complain(2, f"expected to read and write files; {error.strerror or error}{where}")
+        status = _report(2, f"expected to read and write files; {error.strerror or error}{where}")
     except KeyboardInterrupt:
-        status = _complain(130, "expected to finish; interrupted, and nothing was kept")
+        status = _report(130, "expected to finish; interrupted, and nothing was kept")
     sys.exit(status)
 
 
 @contextlib.contextmanager
-def whole_directory(output: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `output` when the block ends well and vanishes when it does not.
+def atomic_directory(output: Path) -> Iterator[Path]:
+    """Yield a temporary directory, which is renamed to `output` when the block succeeds and removed when it fails.
 
-    What a killed conversion to the same `output` left behind is removed first. Of several processes, all write into it.
+    The remains of a killed conversion to the same `output` are removed first. Several processes share the directory.
 
     Raises:
         CheckpointError: `output` exists and is not an empty directory.
@@ -96,7 +111,7 @@ def _make_workplace(output: Path, workplace: Path) -> None:
 
 
 def _remove(workplace: Path) -> None:
-    """The mark goes last: what a kill leaves of this is still known for ours."""
+    """Remove a temporary directory, its mark last, so that the remains of a killed removal are still recognized."""
     for path in workplace.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -105,10 +120,10 @@ def _remove(workplace: Path) -> None:
     shutil.rmtree(workplace)
 
 
-def copy_besides(model: Path, output: Path, dtype: str | None) -> None:
-    """Copy everything but the weights, config.json last: a directory without it is not a model. A config's own
-    mention of its dtype follows `dtype`."""
-    for pattern in _BESIDES:
+def copy_metadata(model: Path, output: Path, dtype: str | None) -> None:
+    """Copy all files but the weights, config.json last: a directory without it is incomplete. With a `dtype`, the dtype
+    fields of config.json are updated."""
+    for pattern in _METADATA:
         for file in sorted(model.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, output / file.name)
@@ -118,6 +133,6 @@ def copy_besides(model: Path, output: Path, dtype: str | None) -> None:
     write_json(output / "config.json", fields)
 
 
-def _complain(status: int, message: str) -> int:
+def _report(status: int, message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return status

@@ -1,9 +1,9 @@
-"""Which of the target's states was a draft head trained to read? Those it names, or those one layer below or above?
+"""Test whether a draft head was trained on the boundaries that its files state, or on those one layer below or above.
 
     python -m convert.probe_draft --model TARGET --draft-model DIR [--text FILE | --ids FILE]
 
-A head read one layer off still runs, and its text is still right: only acceptance collapses. So some text goes through
-target and head with the boundaries moved by -1, 0 and 1, and what the head guesses for the first drafted token tells.
+With wrong boundaries a head still runs and the output is still exact, but acceptance collapses. The probe therefore
+measures, on a text, the accuracy of the head's first drafted token with the boundaries shifted by -1, 0 and 1.
 """
 
 import functools
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import moespec_jax
-from convert import DTYPES, Parser, run
+from convert import Parser, make_parser, run
+from moespec_jax.checkpoint.dtypes import FLOAT_DTYPES
 from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.cli.arguments import boundaries_of
 from moespec_jax.errors import CheckpointError
@@ -27,7 +28,7 @@ from moespec_jax.runtime.model import Model
 from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
 
 _LONGEST = 512
-# Its own source, unless told otherwise: any text the target was trained on will do.
+# Default text: sources of this library. Any text like the target's training data is suitable.
 _TEXT = tuple(
     Path(moespec_jax.__file__).parent / name
     for name in ("runtime/model.py", "nn/decoder.py", "checkpoint/tokenizer.py", "decoding/tree.py")
@@ -35,7 +36,14 @@ _TEXT = tuple(
 
 
 class Finding(NamedTuple):
-    """Of one shift: the boundaries, how many of the target's first choices were guessed, and of how many."""
+    """Result for one shift.
+
+    Fields:
+        shift: shift of the boundaries.
+        boundaries: shifted boundaries.
+        hits: number of positions at which the head's first token is the target's most probable token.
+        positions: number of positions.
+    """
 
     shift: int
     boundaries: tuple[int, ...]
@@ -44,12 +52,12 @@ class Finding(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """Share of the target's first choices that the head's first token met."""
+        """Share of positions that are hits."""
         return self.hits / max(self.positions, 1.0)
 
 
 def main() -> int:
-    """Probe as the command line says."""
+    """Run the probe of the command line."""
     arguments = _parser().parse_args()
     model = load(
         arguments.model,
@@ -58,11 +66,11 @@ def main() -> int:
         dtype=arguments.dtype,
     )
     if model.draft is None:
-        raise CheckpointError(f"expected a draft head; came {arguments.draft_model!r}")
+        raise CheckpointError(f"expected a draft head; got {arguments.draft_model!r}")
     rows = _rows(_token_ids(model, arguments.text, arguments.ids), model.config.context_length, arguments.tokens)
     findings = probe(model, model.draft, rows)
     chosen = next(finding for finding in findings if finding.shift == 0)
-    # Among equals the loader's choice stands.
+    # The loader's choice wins ties.
     best = max(findings, key=lambda finding: (finding.accuracy, finding is chosen))
     print(f"the loader chose {model.draft.notes[0]}")
     print(f"{'shift':>5}  {'boundaries':<16}  accuracy of the first drafted token")
@@ -74,35 +82,35 @@ def main() -> int:
 
 
 def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
-    """First-token accuracy on `rows` `[rows, tokens]` with the boundaries moved by -1, 0 and 1, as far as the target
-    has such states. Every row goes through the target once."""
-    moved = {shift: tuple(b + shift for b in draft.config.boundaries) for shift in (-1, 0, 1)}
+    """Measure first-token accuracy on `rows` `[rows, tokens]` with the boundaries shifted by -1, 0 and 1, where the
+    target has them. The target runs once on every row."""
+    shifted = {shift: tuple(b + shift for b in draft.config.boundaries) for shift in (-1, 0, 1)}
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    moved = {shift: bs for shift, bs in moved.items() if 0 <= bs[0] and bs[-1] <= layers}
-    tapped = tuple(sorted({b for boundaries in moved.values() for b in boundaries}))
+    shifted = {shift: bs for shift, bs in shifted.items() if 0 <= bs[0] and bs[-1] <= layers}
+    union = tuple(sorted({b for boundaries in shifted.values() for b in boundaries}))
 
     @jax.jit
     def scores(params: Decoder, head: DraftHead, tokens: jax.Array) -> list[StepScore]:
-        teacher = run_teacher(model.config, params, model.backend, tapped, head.target_ids, tokens)
-        states = jnp.split(teacher.aux_hidden_states, len(tapped), axis=-1)
-        first = functools.partial(unrolled_scores, draft.config, head, params.embed)
-        counts, found = jnp.ones(tokens.shape, bool), []
-        for boundaries in moved.values():
-            aux = jnp.concatenate([states[tapped.index(b)] for b in boundaries], axis=-1)
+        teacher = run_teacher(model.config, params, model.backend, union, head.target_ids, tokens)
+        states = jnp.split(teacher.aux_hidden_states, len(union), axis=-1)
+        first_step = functools.partial(unrolled_scores, draft.config, head, params.embed)
+        valid, found, loss = jnp.ones(tokens.shape, bool), [], LOSSES["cross-entropy"]
+        for boundaries in shifted.values():
+            aux = jnp.concatenate([states[union.index(b)] for b in boundaries], axis=-1)
             assert aux.shape[-1] == len(boundaries) * width
-            found += first(teacher._replace(aux_hidden_states=aux), tokens, counts, 1, LOSSES["cross-entropy"], False)
+            found += first_step(teacher._replace(aux_hidden_states=aux), tokens, valid, 1, loss, False)
         return found
 
-    hits, positions = np.zeros(len(moved)), np.zeros(len(moved))
+    hits, positions = np.zeros(len(shifted)), np.zeros(len(shifted))
     for row in rows:
         found = scores(model.params, draft.head, jnp.asarray(row, jnp.int32)[None, :])
         hits += [float(score.hits) for score in found]
         positions += [float(score.positions) for score in found]
-    return [Finding(s, bs, *x) for (s, bs), *x in zip(moved.items(), hits.tolist(), positions.tolist(), strict=True)]
+    return [Finding(s, bs, *x) for (s, bs), *x in zip(shifted.items(), hits.tolist(), positions.tolist(), strict=True)]
 
 
 def _token_ids(model: Model, text: Path | None, ids: Path | None) -> list[int]:
-    """Of the file asked for, else of this library's own source."""
+    """Read token ids from a file, or encode a text file (default: sources of this library)."""
     if ids is not None:
         numbers = parse_numbers(_read(ids).replace("\n", ",").strip(","), str(ids))
         if not all(0 <= i < model.config.vocab_size for i in numbers):
@@ -114,7 +122,7 @@ def _token_ids(model: Model, text: Path | None, ids: Path | None) -> list[int]:
 
 
 def _rows(ids: list[int], context: int, tokens: int) -> np.ndarray:
-    """About `tokens` ids as rows of one length."""
+    """Cut about `tokens` ids into rows of equal length `[rows, length]`."""
     length = min(len(ids), context, _LONGEST)
     if length < 3:
         raise CheckpointError(f"expected a text of at least 3 tokens; it has {len(ids)}")
@@ -136,19 +144,19 @@ def _listed(boundaries: tuple[int, ...]) -> str:
 def _advice(best: Finding, chosen: Finding) -> str:
     if best is chosen:
         return "the loader's choice is the best"
-    return f"this head seems to read others: give --draft-boundaries {_listed(best.boundaries)}"
+    return f"this head seems to read other boundaries: use --draft-boundaries {_listed(best.boundaries)}"
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m convert.probe_draft", description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser("probe_draft", __doc__)
     parser.add_argument("--model", required=True, help="the target: directory or hub id")
     parser.add_argument("--draft-model", required=True, help="the head: directory or hub id")
-    parser.add_argument("--draft-boundaries", metavar="2,24,45", help="in place of what the head's files say")
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument("--text", type=Path, help="text to probe with (default: this library's own source)")
-    given.add_argument("--ids", type=Path, help="token ids to probe with, separated by commas or lines")
-    parser.add_argument("--tokens", type=int, default=2048, help="about how many")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--draft-boundaries", metavar="2,24,45", help="in place of those of the head's files")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--text", type=Path, help="text file (default: sources of this library)")
+    texts.add_argument("--ids", type=Path, help="file of token ids, separated by commas or lines")
+    parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: float32 on CPU, else bfloat16")
     return parser
 
 

@@ -1,12 +1,10 @@
-"""Turn a Hugging Face directory of safetensors into one that keeps its parameters as orbax, one piece per layer.
+"""Convert a Hugging Face directory of safetensors into one of orbax checkpoints, one for each layer.
 
 python -m convert.to_orbax --model DIR --output DIR2 [--dtype bfloat16]
 """
 
-from pathlib import Path
-
-from convert import DTYPES, Parser, copy_besides, run, whole_directory
-from convert.integrity import ALLOW, only_finite
+from convert import add_output_flags, atomic_directory, copy_metadata, make_parser, run
+from convert.integrity import only_finite
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.orbax_io import write_orbax
 from moespec_jax.checkpoint.read import load_config, open_safetensors
@@ -15,12 +13,10 @@ from moespec_jax.parallel.processes import is_first_process
 
 
 def main() -> int:
-    """Convert as the command line says."""
-    parser = Parser(prog="python -m convert.to_orbax", description=(__doc__ or "").partition("\n")[0])
+    """Run the conversion of the command line."""
+    parser = make_parser("to_orbax", __doc__)
     parser.add_argument("--model", required=True, help="directory of safetensors, or a hub id")
-    parser.add_argument("--output", required=True, type=Path, help="directory to be made; must not hold anything")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of all parameters (default: as they are)")
-    parser.add_argument(ALLOW, action="store_true", help="also weights that are NaN or infinite")
+    add_output_flags(parser)
     add_process_flags(parser.add_argument_group("several processes, which share the work and the output directory"))
     arguments = parser.parse_args()
     join_processes(arguments)
@@ -29,10 +25,10 @@ def main() -> int:
     source = open_safetensors(model, config)
     if not arguments.allow_non_finite:
         source = only_finite(source)
-    with whole_directory(arguments.output) as directory:
+    with atomic_directory(arguments.output) as directory:
         write_orbax(source, config, directory, arguments.dtype, progress=True)
         if is_first_process():
-            copy_besides(model, directory, arguments.dtype)
+            copy_metadata(model, directory, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0
 

@@ -1,8 +1,13 @@
-"""Speculative decoding for Mixture-of-Experts models in JAX."""
+"""Speculative decoding for Mixture-of-Experts models in JAX.
+
+The public names are those of `__all__` and those used in docs/extending.md. All other names, the folders of this
+package included, are private and may change in any version.
+"""
 
 from moespec_jax.config import DecoderConfig, RopeConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.parallel.mesh import MeshConfig
@@ -20,6 +25,7 @@ __all__ = [
     "BudgetWarning",
     "CheckpointError",
     "DecoderConfig",
+    "DecodingSpec",
     "MeshConfig",
     "Model",
     "PromptResult",

@@ -1,21 +1,33 @@
-"""The settings a decoder runs under, as frozen values that may cross `jit` as static arguments.
+"""Settings of decoders, draft heads and draft trees: frozen dataclasses, hashable, so that `jit` accepts them as
+static arguments.
 
-Field names are those of the published `config.json` wherever the thing is the same, so that a reader who knows
-the checkpoint knows the setting. How each family's file is read is in `families.py`.
+Fields that a published `config.json` has too bear its names. `checkpoint/families.py` reads that file for each family.
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 QkNorm = Literal["none", "head", "flat"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding and its published scalings (transformers' `rope_parameters`).
+    """Rotary position embedding (RoPE) and its scalings, as transformers' `rope_parameters`.
 
-    `original_max_position_embeddings` is the context of pre-training where a scaling extends it; `dynamic`
-    scaling measures against the decoder's own `max_position_embeddings`.
+    Fields:
+        rope_type: kind of scaling.
+        rope_theta: base of the frequencies.
+        factor: ratio of the extended to the original context.
+        original_max_position_embeddings: context of pre-training in tokens, for `yarn` and `llama3` (default, and
+            always for `dynamic`: the model's `max_position_embeddings`).
+        attention_factor: factor on cosine and sine for `yarn` (default: computed from `factor` and the mscales).
+        beta_fast: rotations over the original context above which `yarn` keeps a frequency.
+        beta_slow: rotations over the original context below which `yarn` divides a frequency by `factor`.
+        mscale: weight in the numerator of the default attention factor of `yarn`.
+        mscale_all_dim: weight in its denominator.
+        truncate: whether `yarn` rounds the bounds of its ramp to whole dimensions.
+        low_freq_factor: `llama3` divides frequencies of fewer rotations over the original context by `factor`.
+        high_freq_factor: `llama3` keeps frequencies of more rotations over the original context.
     """
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
@@ -32,8 +44,9 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
 
+@runtime_checkable
 class AttentionConfig(Protocol):
-    """What attention needs to know of a decoder, or of a draft head."""
+    """Settings of attention, which decoders and draft heads share."""
 
     @property
     def num_attention_heads(self) -> int: ...  # noqa: D102
@@ -51,11 +64,19 @@ class AttentionConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One Mixture-of-Experts decoder, whatever its family.
+    """Settings of a Mixture-of-Experts decoder of any family. Fields not listed are as in `config.json`.
 
-    `qk_norm` says what the query/key RMS norm runs over: nothing, each head (Qwen3), or all heads together
-    (OLMoE). `sparse_layers[i]` is true where layer i routes to experts; `sliding_windows[i]` is layer i's attention
-    window in tokens, 0 for full attention. `shared_expert_intermediate_size` is 0 where there is no shared expert.
+    Fields:
+        intermediate_size: ffn width of dense layers.
+        moe_intermediate_size: ffn width of a routed expert.
+        num_experts: routed experts of a sparse layer.
+        num_experts_per_tok: k, the number of experts of a token.
+        sparse_layers: for each layer, whether it routes to experts.
+        sliding_windows: attention window of each layer in tokens, 0 for full attention.
+        norm_topk_prob: whether combine weights are renormalised over the k experts of a token.
+        qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), or `flat` over all heads (OLMoE).
+        clip_qkv: bound on the absolute value of queries, keys and values; None for none.
+        shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none.
     """
 
     model_type: str
@@ -85,8 +106,8 @@ class DecoderConfig:
 
     @property
     def context_length(self) -> int:
-        """The longest sequence in tokens. A rotary scaling extends what the model was trained on; files differ in
-        whether `max_position_embeddings` already says so, and the larger reading counts."""
+        """Largest length of a sequence in tokens. A RoPE scaling extends the trained context. Some files include the
+        extension in `max_position_embeddings` and some do not: of the two readings the larger is returned."""
         rope, trained = self.rope, self.max_position_embeddings
         if rope.rope_type == "default":
             return trained
@@ -97,24 +118,26 @@ class DecoderConfig:
 
     @property
     def num_sparse_layers(self) -> int:
-        """How many layers route to experts."""
+        """Number of layers that route to experts."""
         return sum(self.sparse_layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftConfig:
-    """An EAGLE-3 draft head (arXiv:2503.01840): one Llama-style layer, seldom more, over states tapped from the target.
+    """Settings of an EAGLE-3 draft head (arXiv:2503.01840): one Llama-style layer, in rare cases more, over auxiliary
+    hidden states of the target. Fields not listed are as in `config.json`.
 
-    `boundaries` name the tapped states from low to high: boundary b is the target's residual stream entering layer b,
-    and `num_hidden_layers` of the target is what its last layer leaves. `target_hidden_size` is their width each,
-    `vocab_size` the target's vocabulary, of which the head knows `draft_vocab_size` tokens. The variants that change
-    numbers:
-
-    - `norm_before_residual`: the residual stream starts from the normed feature, not from the feature itself.
-    - `norm_before_fc`: one norm over all tapped states together before `fc`.
-    - `fc_norm`: one norm for each tapped state before `fc` (EAGLE-3.1).
-    - `norm_output`: the next draft step is fed the normed output, not the output itself (EAGLE-3.1).
-    - `own_embedding`: the head brings an embedding of its own width instead of sharing the target's.
+    Fields:
+        vocab_size: size of the target's vocabulary.
+        draft_vocab_size: size of the draft vocabulary, a subset of the target's.
+        target_hidden_size: width of each auxiliary hidden state.
+        boundaries: boundaries of the target whose hidden states the head reads, ascending: boundary b is the residual
+            stream that enters layer b; the target's number of layers stands for the output of its last one.
+        norm_before_residual: whether the residual stream starts from the normed feature instead of the feature.
+        norm_before_fc: whether one norm over all auxiliary hidden states together precedes `fc`.
+        fc_norm: whether a norm for each auxiliary hidden state precedes `fc` (EAGLE-3.1).
+        norm_output: whether the next draft step reads the normed output instead of the output (EAGLE-3.1).
+        own_embedding: whether the head has an embedding of its own, of its own width, in place of the target's.
     """
 
     vocab_size: int
@@ -142,25 +165,28 @@ class DraftConfig:
 
     @property
     def clip_qkv(self) -> None:
-        """No head clips."""
+        """None: no draft head clips queries, keys or values."""
         return None
 
     @property
     def aux_size(self) -> int:
-        """Width of all tapped states side by side."""
+        """Width of the concatenated auxiliary hidden states."""
         return len(self.boundaries) * self.target_hidden_size
 
 
-# Far above every tree that pays; a pass over the tree takes memory in the square of its size.
+# Far above every size at which a tree saves time; a verification's memory grows with the square of the size.
 _LARGEST_TREE, _MOST_CANDIDATES = 1 << 10, 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeConfig:
-    """Shape of the draft tree: `size` tokens are verified at once, the root included (EAGLE's `total_token`).
+    """Shape of a draft tree.
 
-    `depth` is EAGLE's argument of that name: the beam is expanded so many times after the first level, so nodes reach
-    depth `depth + 1`. `top_k` is the width of the beam and the number of children of each of its nodes; 1 is a chain.
+    Fields:
+        depth: number of times that the beam is expanded after the first level (EAGLE's argument of that name); nodes
+            reach depth `depth + 1`.
+        top_k: width of the beam, and number of children of each of its nodes; 1 makes a chain.
+        size: number of tokens verified at once, the root included (EAGLE's `total_token`).
 
     Raises:
         ValueError: a number is out of range, or the candidates are too few for `size`.
@@ -189,12 +215,12 @@ class TreeConfig:
 
     @property
     def name(self) -> str:
-        """`60/7/10`: size, depth and top-k."""
+        """Size, depth and top-k, such as `60/7/10`."""
         return f"{self.size}/{self.depth}/{self.top_k}"
 
     @property
     def pool(self) -> int:
-        """Number of nodes that are drafted, of which the best `size - 1` are kept."""
+        """Number of drafted nodes, of which the best `size - 1` are kept."""
         return self.top_k + self.depth * self.top_k**2
 
     @property

@@ -1,23 +1,28 @@
-"""Errors that a caller can fix: each message is one line that says what was expected, what came and where."""
+"""Errors that a caller can correct. Each message is one line: what was expected, what was found, and where."""
 
 
 class RequestError(ValueError):
-    """A request that this model cannot serve: what was expected and what came."""
+    """A request that the model cannot serve."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is not what it must be: what was expected, what came, and where; always one line."""
+    """A checkpoint that is missing, damaged or of another kind than expected. Its message is one line."""
 
     def __init__(self, message: str):
         super().__init__(one_line(message))
 
 
+class UnsupportedConfig(ValueError):
+    """A `config.json` that is invalid, or has a setting that would be computed wrongly. The message names the field."""
+
+
 def one_line(message: str) -> str:
-    """A message as one line of bounded length: names and paths in it come from somebody else's files."""
+    """Return a message as one line of bounded length: it may quote names and paths from foreign files."""
     if len(message) > 2000:
-        message = f"{message[:1500]} ... {message[-400:]}"  # where it is comes last
+        message = f"{message[:1500]} ... {message[-400:]}"  # the place of the error is at the end
     return "".join(c if c.isprintable() else " " for c in message)
 
 
-class UnsupportedConfig(ValueError):
-    """A `config.json` says something this library would compute wrongly."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or the name of its type where the message is empty."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint directory: JSON read with errors in one line, and written whole or not at all."""
+"""Small files of a checkpoint directory: JSON with one-line errors, and atomic writes."""
 
 import contextlib
 import gc
@@ -11,19 +11,19 @@ from typing import Any
 
 from moespec_jax.errors import CheckpointError
 
-# In what orbax's TensorStore and safetensors say when the system refuses to write, the number of the system's error.
+# The operating system's error number in messages of TensorStore (under orbax) and of safetensors.
 _SYSTEM_ERROR = re.compile(r"os[_ ]error(?:_code='| )(\d+)")
 
 
-# Parsed, JSON takes many times the memory of its text.
+# Parsed JSON takes many times the memory of its text.
 _LARGEST_JSON = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, absurdly large or not a JSON object.
+        CheckpointError: the file is missing, unreadable, too large or not a JSON object.
     """
     try:
         if (size := path.stat().st_size) > _LARGEST_JSON:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"expected a directory with a {path.name}; {path.parent} is a file") from None
     except OSError as error:
         raise CheckpointError(f"expected a readable file {path}; {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of too many digits, endless nesting
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, a number of too many digits, deep nesting
         raise CheckpointError(f"expected JSON in {path}; {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object in {path}; it holds a {type(value).__name__}")
@@ -45,22 +45,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object under a temporary name and rename it, so that `path` is never half a file."""
+    """Write a JSON object atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that `path` is never half a file."""
+    """Write a text file atomically: under a temporary name, then renamed."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` when the block ends well and vanishes when it does not.
+    """Yield a temporary file name, which is renamed to `path` when the block succeeds and removed when it fails.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(path.name + ".incomplete")
     with writing(path):
@@ -75,11 +75,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes one kind of error of all that say that the system refuses to write: those of Python may lack the file's
-    name, orbax and safetensors have kinds of their own.
+    """Convert every error of a failed write into an `OSError` that names a file. Python's own may lack the name, and
+    orbax and safetensors raise exceptions of other types.
 
     Raises:
-        OSError: with the error's number, and `path` where no file was named.
+        OSError: with the error's number, and `path` where the error names no file.
     """
     try:
         yield
@@ -93,13 +93,13 @@ def writing(path: Path) -> Iterator[None]:
         if found is None:
             raise
         number = int(found[1])
-    # What orbax was writing beside it is let go of now: at exit it could not close, and would complain.
+    # Release orbax's pending writes here: at exit they could not be closed, and would print errors.
     gc.collect()
     raise OSError(number, os.strerror(number), str(path))
 
 
 def parse_numbers(text: str, place: str) -> tuple[int, ...]:
-    """Integers from `2,24,45`; `place` is the flag or file they stand in.
+    """Parse integers such as `2,24,45`; errors name `place`, a flag or a file.
 
     Raises:
         CheckpointError: something between the commas is not an integer.
@@ -111,5 +111,5 @@ def parse_numbers(text: str, place: str) -> tuple[int, ...]:
 
 
 def listing(names: Sequence[str]) -> str:
-    """The first five names and how many more there are, for an error message."""
+    """Format the first five names and the number of the others, for an error message."""
     return ", ".join(name[:200] for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,15 @@
-"""Generate text: `python -m moespec_jax.generate`. Without arguments, the embedded pair on a built-in prompt."""
+"""Generate text with a Mixture-of-Experts model, plainly or by speculative decoding.
+
+With a draft head, each round drafts a tree of tokens, verifies it in one
+forward pass of the target model and commits the accepted tokens. The output is
+exact: it is the model's own. An expert budget (--expert-budget) limits the
+experts that a verification reads: this saves memory traffic, and in general
+makes the output lossy.
+
+Without arguments: the embedded pair, a small target and its draft head that are
+part of this package, on a built-in prompt. The text goes to standard output, a
+table of statistics to standard error.
+"""
 
 import argparse
 import contextlib
@@ -14,7 +25,7 @@ from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt
 from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
-from moespec_jax.cli.generate_arguments import build_parser, refuse_flags, refuse_processes
+from moespec_jax.cli.generate_arguments import build_parser, check_flags, check_processes
 from moespec_jax.cli.process_flags import join_processes
 from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
 from moespec_jax.cli.round_trace import tracing
@@ -26,28 +37,28 @@ from moespec_jax.runtime.results import RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(build_parser(__doc__), _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    refuse_flags(arguments)
+    check_flags(arguments)
     join_processes(arguments)
-    refuse_processes(arguments)
+    check_processes(arguments)
     spec = requested_spec(arguments)
     texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load_requested(arguments, spec.budget)
-    speaks = is_first_process()
-    if speaks and model.draft is not None and arguments.draft_model is not None and not arguments.json:
+    first = is_first_process()
+    if first and model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
     if arguments.chat:
         texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
-    # A chat template writes the special tokens itself.
+    # A chat template contains the special tokens.
     prompts = [model.encode(text, special_tokens=not arguments.chat) for text in texts] + ids
     if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed])):
         raise RequestError("expected the same prompts and flags in all processes; they differ")
-    alone = not arguments.json and len(prompts) == 1
-    streams = _Printer(model.tokenizer, prompts[0]) if alone and model.tokenizer is not None else None
+    streamed = not arguments.json and len(prompts) == 1
+    printer = _Printer(model.tokenizer, prompts[0]) if streamed and model.tokenizer is not None else None
     generate = functools.partial(
         model.generate,
         prompts,
@@ -62,33 +73,33 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     with contextlib.ExitStack() as files:
         with all_or_none():
-            writes = files.enter_context(tracing(arguments.trace if speaks else None))
-        # All processes stop after every round, if one does.
-        on_round = writes if speaks or arguments.trace is None else _trace_elsewhere
-        result = generate(tree=spec.tree, budget=spec.budget, on_tokens=streams, on_round=on_round)
+            write_round = files.enter_context(tracing(arguments.trace if first else None))
+        # With a trace, the rounds of all processes must end at the same time, although only the first one writes.
+        on_round = write_round if first or arguments.trace is None else _ignore_round
+        result = generate(tree=spec.tree, budget=spec.budget, on_tokens=printer, on_round=on_round)
     comparison = compare(generate, spec) if arguments.compare else None
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
         return
-    streams.finish() if streams else _print_batch(texts, result)
-    if speaks:
+    printer.finish() if printer else _print_batch(texts, result)
+    if first:
         print(statistics_table(model, result, comparison), file=sys.stderr)
 
 
-def _trace_elsewhere(number: int, info: RoundInfo) -> None:
-    """Of several processes, the first writes."""
+def _ignore_round(number: int, info: RoundInfo) -> None:
+    """Do nothing: of several processes, only the first writes the trace."""
 
 
 class _Printer:
-    """Prints one sequence as it arrives: the prompt's text first, so that the continuation reads on."""
+    """Prints one sequence while it is generated, the text of its prompt first."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
         self._stream = TextStream(tokenizer)
         self._prompt = prompt
 
     def __call__(self, new: list[list[int]]) -> None:
-        # The prompt comes with the first token: nothing is printed of a request that is refused.
+        # The prompt is printed with the first new token, so that a rejected request prints nothing.
         write_output(self._stream.push([*self._prompt, *new[0]]))
         self._prompt = []
 
@@ -98,8 +109,8 @@ class _Printer:
 
 def _print_batch(texts: list[str], result: RunResult) -> None:
     for number, prompt in enumerate(result.prompts):
-        given = texts[number] if number < len(texts) else ""
-        text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else given + prompt.text
+        prompt_text = texts[number] if number < len(texts) else ""
+        text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else prompt_text + prompt.text
         write_output(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
 
 

@@ -1,4 +1,4 @@
-"""Expert budgets as the papers tell them, in plain Python and float64: one layer, row by row and expert by expert."""
+"""Expert budgets as the papers describe them, in plain Python and float64: one layer, row by row, expert by expert."""
 
 import dataclasses
 import math
@@ -59,19 +59,20 @@ def restrict(rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: b
     for t in range(tokens):
         kept = sum(natural[t][e] for e in own[t] if e in shortlist)
         lost = any(e not in shortlist for e in own[t])
-        stays = rows.depth[t] == 0 or rule.faithfulness == 0
-        stays = stays or (not lost if rule.faithfulness == 1 else kept >= rule.faithfulness * sum(natural[t].values()))
+        least = rule.min_kept_weight
+        stays = rows.depth[t] == 0 or least == 0
+        stays = stays or (not lost if least == 1 else kept >= least * sum(natural[t].values()))
         live.append(rows.valid[t] and stays)
         replaced.append(lost)
         goes = [e for e in own[t] if e in shortlist] if rule.coverage == "truncate" else best(g[t], shortlist, k)
         weights.append(normalised({e: g[t, e] for e in goes}, norm) if norm else {e: g[t, e] for e in goes})
     live = [all(live[a] for a in rows.ancestors[t]) for t in range(tokens)]
     weights = [weights[t] if live[t] else {} for t in range(tokens)]
-    kept = math.fsum(scores[e] for e in shortlist) / (math.fsum(scores) or 1.0)
+    mass_kept = math.fsum(scores[e] for e in shortlist) / (math.fsum(scores) or 1.0)
     # In groups, ranks decide far below the number of experts used.
     deep = count if rule.groups == 1 else total
     gaps = [gap(first, ranked, order, deep), *(token_gap(g[t], own[t], shortlist, k) for t in valid(rows))]
-    return Outcome(shortlist, weights, kept, replaced, live, min(gaps))
+    return Outcome(shortlist, weights, mass_kept, replaced, live, min(gaps))
 
 
 def in_groups(rule: BudgetConfig, order: list[int], count: int) -> list[int]:
@@ -112,15 +113,14 @@ def credit(rule: BudgetConfig, probability: float, weight: float | None) -> floa
 
 
 def precedence(rule: BudgetConfig, rows: Rows, own: list[list[int]], expert: int) -> float:
-    """Of the first row that insists on the expert; roots come before all others, however sure the draft is of those."""
+    """Of the first anchored row that chose the expert; roots come before all others, however sure the draft is of
+    those."""
     found = [0.0]
     for t in valid(rows):
         root = rows.depth[t] == 0
-        insists = (rule.anchor == "root" and root) or (
-            rule.coverage == "guarantee" and rows.chance[t] >= rule.guarantee
-        )
-        if expert in own[t] and insists:
-            found.append(2.0 if root else rows.chance[t])
+        likely = rule.anchor == "likely" and rows.chance[t] >= rule.anchor_probability
+        if expert in own[t] and (likely or (rule.anchor == "root" and root)):
+            found.append(rows.chance[t] + 1.0 if root else rows.chance[t])
     return max(found)
 
 

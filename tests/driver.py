@@ -1,7 +1,7 @@
-"""Running a decoder from a test: logits of whole sequences, and greedy decoding by the public steps of `decode`."""
+"""Running a decoder from a test: logits of whole sequences, and greedy decoding by the functions of `Autoregressive`."""
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ import numpy as np
 from moespec_jax.checkpoint.leaves import Source, load_source
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoding.autoregressive import Settings, begin, decode_steps, empty_prefill, prefill_chunk
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import empty_cache
@@ -40,7 +41,11 @@ def random_tensors(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
 
 def build(config: DecoderConfig, tensors: dict[str, np.ndarray], backend: Backend) -> Decoder:
     """The parameters that these published tensors make under a back-end."""
-    source = Source({name: np.dtype(np.float32) for name in tensors}, lambda names: ((n, tensors[n]) for n in names))
+    source = Source(
+        {name: np.dtype(np.float32) for name in tensors},
+        lambda names: ((n, tensors[n]) for n in names),
+        tensor_table(config),
+    )
     return load_source(source, config, backend, jnp.float32)
 
 
@@ -57,9 +62,7 @@ def cached_logits(
     def run(params: Decoder, ids: jax.Array) -> jax.Array:
         positions, slots = positions_of(ids), ids.shape[1] + spare
         cache = empty_cache(config, ids.shape[0], slots, jnp.float32, stacked=backend.stacked)
-        compute = backend.compute(config.hidden_act)
-        mask = causal_mask(positions, slots)
-        hidden, _, _ = forward(config, params, ids, positions, mask, cache, compute, attention=backend.attention)
+        hidden, _, _ = forward(config, params, ids, positions, causal_mask(positions, slots), cache, backend)
         return unembed(params, hidden)
 
     return np.asarray(fast_jit(run)(params, jnp.asarray(ids, jnp.int32)))
@@ -75,26 +78,26 @@ def continue_greedily(
     slots: int = 128,
 ) -> list[list[int]]:
     """`new` tokens after each prompt, all prompts as one batch, prefilled in chunks of `chunk` tokens."""
-    read, start_decoding, go_on = _greedy_programs(config, backend)
+    method = Autoregressive(config, SamplingConfig(), backend)
+    read, begin, step = _greedy_programs(method)
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     chunks = -(-int(lengths.max()) // chunk)
     tokens = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    state = empty_prefill(config, len(prompts), slots, jnp.float32, stacked=backend.stacked)
+    state = method.prefill.init(params, len(prompts), slots)
     for start in range(0, chunks * chunk, chunk):
         state = read(
             params, state, jnp.asarray(tokens[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths)
         )
     limit = jnp.asarray(lengths + new)
-    rest = (jnp.asarray(tokens), jnp.asarray(lengths), limit, jnp.full((1,), -1, jnp.int32), jax.random.key(0))
-    decoding = start_decoding(params, state.cache, state.last_hidden, *rest)
-    decoding, info = go_on(params, decoding, jnp.int32(new))
+    no_stop = jnp.full((1,), -1, jnp.int32)
+    given = Prompts(jnp.asarray(tokens), jnp.asarray(lengths), limit, no_stop, jax.random.key(0))
+    decoding, info = step(params, begin(params, state, given), jnp.int32(new))
     assert int(info.rounds) == new - 1 and bool(jnp.all(decoding.done))
     return [row[n : n + new].tolist() for row, n in zip(np.asarray(decoding.tokens), lengths, strict=True)]
 
 
 @lru_cache
-def _greedy_programs(config: DecoderConfig, backend: Backend) -> tuple[Any, Any, Any]:
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act), backend.attention)
-    return tuple(fast_jit(partial(function, settings)) for function in (prefill_chunk, begin, decode_steps))
+def _greedy_programs(method: Autoregressive) -> tuple[Any, Any, Any]:
+    return fast_jit(method.prefill.read), fast_jit(method.begin), fast_jit(method.step)

@@ -32,7 +32,7 @@ def poison_unused(experts: Flat, used: set[int]) -> Flat:
 
 
 def random_input(experts: Flat, chosen: Any) -> tuple[jax.Array, Routing]:
-    """A row for every token of `chosen`, in which `EXPERTS` means nobody, and random weights."""
+    """A row for every token of `chosen`, in which `EXPERTS` means no expert, and random weights."""
     ids, rng = np.asarray(chosen, np.int32), np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(len(ids), experts.gate.shape[1])), experts.gate.dtype)
     weights = np.where(ids < EXPERTS, rng.uniform(0.1, 1.0, ids.shape), 0.0)

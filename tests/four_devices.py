@@ -35,7 +35,6 @@ def main() -> None:
     ids = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
     # Unlike numbers of tokens that count: a mean of the devices' means would show.
     rows = Rows(ids, np.arange(LENGTH + 1)[None, :] < np.array([11, 3, 0, 7])[:, None])
-    compute = backend.compute(CONFIG.hidden_act)
     model: Any = types.SimpleNamespace(config=CONFIG, params=params, backend=backend)
     moved, metrics, held_out = [], [], []
     for mesh in (Mesh(np.array(jax.devices()[:1]), ("data",)), trainer.data_mesh(BATCH)):
@@ -43,9 +42,9 @@ def main() -> None:
         held_out.append(run.held_out_accuracy(recipe, model, head.target_ids, before, rows))
         old = jax.tree.map(np.array, before.head)
         batch = trainer.shard_batch(mesh, rows)
-        state, told = trainer.train_step(recipe, compute, mesh, params, head.target_ids, before, batch)
+        state, measured = trainer.train_step(recipe, backend, mesh, params, head.target_ids, before, batch)
         moved.append(jax.tree.leaves(jax.tree.map(lambda new, old: np.asarray(new) - old, state.head, old)))
-        metrics.append(jax.tree.leaves(jax.tree.map(np.asarray, told)))
+        metrics.append(jax.tree.leaves(jax.tree.map(np.asarray, measured)))
     found = {
         "devices": jax.device_count(),
         "largest": max(float(np.abs(x).max()) for x in moved[0]),

@@ -2,6 +2,7 @@
 variants), row by row and head by head; and random heads of every variant, in which nothing is zero or one."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DraftConfig
+from moespec_jax.decoding.drafter import SpeculativeParams
 from moespec_jax.nn.eagle3 import DraftHead
 
 MODEL, VOCAB = 32, 48
@@ -63,6 +65,12 @@ def head_of(variant: str, seed: int = 0) -> tuple[DraftConfig, DraftHead, jax.Ar
     return config, dataclasses.replace(head, target_ids=ids, embed=own, fc_bias=bias), embedding
 
 
+def beside(head: DraftHead, embedding: jax.Array) -> SpeculativeParams[DraftHead]:
+    """The head with as much of a target as it reads: the embedding."""
+    target: Any = SimpleNamespace(embed=embedding)
+    return SpeculativeParams(target, head)
+
+
 @dataclasses.dataclass
 class _Target:
     """As much of a decoder as a new head takes from one."""
@@ -72,16 +80,16 @@ class _Target:
     embed: None = None
 
 
-def fuse(config: DraftConfig, head: Any, taps: np.ndarray) -> np.ndarray:
-    """Features of `taps` `[tokens, aux]`."""
+def fuse(config: DraftConfig, head: Any, aux: np.ndarray) -> np.ndarray:
+    """Features of auxiliary hidden states `[tokens, aux]`."""
     head = _wide(head)
     if config.norm_before_fc:
-        taps = _norm(config, taps, head.fc_norms[0])
+        aux = _norm(config, aux, head.fc_norms[0])
     if config.fc_norm:
         width = config.target_hidden_size
-        parts = [taps[:, i * width : (i + 1) * width] for i in range(len(config.boundaries))]
-        taps = np.concatenate([_norm(config, x, w) for x, w in zip(parts, head.fc_norms, strict=True)], axis=1)
-    return taps @ head.fc + (0.0 if head.fc_bias is None else head.fc_bias)
+        parts = [aux[:, i * width : (i + 1) * width] for i in range(len(config.boundaries))]
+        aux = np.concatenate([_norm(config, x, w) for x, w in zip(parts, head.fc_norms, strict=True)], axis=1)
+    return aux @ head.fc + (0.0 if head.fc_bias is None else head.fc_bias)
 
 
 def outputs(config: DraftConfig, head: Any, features: np.ndarray, embedded: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ from driver import fast_jit
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.drafter import SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculativeParams
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
-from moespec_jax.runtime.method import Method, plain_method, speculative_method
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Batch, Run
 
@@ -61,17 +62,24 @@ class FastPrograms(Programs):
         settings: Any,
         params: Any,
         *arguments: Any,
-        donate: tuple[int, ...] = (),
+        donate: bool = False,
         specs: Any = None,
     ) -> Any:
-        return self._jitted(function, settings, donate)(params, *arguments)
+        return self._jitted(function, settings)(params, *arguments)
 
-    def _jit(self, function: Any, settings: Any, donate: tuple[int, ...]) -> Any:
+    def _jit(self, function: Any, settings: Any) -> Any:
         def counted(*arguments: Any) -> Any:
-            self.traces[function.__name__] = self.traces.get(function.__name__, 0) + 1
+            self.traces[function.__qualname__] = self.traces.get(function.__qualname__, 0) + 1
             return function(settings, *arguments)
 
-        return fast_jit(counted, donate_argnums=donate)
+        return fast_jit(counted)
+
+
+class Decoding(NamedTuple):
+    """A method with its parameters."""
+
+    method: Any
+    params: Any
 
 
 def speculating(
@@ -83,31 +91,29 @@ def speculating(
     tree: TreeConfig,
     sampling: SamplingConfig = GREEDY,
     simulate: float | None = None,
-) -> Method:
-    """The method that drafts `tree` with `head`."""
-    settings = Settings(config, sampling, _compute(backend, config.hidden_act), backend.attention)
+) -> Decoding:
+    """Speculative decoding that drafts `tree` with `head`."""
     accept = accept_rule(sampling, tree.longest_path, simulate)
-    return speculative_method(SpeculationSettings(settings, draft, tree, accept), SpeculativeParams(params, head), jnp.float32)
+    method: Speculative[DraftHead, Eagle3State] = Speculative(
+        Autoregressive(config, sampling, backend), Eagle3Drafter(draft), tree, accept
+    )
+    return Decoding(method, SpeculativeParams(params, head))
 
 
-def plainly(config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = GREEDY) -> Method:
-    settings = Settings(config, sampling, _compute(backend, config.hidden_act), backend.attention)
-    return plain_method(settings, params, jnp.float32)
+def plainly(config: DecoderConfig, params: Decoder, backend: Backend, sampling: SamplingConfig = GREEDY) -> Decoding:
+    return Decoding(Autoregressive(config, sampling, backend), params)
 
 
 def decode(
-    method: Method,
+    decoding: Decoding,
     programs: Any,
     prompts: Sequence[Sequence[int]],
     new: int,
     stop_ids: tuple[int, ...] = (),
     seed: int = 0,
-) -> Run:
+) -> Run[Any, Any, Any]:
     """Decode a batch to `new` tokens after each prompt."""
     batch = Batch([list(p) for p in prompts], [len(p) + new for p in prompts], stop_ids, seed)
-    run = Run(programs, method, batch)
+    run = Run(programs, decoding.method, decoding.params, batch)
     run.execute()
     return run
-
-
-_compute = cache(lambda backend, activation: backend.compute(activation))

@@ -7,11 +7,9 @@ python tests/spread.py FAMILY [--mesh data=2,expert=4 ...] [--processes N --proc
 import argparse
 import json
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from speculation import draft_config, small_head
 from tiny import CONFIG, tiny_tensors
@@ -19,17 +17,19 @@ from tiny import CONFIG, tiny_tensors
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.leaves import Source, load_source
 from moespec_jax.checkpoint.placement import decoder_placement, head_placement, place_head, with_repeated_heads
+from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, SpeculativeParams
+from moespec_jax.decoding.drafter import SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.mesh import make_mesh, parse_mesh
-from moespec_jax.runtime.method import Method, plain_method, speculative_method
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Batch, Run
 
@@ -58,7 +58,9 @@ class Pair:
         fields = FIELDS | dict(model_type=family) | FAMILIES[family]
         config, tensors = read_config(fields), tiny_tensors(fields)
         source = Source(
-            {name: np.dtype(np.float32) for name in tensors}, lambda names: ((n, tensors[n]) for n in names)
+            {name: np.dtype(np.float32) for name in tensors},
+            lambda names: ((n, tensors[n]) for n in names),
+            tensor_table(config),
         )
         slots = BACKENDS["slots"]
         whole = load_source(source, config, slots, "float32", None, False, quantization)
@@ -77,27 +79,23 @@ class Pair:
 
     def decode(self, way: str, groups: int) -> dict[str, Any]:
         """Tokens and what was read; a balanced budget divides it among so many groups of experts."""
-        run = Run(self.programs, self._method(way, groups), Batch(PROMPTS, [len(p) + NEW for p in PROMPTS], (), 5))
+        batch = Batch(PROMPTS, [len(p) + NEW for p in PROMPTS], (), 5)
+        run = Run(self.programs, *self._method(way, groups), batch)
         run.execute()
         sums = {name: round(value / max(run.rounds, 1), 4) for name, value in run.sums.items()}
         return {"tokens": run.sequences, "rounds": run.rounds, "accepted": run.accepted.tolist(), **sums}
 
-    def _method(self, way: str, groups: int) -> Method:
+    def _method(self, way: str, groups: int) -> tuple[Any, Any]:
+        """The method and its parameters."""
         sampling = SamplingConfig(1.0) if way == "sampled" else SamplingConfig()
-        settings = Settings(self.config, sampling, compute(), BACKENDS["slots"].attention)
+        plain = Autoregressive(self.config, sampling, BACKENDS["slots"])
         if way == "plain":
-            return plain_method(settings, self.params, jnp.float32)
-        rule = {"global": BudgetConfig(**BUDGET), "balanced": BudgetConfig(**BUDGET, groups=groups)}.get(way)
-        rule = None if rule is None else resolve(rule, self.config)
+            return plain, self.params
+        budget = {"global": BudgetConfig(**BUDGET), "balanced": BudgetConfig(**BUDGET, groups=groups)}.get(way)
+        budget = None if budget is None else resolve(budget, self.config)
         accept = accept_rule(sampling, TREE.longest_path)
-        speculation = SpeculationSettings(settings, self.draft, TREE, accept, rule)
-        return speculative_method(speculation, SpeculativeParams(self.params, self.head), jnp.float32)
-
-
-@cache
-def compute() -> Any:
-    """One function for all, by which programs are found."""
-    return BACKENDS["slots"].compute("silu")
+        method = Speculative(plain, Eagle3Drafter(self.draft), TREE, accept, budget)
+        return method, SpeculativeParams(self.params, self.head)
 
 
 def all_ways(family: str, mesh: str | None, ways: list[str], groups: int) -> Iterator[tuple[str, Any]]:

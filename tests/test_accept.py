@@ -52,7 +52,7 @@ def random_trees(seed: int) -> tuple[Tree, np.ndarray]:
 
 
 def verify(sampling: SamplingConfig, tree: Tree, logits: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, ...]:
-    """All trees at once, every one with the same key; `index` tells them apart."""
+    """All trees at once, every one with the same key; their `index` differs."""
     rule = accept_rule(sampling, LONGEST)
     run = fast_jit(jax.vmap(rule, in_axes=(0, 0, None, 0)))
     accepted = run(jax.tree.map(jnp.asarray, tree), jnp.asarray(logits), jax.random.key(4), jnp.asarray(index))
@@ -233,9 +233,9 @@ def test_simulated_rounds_have_the_mean_length_that_was_asked_for(mean: float) -
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 20)), jnp.float32)
     run = fast_jit(jax.vmap(partial(accept_rule(SamplingConfig(), 5, mean), tree, logits, jax.random.key(0))))
     accepted = jax.tree.map(np.asarray, run(jnp.arange(20_000, dtype=jnp.int32)))
-    wanted, share = min(mean, 4.0), min(mean, 4.0) % 1
-    assert abs(accepted.count.mean() - wanted) <= 5 * np.sqrt(share * (1 - share) / 20_000)
-    assert set(accepted.count.tolist()) == {int(wanted), int(np.ceil(wanted))}
+    expected, share = min(mean, 4.0), min(mean, 4.0) % 1
+    assert abs(accepted.count.mean() - expected) <= 5 * np.sqrt(share * (1 - share) / 20_000)
+    assert set(accepted.count.tolist()) == {int(expected), int(np.ceil(expected))}
     for path, count in itertools.islice(zip(accepted.path.tolist(), accepted.count, strict=True), 50):
         line = [0, 2, 5, 6][:count]
         assert path == line + [line[-1]] * (5 - count)

@@ -1,5 +1,6 @@
 """Other functions in place of a round's own: they are what decodes, and nothing is claimed of what comes out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny_pair import write_pair
 
 from moespec_jax import Model, RequestError, TreeConfig, load
 from moespec_jax.decoding.accept import Accepted, accept_greedy
-from moespec_jax.decoding.speculative import SpeculationSettings
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.decoder import Decoder, forward, unembed
 
@@ -39,15 +40,15 @@ def runner_up(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -
 
 def test_an_acceptance_rule_decides_what_is_emitted(model: Model) -> None:
     """Second choices, one a round, as one-token passes over what was emitted so far give them."""
-    got = tokens(model, tree=TREE, adapt=lambda settings: settings._replace(accept=runner_up))
+    got = tokens(model, tree=TREE, adapt=lambda method: dataclasses.replace(method, accept=runner_up))
     sequence = list(PROMPT[0]) + tokens(model, tree=None)[:1]  # the first token is drawn before any round
     whole = len(PROMPT[0]) + 4
-    mask, compute = jnp.tril(jnp.ones((1, whole, whole), bool)), model.backend.compute(model.config.hidden_act)
+    mask = jnp.tril(jnp.ones((1, whole, whole), bool))
 
     @fast_jit
     def logits(params: Decoder, ids: jax.Array) -> jax.Array:
         positions = jnp.arange(whole, dtype=jnp.int32)[None, :]
-        return unembed(params, forward(model.config, params, ids, positions, mask, None, compute)[0])[0]
+        return unembed(params, forward(model.config, params, ids, positions, mask, None, model.backend)[0])[0]
 
     while len(sequence) < whole:
         ids = jnp.asarray([sequence + [0] * (whole - len(sequence))], jnp.int32)  # no token sees what comes after it
@@ -63,14 +64,14 @@ def test_a_verification_decides_what_the_logits_are(model: Model) -> None:
         return -hidden, cache, info
 
     own = tokens(model, tree=TREE)
-    got = tokens(model, tree=TREE, adapt=lambda settings: settings._replace(verify=contrary))
+    got = tokens(model, tree=TREE, adapt=lambda method: dataclasses.replace(method, target_forward=contrary))
     assert own == tokens(model, tree=None)
     assert got[0] == own[0] and got[1:] != own[1:]
 
 
 def test_equal_functions_are_the_same_program_and_nothing_is_claimed(model: Model) -> None:
-    def as_it_is(settings: SpeculationSettings) -> SpeculationSettings:
-        return settings._replace(accept=rule)
+    def as_it_is(method: Speculative) -> Speculative:
+        return dataclasses.replace(method, accept=rule)
 
     def rule(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
         return accept_greedy(TREE.longest_path, tree, logits)
@@ -85,4 +86,4 @@ def test_equal_functions_are_the_same_program_and_nothing_is_claimed(model: Mode
 
 def test_plain_decoding_has_no_round_to_adapt(model: Model) -> None:
     with pytest.raises(RequestError, match="adapt; this is plain decoding"):
-        tokens(model, tree=None, adapt=lambda settings: settings)
+        tokens(model, tree=None, adapt=lambda method: method)

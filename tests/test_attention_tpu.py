@@ -115,7 +115,7 @@ def test_the_back_end_for_tpus_decodes_elsewhere_too() -> None:
 
 
 def abstract(tokens: int = 60, head: int = 128, slots: int = 2048, heads: int = 32, groups: int = 4) -> Inputs:
-    """Inputs without memory behind them, of Qwen3-30B-A3B's shape unless told otherwise."""
+    """Inputs without memory behind them, of Qwen3-30B-A3B's shape by default."""
     cache = jax.ShapeDtypeStruct((48, 1, groups, slots, head), jnp.dtype(jnp.bfloat16))
     q = jax.ShapeDtypeStruct((1, tokens, heads, head), jnp.dtype(jnp.bfloat16))
     return q, cache, cache, jax.ShapeDtypeStruct((1, tokens, slots), jnp.dtype(bool))  # pyright: ignore[reportReturnType]

@@ -105,7 +105,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "size is absurd": (config(vocab_size=10**15), ("expected vocab_size", str(10**15))),
     "layers are absurd": (config(num_hidden_layers=10**6), ("expected num_hidden_layers", str(10**6))),
     "experts are absurd": (config(num_hidden_layers=2000, num_experts=10**4), ("num_hidden_layers", "num_experts")),
-    "experts are not there": (config(num_experts=1 << 14), ("expected 98304 matrices of experts", "came 4")),
+    "experts are not there": (config(num_experts=1 << 14), ("expected 98304 matrices of experts", "got 4")),
     "more active experts than experts": (config(num_experts_per_tok=5), ("num_experts_per_tok 5", "num_experts 4")),
     "heads do not divide": (config(num_key_value_heads=3), ("num_attention_heads 4", "num_key_value_heads 3")),
     "odd head": (config(head_dim=7), ("expected an even head_dim", "7")),
@@ -146,7 +146,7 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "unknown tensor": (tensors(model__extra=np.zeros(3, np.float32)), ("1 unknown: model.extra",)),
     "misshapen tensor": (
         tensors(model__norm__weight=np.zeros(31, np.float32)),
-        ("model.norm.weight (expected [32], came [31])",),
+        ("model.norm.weight (expected [32], got [31])",),
     ),
     "tensor of integers": (
         tensors(model__norm__weight=np.zeros(32, np.int8)),

@@ -23,15 +23,16 @@ from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.round_info import experts_read, mean_distinct_experts
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import draft_trees, verify_trees
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.errors import RequestError
-from moespec_jax.measure.timing import Setting
+from moespec_jax.measure.timing import TimingCase
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.runtime.run import Batch, Run
 
 TOY = ["--random", "toy", "--count", "2", "--tokens", "14", "--longest-prompt", "10", "--repeats", "2"]
 SWEEP = ["--trees", "6/2/2", "--budgets", "0.25"]
-SETTINGS = ["plain", "6/2/2", "6/2/2 B=0.25"]
+CASES = ["plain", "6/2/2", "6/2/2 B=0.25"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +67,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_what_the_recorded_turns_say(finished: Path) -> None:
     rows = {row["setting"]: row for row in read_lines(finished / "bench.jsonl")}
-    pieces = {line["piece"]: line["value"] for line in read_lines(finished / "turns.jsonl")[1:]}
-    turns = [{name: pieces[f"random tokens: turn {turn}, {name}"] for name in SETTINGS} for turn in (0, 1)]
-    speeds = [{name: told["tokens"] / told["decode_s"] for name, told in turn.items()} for turn in turns]
-    assert list(rows) == SETTINGS
-    exact = max(SETTINGS[:2], key=lambda name: statistics.median(s[name] for s in speeds))
+    tasks = {line["task"]: line["value"] for line in read_lines(finished / "turns.jsonl")[1:]}
+    turns = [{name: tasks[f"random tokens: turn {turn}, {name}"] for name in CASES} for turn in (0, 1)]
+    speeds = [{name: stats["tokens"] / stats["decode_s"] for name, stats in turn.items()} for turn in turns]
+    assert list(rows) == CASES
+    exact = max(CASES[:2], key=lambda name: statistics.median(s[name] for s in speeds))
     for name, row in rows.items():
         own = [s[name] for s in speeds]
         assert row["output_throughput"] == {"median": statistics.median(own), "min": min(own), "max": max(own)}
@@ -123,23 +124,21 @@ def test_what_is_simulated_says_so_everywhere(finished: Path) -> None:
 def test_cut_off_anywhere_it_goes_on_to_the_same_rows(
     finished: Path, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is still missing tells what it told the first time: then every file is the same."""
+    """What is still missing is measured as it was the first time: then every file is the same."""
     lines = (finished / "turns.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "turns.jsonl").write_text("".join(lines[: 1 + kept]) + lines[-1][:20] * (kept < 7))
-    pieces = {line["piece"]: line["value"] for line in map(json.loads, lines[1:])}
-    missing = [
-        p for p in pieces if "turn" in p and p not in {json.loads(line)["piece"] for line in lines[1 : 1 + kept]}
-    ]
-    taken: dict[Setting, int] = {}
+    tasks = {line["task"]: line["value"] for line in map(json.loads, lines[1:])}
+    missing = [t for t in tasks if "turn" in t and t not in {json.loads(line)["task"] for line in lines[1 : 1 + kept]}]
+    taken: dict[TimingCase, int] = {}
 
-    def told(model: Any, prompts: Any, setting: Setting, new_tokens: int) -> dict[str, Any]:
+    def recorded(model: Any, prompts: Any, case: TimingCase, new_tokens: int) -> dict[str, Any]:
         """At first to warm up, then for each turn that is missing."""
-        name = SETTINGS[(setting.tree is not None) + (setting.budget is not None)]
-        own = [piece for piece in missing if piece.endswith(f", {name}")]
-        taken[setting] = taken.get(setting, -1) + 1
-        return pieces[own[max(taken[setting] - 1, 0)]]
+        name = CASES[(case.spec.tree is not None) + (case.spec.budget is not None)]
+        own = [task for task in missing if task.endswith(f", {name}")]
+        taken[case] = taken.get(case, -1) + 1
+        return tasks[own[max(taken[case] - 1, 0)]]
 
-    monkeypatch.setattr(bench, "decode_and_verify", told)
+    monkeypatch.setattr(bench, "decode_and_verify", recorded)
     assert bench.main([*TOY, *SWEEP, "--output", str(tmp_path), "--json"]) == 0
     assert sum(taken.values()) == len(missing)
     for name in ("turns.jsonl", "bench.jsonl", "bench.md"):
@@ -158,7 +157,7 @@ def test_another_sweep_is_refused(finished: Path, capsys: pytest.CaptureFixture[
 def fake(tokens_per_s: float, ids: list[int], **changes: Any) -> dict[str, Any]:
     same = dict(
         decode_s=1.0, tokens=tokens_per_s, rounds=10, prefill_s=0.1, compile_s=1.0, verify_s=None, verify_experts=None,
-        accept_length=1.0, accepted_by_depth=[], experts_wanted=2.0, experts_loaded=2.0, mass_kept=1.0,
+        accept_length=1.0, accepted_by_depth=[], experts_wanted=2.0, experts_read=2.0, mass_kept=1.0,
         tokens_replaced=0.0, exact=True, simulated=None, token_ids=[ids],
     )  # fmt: skip
     return same | changes
@@ -166,13 +165,18 @@ def fake(tokens_per_s: float, ids: list[int], **changes: Any) -> dict[str, Any]:
 
 def test_best_exact_is_the_highest_median_of_its_batch_without_a_budget() -> None:
     tree, budget = TreeConfig(2, 1, 4), BudgetConfig(4)
-    settings = {"a": Setting(), "b": Setting(tree), "c": Setting(tree, budget), "d": Setting(batch=2)}
+    cases = {
+        "a": TimingCase(),
+        "b": TimingCase(DecodingSpec(tree)),
+        "c": TimingCase(DecodingSpec(tree, budget)),
+        "d": TimingCase(batch=2),
+    }
     # b has the highest mean and the highest single turn; c is faster still, but lossy.
     speeds = {"a": (10, 11, 12), "b": (9, 10, 100), "c": (200, 200, 200), "d": (50, 60, 70)}
-    turns = [{name: fake(speeds[name][turn], [1, 2, 3, turn]) for name in settings} for turn in range(3)]
+    turns = [{name: fake(speeds[name][turn], [1, 2, 3, turn]) for name in cases} for turn in range(3)]
     turns[-1]["c"] = fake(200, [1, 2, 9, 2], exact=False)
-    assert best_exact(settings, turns) == {1: "a", 2: "d"}
-    rows = result_rows(settings, turns, lambda experts: experts, {})
+    assert best_exact(cases, turns) == {1: "a", 2: "d"}
+    rows = result_rows(cases, turns, lambda experts: experts, {})
     budgeted = rows[2]
     assert budgeted["over_best_exact"] == {"median": 200 / 11, "min": 200 / 12, "max": 200 / 10}
     assert budgeted["over_exact_same_tree"] == {"median": 20.0, "min": 2.0, "max": 200 / 9}
@@ -182,20 +186,17 @@ def test_best_exact_is_the_highest_median_of_its_batch_without_a_budget() -> Non
 
 
 def test_a_loop_of_verifications_reads_what_one_reads() -> None:
-    """And makes as many passes as it is told, each of the same tokens."""
+    """And makes as many passes as are asked of it, each of the same tokens."""
     model = fast_toy("toy", None, "float32")
-    method = model.method(SamplingConfig(), TreeConfig(2, 2, 6), None, 2.0)
-    state = Run(model.programs, method, Batch([[5, 17, 9]], [40], (), 0)).state_after(2)
-    trees, _ = model.programs.run(draft_trees, method.settings, method.params, state)
-    _, _, info = model.programs.run(verify_once, method.settings, method.params, state, trees)
+    spec = model.resolve(DecodingSpec(TreeConfig(2, 2, 6), simulate_accept_length=2.0))
+    method, params = model.speculative(spec, SamplingConfig()), model.speculative_params
+    state = Run(model.programs, method, params, Batch([[5, 17, 9]], [40], (), 0)).state_after(2)
+    trees, _ = model.programs.run(Speculative.propose, method, params, state)
+    _, _, info = model.programs.run(Speculative.verify, method, params, state, trees)
     wanted = float(mean_distinct_experts(experts_read(model.config, info, 1)))
     for passes in (1, 3):
-        told = model.programs.run(verify_many, method.settings, method.params, state, trees, jnp.int32(passes))
-        assert float(told) == wanted > 2
-
-
-def verify_once(settings: Any, pair: Any, state: Any, trees: Any) -> Any:
-    return verify_trees(settings, pair.target, state, trees)
+        read = model.programs.run(verify_many, method, params, state, trees, jnp.int32(passes))
+        assert float(read) == wanted > 2
 
 
 @pytest.mark.parametrize(
@@ -228,15 +229,34 @@ def test_every_batch_size_has_its_plain_and_every_tree_its_exact_run() -> None:
     budget = BudgetConfig(8, size="mass")
     tree = TreeConfig(2, 1, 4)
     assert found == {
-        "plain": Setting(),
-        "plain x4": Setting(batch=4),
-        "4/2/1": Setting(tree),
-        "4/2/1 B=8": Setting(tree, budget),
-        "4/2/1 x4": Setting(tree, None, 4),
-        "4/2/1 B=8 x4": Setting(tree, budget, 4),
+        "plain": TimingCase(),
+        "plain x4": TimingCase(batch=4),
+        "4/2/1": TimingCase(DecodingSpec(tree)),
+        "4/2/1 B=8": TimingCase(DecodingSpec(tree, budget)),
+        "4/2/1 x4": TimingCase(DecodingSpec(tree), 4),
+        "4/2/1 B=8 x4": TimingCase(DecodingSpec(tree, budget), 4),
     }
     same = sweep(arguments_of("--trees", "plain", "4/2/1", "--budgets", "none"))
-    assert same == {"plain": Setting(), "4/2/1": Setting(tree)}
+    assert same == {"plain": TimingCase(), "4/2/1": TimingCase(DecodingSpec(tree))}
+
+
+def test_cases_are_recorded_as_before_0_2_and_apart_from_each_other() -> None:
+    """What the requests of turns.jsonl say of them, by which an interrupted sweep is found again."""
+    likely = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=0.5)
+    budgets = [
+        BudgetConfig(8, **likely),
+        BudgetConfig(8, coverage="truncate", **likely),
+        BudgetConfig(8, anchor="root"),
+    ]
+    cases = [TimingCase(), *(TimingCase(DecodingSpec(TreeConfig(2, 1, 4), budget, 2.0), 4) for budget in budgets)]
+    plain, before, *others = recorded = [bench._recorded(case) for case in cases]
+    assert plain == "Setting(tree=None, budget=None, batch=1, simulate=None)"
+    assert before == (
+        "Setting(tree=TreeConfig(depth=2, top_k=1, size=4), budget=BudgetConfig(experts=8, coverage='guarantee',"
+        " score='path', credit='squares', anchor='none', size='fixed', mass=0.9, guarantee=0.0, faithfulness=0.5,"
+        " groups=1), batch=4, simulate=2.0)"
+    )
+    assert len(set(recorded)) == len(recorded) and all("guarantee'" not in other for other in others)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

@@ -20,16 +20,15 @@ from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import random_decoder
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.autoregressive import Settings
+from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
+from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.runtime.method import speculative_method
 from moespec_jax.runtime.run import Batch, Run
 
 BACKEND, TREE, PROMPTS = BACKENDS["slots"], TreeConfig(7, 10, 63), 4
-COMPUTE = BACKEND.compute("silu")
 
 
 def cut(model: str) -> tuple[DecoderConfig, DraftConfig]:
@@ -49,21 +48,17 @@ def routing(model: str, exponent: float, programs: FastPrograms) -> tuple[np.nda
     chose `[layers, prompts, nodes, k]` and the routers' softmax `[layers, prompts, nodes, experts]`."""
     config, draft = cut(model)
     pair = random_pair(config, draft, BACKEND, jnp.float32, exponent)
-    target = Settings(config, SamplingConfig(), COMPUTE, BACKEND.attention)
-    settings = SpeculationSettings(target, draft, TREE, accept_rule(SamplingConfig(), TREE.longest_path, 3.0))
+    accept = accept_rule(SamplingConfig(), TREE.longest_path, 3.0)
+    method = Speculative(Autoregressive(config, SamplingConfig(), BACKEND), Eagle3Drafter(draft), TREE, accept)
     prompts = np.random.default_rng(0).integers(0, 8192, (PROMPTS, 16)).tolist()
     batch = Batch(prompts, [64] * PROMPTS, (), 0)
-    state = Run(programs, speculative_method(settings, pair, jnp.float32), batch).state_after(0)  # pyright: ignore
-    trees, _ = programs.run(draft_trees, settings, pair, state)
-    _, _, info = programs.run(verify, settings, pair, state, trees)
+    state = Run(programs, method, pair, batch).state_after(0)
+    trees, _ = programs.run(Speculative.propose, method, pair, state)
+    _, _, info = programs.run(Speculative.verify, method, pair, state, trees)
     shape = (len(info.routers), PROMPTS, TREE.size, -1)
     chosen = np.stack([np.asarray(router.experts) for router in info.routers]).reshape(shape)
     mass = np.stack([np.asarray(router.probabilities) for router in info.routers]).reshape(shape)
     return np.asarray(trees.scores), chosen, mass
-
-
-def verify(settings: Any, pair: Any, state: Any, trees: Any) -> Any:
-    return verify_trees(settings, pair.target, state, trees)
 
 
 def union(chances: np.ndarray, chosen: np.ndarray, size: int) -> float:

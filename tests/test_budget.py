@@ -1,4 +1,4 @@
-"""Every rule of the budget against plain Python in float64, ties included; and what must hold whatever the rule."""
+"""Every rule of the budget against plain Python in float64, ties included; and what must hold for every rule."""
 
 import itertools
 from collections.abc import Callable
@@ -14,8 +14,9 @@ from driver import fast_jit
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
-from moespec_jax.decoding.budget import ANCHORS, COVERAGES, CREDITS, SCORES, SIZES, Nodes, restrict
-from moespec_jax.decoding.budget_config import BudgetConfig, caution, is_exact, resolve
+from moespec_jax.decoding.budget import restrict
+from moespec_jax.decoding.budget_config import BudgetConfig, budget_warning, is_exact, resolve
+from moespec_jax.decoding.budget_rules import ANCHORS, COVERAGES, EXPERT_WEIGHTS, SCORES, SIZES, Nodes
 from moespec_jax.decoding.tree import ancestors, depths
 from moespec_jax.nn.routing import Restricted, route
 
@@ -28,8 +29,8 @@ ROUTERS = {
     "mixtral": (8, 2, True),
     "few": (6, 3, False),
 }
-# A third of all combinations, in which any four settings still meet in every way.
-TABLES = dict(score=SCORES, credit=CREDITS, anchor=ANCHORS, coverage=COVERAGES, size=SIZES)
+# A third of all combinations, in which any three settings still meet in every way.
+TABLES = dict(score=SCORES, credit=EXPERT_WEIGHTS, anchor=ANCHORS, coverage=COVERAGES, size=SIZES)
 RULES = [
     dict(zip(TABLES, names, strict=True))
     for names in itertools.product(*TABLES.values())
@@ -100,7 +101,7 @@ def compiled(rule: BudgetConfig, router: str) -> Callable[..., Restricted]:
 
 
 def check(rule: BudgetConfig, router: str, bound: int, seed: int) -> bool:
-    """Compare one draw; False if it hangs on less than float32 can tell apart."""
+    """Compare one draw; False if it depends on less than float32 can resolve."""
     total, k, norm = ROUTERS[router]
     nodes, rows = random_nodes(seed)
     logits = random_logits(seed, total)
@@ -109,7 +110,7 @@ def check(rule: BudgetConfig, router: str, bound: int, seed: int) -> bool:
         return False
     got = compiled(rule, router)(nodes, jnp.asarray(logits), jnp.asarray(rows.valid))
     assert [e for e in got.shortlist.tolist() if e < total] == expected.shortlist
-    assert got.live.tolist() == expected.live and got.replaced.tolist() == expected.replaced
+    assert got.kept.tolist() == expected.live and got.replaced.tolist() == expected.replaced
     np.testing.assert_allclose(float(got.mass_kept), expected.mass_kept, atol=1e-5)  # sums of up to 1000 numbers
     for t, weights in enumerate(expected.weights):
         ids, found = got.routing.experts[t].tolist(), got.routing.weights[t].tolist()
@@ -127,8 +128,8 @@ def test_rules_are_what_the_oracle_says(number: int) -> None:
         router = list(ROUTERS)[(index + index // 6) % len(ROUTERS)]
         total, k, _ = ROUTERS[router]
         bound = max(k, total // 4 if index % 2 else total // 2)
-        faithfulness = (0.0, 0.6, 1.0)[index // 2 % 3]
-        rule = BudgetConfig((k, bound, k, k), **RULES[index], mass=0.7, faithfulness=faithfulness)
+        least = (0.0, 0.6, 1.0)[index // 2 % 3]
+        rule = BudgetConfig((k, bound, k, k), **RULES[index], mass=0.7, min_kept_weight=least)
         for seed in range(DRAWS):
             drawn += 1
             decided += check(rule, router, bound, seed)
@@ -140,8 +141,9 @@ def test_balanced_budgets_are_what_the_oracle_says(router: str, groups: int) -> 
     """Divided among groups of experts: no group has more than its share, however far apart their scores are."""
     total, k, _ = ROUTERS[router]
     bound, decided, drawn = max(k, total // 3), 0, 0
-    for names in (dict(), dict(anchor="root", size="mass"), dict(coverage="guarantee", size="rank")):
-        rule = BudgetConfig((k, bound, k, k), groups=groups, faithfulness=0.4, **names)
+    likely: dict[str, Any] = dict(anchor="likely")
+    for names in ({}, dict(anchor="root", size="mass"), likely | dict(size="rank"), likely | dict(coverage="truncate")):
+        rule = BudgetConfig((k, bound, k, k), groups=groups, min_kept_weight=0.4, **names)
         assert rule.slots == -(-bound // groups) * groups
         for seed in range(DRAWS):
             drawn += 1
@@ -155,9 +157,10 @@ def same(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("coverage", COVERAGES)
-def test_a_budget_of_all_experts_changes_no_bit_of_the_routing(router: str, coverage: str) -> None:
+@pytest.mark.parametrize("anchor", ["none", "likely"])
+def test_a_budget_of_all_experts_changes_no_bit_of_the_routing(router: str, coverage: str, anchor: str) -> None:
     config = config_of(router)
-    rule = resolve(BudgetConfig(1.0, coverage=coverage, score="path", faithfulness=1.0), config)
+    rule = resolve(BudgetConfig(1.0, coverage=coverage, anchor=anchor, score="path", min_kept_weight=1.0), config)
     for seed in range(DRAWS):
         nodes, rows = random_nodes(seed)
         logits, valid = jnp.asarray(random_logits(seed, config.num_experts)), jnp.asarray(rows.valid)
@@ -165,19 +168,20 @@ def test_a_budget_of_all_experts_changes_no_bit_of_the_routing(router: str, cove
         natural, _ = fast_jit(partial(route, config))(identity, logits, valid)
         got = compiled(rule, router)(nodes, logits, valid)
         same((got.routing.experts, got.routing.weights), (natural.experts, natural.weights))
-        assert not got.replaced.any() and got.live.tolist() == rows.valid
+        assert not got.replaced.any() and got.kept.tolist() == rows.valid
 
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("coverage", COVERAGES)
-def test_rows_that_lose_everything_stay_finite(router: str, coverage: str) -> None:
+@pytest.mark.parametrize("anchor", ["root", "likely"])
+def test_rows_that_lose_everything_stay_finite(router: str, coverage: str, anchor: str) -> None:
     """Every row is certain of other experts than the roots', so that float32 leaves it nothing inside the shortlist."""
     total, k, _ = ROUTERS[router]
     nodes, _ = random_nodes(0)
     roots = np.arange(BATCH * NODES) % NODES == 0
     logits = np.zeros((BATCH * NODES, total), np.float32)
     logits[roots, :k] = logits[~roots, k : 2 * k] = 300.0
-    rule = BudgetConfig((k,) * 4, coverage=coverage, anchor="root", guarantee=1.0)
+    rule = BudgetConfig((k,) * 4, coverage=coverage, anchor=anchor, anchor_probability=1.0)
     got = compiled(rule, router)(nodes, jnp.asarray(logits), jnp.ones((BATCH * NODES,), bool))
     weights = np.asarray(got.routing.weights)
     assert np.isfinite(weights).all() and not weights[~roots].any() and got.replaced.tolist() == (~roots).tolist()
@@ -204,7 +208,7 @@ def test_groups_divide_the_experts() -> None:
         BudgetConfig(16, groups=0)
 
 
-@pytest.mark.parametrize("name", ["mass", "guarantee", "faithfulness"])
+@pytest.mark.parametrize("name", ["mass", "anchor_probability", "min_kept_weight"])
 def test_shares_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"budget's {name} from 0 to 1, got 1.5"):
         BudgetConfig(16, **{name: 1.5})
@@ -212,8 +216,8 @@ def test_shares_out_of_range_are_refused(name: str) -> None:
 
 def test_tight_budgets_are_warned_about() -> None:
     config = config_of("olmoe")
-    told = {b: caution(resolve(BudgetConfig(b), config), config) is not None for b in (8, 15, 16, 64)}
-    assert told == {8: True, 15: True, 16: False, 64: False}
+    warned = {b: budget_warning(resolve(BudgetConfig(b), config), config) is not None for b in (8, 15, 16, 64)}
+    assert warned == {8: True, 15: True, 16: False, 64: False}
 
 
 def test_what_is_exact() -> None:
@@ -223,9 +227,9 @@ def test_what_is_exact() -> None:
         return is_exact(resolve(BudgetConfig(**rule), config), config, batch)
 
     assert exact(9, experts=64) and not exact(1, experts=63) and not exact(1, experts=64, size="mass")
-    faithful: dict[str, Any] = dict(faithfulness=1.0, coverage="guarantee")
-    assert exact(2, experts=16, **faithful) and not exact(3, experts=16, **faithful)
-    assert exact(1, experts=16, **faithful, size="mass") and not exact(2, experts=16, **faithful, size="mass")
-    # What the root wants may lie in one group.
-    assert not exact(1, experts=8, faithfulness=1.0, anchor="root", groups=2)
-    assert exact(1, experts=8, faithfulness=1.0, anchor="root") and not exact(1, experts=8, faithfulness=1.0)
+    pruning: dict[str, Any] = dict(min_kept_weight=1.0, anchor="likely")
+    assert exact(2, experts=16, **pruning) and not exact(3, experts=16, **pruning)
+    assert exact(1, experts=16, **pruning, size="mass") and not exact(2, experts=16, **pruning, size="mass")
+    # The experts of the root may all be in one group.
+    assert not exact(1, experts=8, min_kept_weight=1.0, anchor="root", groups=2)
+    assert exact(1, experts=8, min_kept_weight=1.0, anchor="root") and not exact(1, experts=8, min_kept_weight=1.0)

@@ -1,5 +1,6 @@
 """Budgeted decoding as a whole: against a slow reference; bit for bit without a limit; blind to what is not read."""
 
+import dataclasses
 from functools import cache, partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import slow_decoder
 import test_speculate
 from driver import build, fast_jit
-from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
+from speculation import Decoding, FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
 from moespec_jax.checkpoint.families import read_config
@@ -18,10 +19,8 @@ from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationSettings, draft_trees, verify_trees
 from moespec_jax.measure.teacher_forcing import restrict_each
 from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.runtime.method import Method
 from moespec_jax.runtime.run import Batch, Run
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -54,12 +53,10 @@ def budgeted(
     tree: TreeConfig = WIDE,
     backend: str = "switch",
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008, frozen
-) -> Method:
-    config, *rest = parts(family, backend)
-    method = speculating(config, *rest, tree, sampling)
-    settings = method.settings
-    assert isinstance(settings, SpeculationSettings)
-    return method._replace(settings=settings._replace(budget=None if rule is None else resolve(rule, config)))
+) -> Decoding:
+    config, params, form, draft, head = parts(family, backend)
+    method, both = speculating(config, params, form, draft, head, tree, sampling)
+    return Decoding(dataclasses.replace(method, budget=None if rule is None else resolve(rule, config)), both)
 
 
 @pytest.mark.parametrize("coverage", ["substitute", "truncate"])
@@ -69,13 +66,14 @@ def test_output_is_that_of_a_slow_decoder_that_obeys_the_budget(family: str, exp
     """More than 200 tokens: every round's tree is verified by the slow decoder from a cache of its own."""
     rule, new, rounds = BudgetConfig(experts, coverage, "probability", "all"), 210, list[RoundInfo]()
     config, params, *_ = parts(family)
-    run = Run(FastPrograms(), budgeted(family, rule), Batch(PROMPTS[:1], [len(PROMPTS[0]) + new], (), 0))
+    run = Run(FastPrograms(), *budgeted(family, rule), Batch(PROMPTS[:1], [len(PROMPTS[0]) + new], (), 0))
     run.execute(on_round=lambda number, info: rounds.append(info))
     slow, text = slow_decoder.SlowDecoder(config, params), list(PROMPTS[0])
     logits, left = slow.read(text, slow_decoder.chain(len(text)))
     slow.keep(left, range(len(text)))
     text.append(int(logits[-1].argmax()))
     for info in rounds:
+        assert info.tree is not None
         tokens, parents, scores = (part[0].tolist() for part in info.tree)
         assert tokens[0] == text[-1]
         rows = slow_decoder.tree_rows(parents, scores)
@@ -105,29 +103,29 @@ def walk(tokens: list[int], parents: list[int], logits: np.ndarray) -> list[int]
 def test_a_budget_of_all_experts_changes_no_bit(backend: str, temperature: float) -> None:
     programs, caches, sampling = FastPrograms(), [], SamplingConfig(temperature)
     for rule in (None, BudgetConfig(1.0)):
-        method = budgeted("qwen3_moe", rule, backend=backend, sampling=sampling)
-        state = Run(programs, method, Batch(PROMPTS, [len(p) + 40 for p in PROMPTS], (), 0)).state_after(6)
-        caches.append((state.decoding.tokens, state.decoding.cache, state.taps))
+        decoding = budgeted("qwen3_moe", rule, backend=backend, sampling=sampling)
+        state = Run(programs, *decoding, Batch(PROMPTS, [len(p) + 40 for p in PROMPTS], (), 0)).state_after(6)
+        caches.append((state.decoding.tokens, state.decoding.cache, state.draft.aux))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *caches)
 
 
-@pytest.mark.parametrize("coverage", ["substitute", "truncate", "guarantee"])
+@pytest.mark.parametrize("anchor", ["none", "likely"])
+@pytest.mark.parametrize("coverage", ["substitute", "truncate"])
 @pytest.mark.parametrize("backend", ["switch", "slots", "pallas", "mosaic"])
-def test_weights_outside_the_shortlist_are_not_read(backend: str, coverage: str) -> None:
-    """NaN in all experts that no layer's shortlist holds: not a bit of logits, cache and taps may change."""
-    rule = BudgetConfig(0.5, coverage=coverage, score="path", credit="hits")
+def test_weights_outside_the_shortlist_are_not_read(backend: str, coverage: str, anchor: str) -> None:
+    """NaN in all experts that no layer's shortlist holds: not a bit of logits, cache and hidden states may change."""
+    rule = BudgetConfig(0.5, coverage=coverage, anchor=anchor, score="path", credit="hits")
     config, params, form, *_ = parts("qwen3_moe", backend)
-    method = budgeted("qwen3_moe", rule, backend=backend)
-    state = Run(FastPrograms(), method, Batch(PROMPTS[:1], [60], (), 0)).state_after(3)
-    settings = method.settings
-    trees, _ = fast_jit(partial(draft_trees, settings))(method.params, state)
-    verify = fast_jit(partial(verify_trees, settings))
-    logits, kv, info = verify(params, state, trees)
+    method, both = budgeted("qwen3_moe", rule, backend=backend)
+    state = Run(FastPrograms(), method, both, Batch(PROMPTS[:1], [60], (), 0)).state_after(3)
+    trees, state = fast_jit(method.propose)(both, state)
+    verify = fast_jit(method.verify)
+    logits, kv, info = verify(both, state, trees)
     listed = [set(router.restricted.shortlist.tolist()) for router in info.routers]
     assert all(len(layer) == 4 for layer in listed)
     poisoned = poison(params, form.layout, config.num_experts, listed)
-    other, other_kv, other_info = verify(poisoned, state, trees)
-    before, after = (logits, kv, info.taps), (other, other_kv, other_info.taps)
+    other, other_kv, other_info = verify(dataclasses.replace(both, target=poisoned), state, trees)
+    before, after = (logits, kv, info.aux_hidden_states), (other, other_kv, other_info.aux_hidden_states)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), before, after)
     assert np.isfinite(np.asarray(logits)).all()
 
@@ -143,15 +141,22 @@ def poison(params: Any, layout: str, num_experts: int, keep: list[set[int]]) -> 
             tuple(jax.tree.map(partial(spoil, i, e), expert) for e, expert in enumerate(layer))
             for i, layer in enumerate(params.experts)
         )
-        return params.replace(experts=experts)
+        return dataclasses.replace(params, experts=experts)
     kept = np.array([e in layer for layer in keep for e in range(num_experts)])[:, None, None]
-    return params.replace(experts=jax.tree.map(lambda matrix: jnp.where(kept, matrix, jnp.nan), params.experts))
+    experts = jax.tree.map(lambda matrix: jnp.where(kept, matrix, jnp.nan), params.experts)
+    return dataclasses.replace(params, experts=experts)
 
 
-@pytest.mark.parametrize("experts", [2, 4, (2, 7)], ids=str)
-def test_faithful_budgets_are_exact(experts: Any) -> None:
-    """Whoever loses an expert is given up: greedy output is plain decoding's, whatever the budget."""
-    rule = BudgetConfig(experts, coverage="guarantee", guarantee=0.0, score="path", faithfulness=1.0)
+# Every row's own experts precede all others, and a row that loses one is pruned.
+EXACT: dict[str, Any] = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "coverage"), [(2, "substitute"), (4, "substitute"), ((2, 7), "substitute"), (4, "truncate")], ids=str
+)
+def test_budgets_that_prune_every_loss_are_exact(experts: Any, coverage: str) -> None:
+    """Greedy output is plain decoding's, whichever the number of experts."""
+    rule = BudgetConfig(experts, coverage=coverage, score="path", **EXACT)
     config, params, form, *_ = parts("qwen3_moe")
     plain = decode(plainly(config, params, form), FastPrograms(), PROMPTS[:1], 200).sequences
     run = decode(budgeted("qwen3_moe", rule), FastPrograms(), PROMPTS[:1], 200)
@@ -161,22 +166,20 @@ def test_faithful_budgets_are_exact(experts: Any) -> None:
     assert run.sums["experts_read"] / run.rounds <= np.mean(resolve(rule, config).experts)
 
 
-def test_faithful_budgets_are_exact_in_distribution_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_that_prune_every_loss_are_exact_in_distribution_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without a budget (`test_speculate.py`): three tokens against enumerated probabilities, every tree under a
     budget of its own, of half the experts."""
     test_speculate.just_enough_room(monkeypatch)
     sampling, rows, seeds, new = SamplingConfig(2.0), 2048, 12, 3
     tiny = test_speculate.pair(vocab_size=7)
     expected = test_speculate.probabilities(tiny, sampling, PROMPTS[0], new)
-    method = speculating(*tiny, TreeConfig(1, 2, 5), sampling)
-    settings = method.settings
-    assert isinstance(settings, SpeculationSettings)
-    rule = resolve(BudgetConfig(0.5, coverage="guarantee", guarantee=0.0, faithfulness=1.0), tiny[0])
-    each = partial(restrict_each, jnp.int32(2))
-    method, programs = method._replace(settings=settings._replace(budget=rule, restrict=each)), FastPrograms()
+    method, params = speculating(*tiny, TreeConfig(1, 2, 5), sampling)
+    rule, each = resolve(BudgetConfig(0.5, **EXACT), tiny[0]), partial(restrict_each, jnp.int32(2))
+    decoding = Decoding(dataclasses.replace(method, budget=rule, restrict=each), params)
+    programs = FastPrograms()
     counts = np.zeros(len(expected))
     for seed in range(seeds):
-        run = decode(method, programs, [PROMPTS[0]] * rows, new, seed=seed)
+        run = decode(decoding, programs, [PROMPTS[0]] * rows, new, seed=seed)
         digits = np.array([sequence[-new:] for sequence in run.sequences])
         counts += np.bincount(digits @ 7 ** np.arange(new - 1, -1, -1), minlength=len(expected))
     assert 0 < run.accepted.sum() and run.sums["replaced"] > 0
@@ -190,7 +193,7 @@ def test_faithful_budgets_are_exact_in_distribution_too(monkeypatch: pytest.Monk
 def test_sizes_that_follow_the_text_read_no_more_than_the_budget(size: str) -> None:
     rounds: list[RoundInfo] = []
     rule = BudgetConfig(6, size=size, mass=0.6, credit="all")
-    run = Run(FastPrograms(), budgeted("qwen3_moe", rule), Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
+    run = Run(FastPrograms(), *budgeted("qwen3_moe", rule), Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
     run.execute(on_round=lambda number, info: rounds.append(info))
     lists = [layer for info in rounds for layer in info.budget.shortlist]  # pyright: ignore[reportOptionalMemberAccess]
     lengths = {int((layer < 8).sum()) for layer in lists}
@@ -204,18 +207,18 @@ def test_sizes_that_follow_the_text_read_no_more_than_the_budget(size: str) -> N
 def test_only_verification_is_budgeted() -> None:
     """Prefill is the same program as without a budget, and the first token is its."""
     with_, without = budgeted("olmoe", TIGHT), budgeted("olmoe", None)
-    assert with_.prefill_settings == without.prefill_settings and with_.settings != without.settings
+    assert with_.method.prefill == without.method.prefill and with_.method != without.method
     programs = FastPrograms()
-    for method in (with_, without):
-        decode(method, programs, PROMPTS, 20)
-    assert programs.traces["speculation_prefill_chunk"] == 1 and programs.traces["speculation_rounds"] == 2
+    for decoding in (with_, without):
+        decode(decoding, programs, PROMPTS, 20)
+    assert programs.traces["DraftedPrefill.read"] == 1 and programs.traces["Speculative.step"] == 2
 
 
 def test_a_batch_shares_one_shortlist() -> None:
     """Scores are summed over all sequences that are not done, whose rows alone are routed."""
     rounds: list[RoundInfo] = []
     limits = [len(p) + n for p, n in zip(PROMPTS, (5, 40, 40), strict=True)]
-    run = Run(FastPrograms(), budgeted("qwen3_moe", TIGHT), Batch(PROMPTS, limits, (), 0))
+    run = Run(FastPrograms(), *budgeted("qwen3_moe", TIGHT), Batch(PROMPTS, limits, (), 0))
     run.execute(on_round=lambda number, info: rounds.append(info))
     assert not rounds[-1].active[0] and not rounds[-1].read[:, 0].any()
     for info in rounds:

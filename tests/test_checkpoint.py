@@ -144,7 +144,7 @@ def test_placement_decides_where_leaves_live(tmp_path: Path) -> None:
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from pathlib import Path
-from moespec_jax.parallel.mesh import EXPERT, MeshConfig, Split, make_mesh
+from moespec_jax.parallel.mesh import EXPERT, MeshConfig, ShardingPlan, make_mesh
 from moespec_jax.checkpoint.placement import Placement
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.checkpoint.read import load_config, load_parameters

@@ -47,7 +47,7 @@ def refused(
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A Qwen3-MoE in two shards, with what usually lies beside the weights."""
+    """A Qwen3-MoE in two shards, with what is usually beside the weights."""
     fields = draw_fields("qwen3_moe", 1) | {"num_hidden_layers": 4, "mlp_only_layers": [2], "torch_dtype": "float32"}
     directory = write(tmp_path / "model", fields, draw_tensors(fields), shards=2, index=True)
     byte_level_tokenizer().save(str(directory / "tokenizer.json"))
@@ -133,7 +133,7 @@ def test_rows_of_different_dtypes_widen(tmp_path: Path, monkeypatch: pytest.Monk
     assert same(*loaded)
 
 
-def test_what_lies_beside_the_weights_comes_along(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_beside_the_weights_comes_along(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(to_orbax.main, monkeypatch, "--model", model, "--output", tmp_path / "b") == 0
     beside = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"}
     assert {file.name for file in (tmp_path / "b").iterdir()} == beside | {"orbax"}
@@ -151,7 +151,7 @@ KILLED = {
         f" lambda *a: gather(*a) if left and left.pop() else ({KILL})()"
     ),
     "before the manifest": f"moespec_jax.checkpoint.orbax_io.write_json = {KILL}",
-    "before the config": f"convert.to_orbax.copy_besides = {KILL}",
+    "before the config": f"convert.to_orbax.copy_metadata = {KILL}",
     "before the last rename": f"convert.os = type('os', (), dict(replace={KILL}))",
 }
 
@@ -187,7 +187,7 @@ def test_an_interrupted_conversion_cleans_up(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "copy_besides", interrupt)
+    monkeypatch.setattr(script, "copy_metadata", interrupt)
     assert run(script.main, monkeypatch, "--model", model, "--output", tmp_path / "b") == 130
     assert capsys.readouterr().err == "error: expected to finish; interrupted, and nothing was kept\n"
     assert {path.name for path in tmp_path.iterdir()} == {"model"}

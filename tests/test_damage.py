@@ -69,11 +69,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown dtype": (_header(lambda h: h[NORM].update(dtype="F99")), "expected a whole safetensors file"),
     "renamed": (
         _header(lambda h: h.update(extra=h.pop(NORM))),
-        f"^expected the tensors of olmoe; came 1 unknown: extra; 1 missing: {NORM} in ",
+        f"^expected the tensors of olmoe; got 1 unknown: extra; 1 missing: {NORM} in ",
     ),
     "other shape": (
         _header(lambda h: h[NORM].update(shape=[4, h[NORM]["shape"][0] // 4])),
-        rf"1 misshapen: {NORM} \(expected \[\d+\], came \[4, \d+\]\) in ",
+        rf"1 misshapen: {NORM} \(expected \[\d+\], got \[4, \d+\]\) in ",
     ),
     "missing shard": (lambda d: (d / TWO).unlink(), f"expected {TWO} in .*; there is no such shard"),
     "shard of which the cache has no blob": (
@@ -82,7 +82,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard of another model": (
         lambda d: save_file({"transformer.wte.weight": np.ones((4, 4), np.float32)}, d / TWO),
-        r"came 1 unknown: transformer.wte.weight; \d+ missing: ",
+        r"got 1 unknown: transformer.wte.weight; \d+ missing: ",
     ),
     "shard is a directory": (lambda d: ((d / TWO).unlink(), (d / TWO).mkdir()), "it is no file"),
     "index names a parent": (
@@ -95,7 +95,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index without a map": (_index(lambda i: i.pop("weight_map")), "expected an object 'weight_map'"),
     "index without a shard": (
         _index(lambda i: i.update(weight_map={n: f for n, f in i["weight_map"].items() if f == ONE})),
-        r"^expected the tensors of olmoe; came \d+ missing: .* and \d+ more in ",
+        r"^expected the tensors of olmoe; got \d+ missing: .* and \d+ more in ",
     ),
     "index is no JSON": (lambda d: (d / INDEX).write_text("{"), "expected JSON in "),
     "pickle": (_only("pytorch_model.bin"), r"expected \*.safetensors or .* another format \(pytorch_model.bin\)"),
@@ -121,7 +121,7 @@ def test_other_dtypes_are_refused(dtype: type, tmp_path: Path) -> None:
     fields = draw_fields("olmoe", 0)
     tensors = draw_tensors(fields)
     tensors[NORM] = tensors[NORM].astype(dtype)
-    with pytest.raises(CheckpointError, match=rf"came 1 not F32, F16 or BF16: {NORM} \((I8|F64|U16|F8_E4M3)\) in "):
+    with pytest.raises(CheckpointError, match=rf"got 1 not F32, F16 or BF16: {NORM} \((I8|F64|U16|F8_E4M3)\) in "):
         load_parameters(write(tmp_path, fields, tensors), read_config(fields), SWITCH, "float32")
 
 
@@ -195,9 +195,9 @@ def test_unreadable_config_is_named(text: str | None, message: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("olmoe", {"num_hidden_layers": 3}, r"expected the tensors of olmoe; came \d+ missing: model.layers.2."),
+        ("olmoe", {"num_hidden_layers": 3}, r"expected the tensors of olmoe; got \d+ missing: model.layers.2."),
         ("olmoe", {"vocab_size": 77}, r"2 misshapen: model.embed_tokens.weight \(expected \[77, "),
-        ("mixtral", {}, r"expected the tensors of mixtral; came \d+ unknown: .* \d+ missing: "),
+        ("mixtral", {}, r"expected the tensors of mixtral; got \d+ unknown: .* \d+ missing: "),
     ],
 )
 def test_the_weights_of_another_model_are_refused(family: str, changes: dict, message: str, tmp_path: Path) -> None:

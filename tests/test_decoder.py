@@ -13,8 +13,9 @@ import pytest
 from driver import FAST_COMPILE, build, cached_logits, continue_greedily, fast_jit, positions_of, random_tensors
 
 from moespec_jax.config import DecoderConfig, RopeConfig
-from moespec_jax.decoding.autoregressive import Settings, begin, decode_steps, empty_prefill, prefill_chunk
+from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import Cache, empty_cache
@@ -51,10 +52,9 @@ def ids_of(batch: int, tokens: int, seed: int = 0) -> np.ndarray:
 @functools.lru_cache
 def runner(backend: Backend) -> Callable[..., tuple[jax.Array, Cache]]:
     """One pass over the weights above: `(cache, ids, positions, mask, valid) -> (hidden, cache)`."""
-    compute = backend.compute(CONFIG.hidden_act)
 
     def run(params: Decoder, cache: Any, ids: Any, positions: Any, mask: Any, valid: Any = None) -> Any:
-        return forward(CONFIG, params, ids, positions, mask, cache, compute, valid=valid)[:2]
+        return forward(CONFIG, params, ids, positions, mask, cache, backend, valid=valid)[:2]
 
     return partial(fast_jit(run), build(CONFIG, TENSORS, backend))
 
@@ -142,8 +142,8 @@ def test_stacked_equals_unrolled(sparse: tuple[bool, ...]) -> None:
 def test_without_a_cache() -> None:
     backend, ids = BACKENDS["switch"], ids_of(2, 10)
     params, positions = build(CONFIG, TENSORS, backend), positions_of(ids)
-    mask, compute = causal_mask(positions, 10), backend.compute(CONFIG.hidden_act)
-    run = fast_jit(lambda params: forward(CONFIG, params, jnp.asarray(ids), positions, mask, None, compute)[0])
+    mask = causal_mask(positions, 10)
+    run = fast_jit(lambda params: forward(CONFIG, params, jnp.asarray(ids), positions, mask, None, backend)[0])
     np.testing.assert_allclose(run(params), one_shot(backend, ids)[0], atol=TOLERANCE)
 
 
@@ -157,11 +157,10 @@ def test_layer_runs_cover_the_layers_in_order() -> None:
 def test_prefill_in_chunks_equals_one_shot(backend: Backend, chunk: int) -> None:
     """Prompts of different lengths: each one's rows of the cache, and the hidden state of its last token."""
     lengths, ids = np.array([12, 5, 8], np.int32), ids_of(3, 12)
-    settings = Settings(CONFIG, SamplingConfig(), backend.compute(CONFIG.hidden_act))
-    read = partial(fast_jit(partial(prefill_chunk, settings)), build(CONFIG, TENSORS, backend))
-    state = empty_prefill(CONFIG, 3, SLOTS, jnp.float32, stacked=backend.stacked)
+    prefill, params = Autoregressive(CONFIG, SamplingConfig(), backend).prefill, build(CONFIG, TENSORS, backend)
+    read, state = fast_jit(prefill.read), prefill.init(params, 3, SLOTS)
     for start in range(0, 12, chunk):
-        state = read(state, jnp.asarray(ids[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths))
+        state = read(params, state, jnp.asarray(ids[:, start : start + chunk]), jnp.int32(start), jnp.asarray(lengths))
     hidden, cache = one_shot(backend, ids)
     for b, length in enumerate(lengths):
         np.testing.assert_allclose(state.last_hidden[b], hidden[b, length - 1], atol=TOLERANCE)
@@ -176,11 +175,10 @@ def test_prefill_in_chunks_rotates_by_each_prompt_s_length() -> None:
     rope = RopeConfig(rope_type="dynamic", factor=4.0)
     config, backend = dataclasses.replace(CONFIG, rope=rope, max_position_embeddings=8), BACKENDS["switch"]
     params, ids, lengths = build(config, TENSORS, backend), ids_of(2, 12), np.array([12, 7], np.int32)
-    settings = Settings(config, SamplingConfig(), backend.compute(config.hidden_act))
-    read = partial(fast_jit(partial(prefill_chunk, settings)), params)
-    state = empty_prefill(config, 2, SLOTS, jnp.float32, stacked=False)
+    prefill = Autoregressive(config, SamplingConfig(), backend).prefill
+    read, state = fast_jit(prefill.read), prefill.init(params, 2, SLOTS)
     for start in range(0, 12, 4):
-        state = read(state, jnp.asarray(ids[:, start : start + 4]), jnp.int32(start), jnp.asarray(lengths))
+        state = read(params, state, jnp.asarray(ids[:, start : start + 4]), jnp.int32(start), jnp.asarray(lengths))
     alone = [cached_logits(config, params, backend, ids[b : b + 1, :length])[0, -1] for b, length in enumerate(lengths)]
     np.testing.assert_allclose(unembed(params, state.last_hidden), np.stack(alone), atol=TOLERANCE)
 
@@ -225,41 +223,42 @@ def test_one_trace_per_setting() -> None:
     """Other prompts, lengths, limits, stop ids, seeds and numbers of steps: nothing is traced again."""
     traces: dict[str, int] = {}
 
-    def counted(settings: Settings, function: Callable[..., Any]) -> Callable[..., Any]:
+    params = build(CONFIG, TENSORS, BACKENDS["switch"])
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def traced(*arguments: Any) -> Any:
             traces[function.__name__] = traces.get(function.__name__, 0) + 1
-            return function(settings, *arguments)
+            return function(*arguments)
 
-        return partial(jax.jit(traced, compiler_options=FAST_COMPILE), build(CONFIG, TENSORS, BACKENDS["switch"]))
+        return partial(jax.jit(traced, compiler_options=FAST_COMPILE), params)
 
-    compute = BACKENDS["switch"].compute(CONFIG.hidden_act)
-    settings = Settings(CONFIG, SamplingConfig(temperature=0.7, top_k=5), compute)
-    read, start, go_on = (counted(settings, f) for f in (prefill_chunk, begin, decode_steps))
+    method = Autoregressive(CONFIG, SamplingConfig(temperature=0.7, top_k=5), BACKENDS["switch"])
+    read, start, go_on = (counted(f) for f in (method.prefill.read, method.begin, method.step))
     for number, lengths in enumerate(([3, 8], [8, 1], [16, 9])):
         prompt_lengths, ids = jnp.array(lengths, jnp.int32), ids_of(2, 16, seed=number)
-        state = empty_prefill(CONFIG, 2, SLOTS, jnp.float32, stacked=False)
+        state = method.prefill.init(params, 2, SLOTS)
         for chunk in range(0, max(lengths), 8):
             state = read(state, jnp.asarray(ids[:, chunk : chunk + 8]), jnp.int32(chunk), prompt_lengths)
         tokens = jnp.pad(jnp.asarray(ids), ((0, 0), (0, SLOTS - 16)))
         stop_ids, key = jnp.array([number], jnp.int32), jax.random.key(number)
-        decoding = start(state.cache, state.last_hidden, tokens, prompt_lengths, prompt_lengths + 9, stop_ids, key)
+        decoding = start(state, Prompts(tokens, prompt_lengths, prompt_lengths + 9, stop_ids, key))
         for steps in (1, 2, number + 3, 100):
             decoding, _ = go_on(decoding, jnp.int32(steps))
         assert bool(jnp.all(decoding.done))
-    assert traces == {"prefill_chunk": 1, "begin": 1, "decode_steps": 1}
+    assert traces == {"read": 1, "begin": 1, "step": 1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_do_not_depend_on_how_the_loop_is_cut(temperature: float) -> None:
-    settings = Settings(CONFIG, SamplingConfig(temperature), BACKENDS["switch"].compute(CONFIG.hidden_act))
+    method = Autoregressive(CONFIG, SamplingConfig(temperature), BACKENDS["switch"])
     params, lengths = build(CONFIG, TENSORS, BACKENDS["switch"]), jnp.array([4, 2], jnp.int32)
     ids = ids_of(2, 4)
-    state = empty_prefill(CONFIG, 2, SLOTS, jnp.float32, stacked=False)
-    state = fast_jit(partial(prefill_chunk, settings))(params, state, jnp.asarray(ids), jnp.int32(0), lengths)
+    state = method.prefill.init(params, 2, SLOTS)
+    state = fast_jit(method.prefill.read)(params, state, jnp.asarray(ids), jnp.int32(0), lengths)
     tokens = jnp.pad(jnp.asarray(ids), ((0, 0), (0, SLOTS - 4)))
-    rest = (tokens, lengths, lengths + 15, jnp.full((1,), -1, jnp.int32), jax.random.key(4))
-    first = fast_jit(partial(begin, settings))(params, state.cache, state.last_hidden, *rest)
-    run = fast_jit(partial(decode_steps, settings))
+    prompts = Prompts(tokens, lengths, lengths + 15, jnp.full((1,), -1, jnp.int32), jax.random.key(4))
+    first = fast_jit(method.begin)(params, state, prompts)
+    run = fast_jit(method.step)
     whole, _ = run(params, first, jnp.int32(100))
     cut = first
     for steps in (1, 4, 2, 50):

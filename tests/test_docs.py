@@ -16,8 +16,6 @@ import pytest
 from driver import FAST_COMPILE
 from jaxlib.xla_client import generate_pjrt_gpu_plugin_options
 
-from moespec_jax.decoding import budget
-
 DOCS = Path(__file__).parent.parent / "docs"
 DEMO = Path(__file__).parent.parent / "moespec_jax" / "demo" / "target"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
@@ -34,8 +32,6 @@ def blocks(page: Path) -> list[tuple[int, str, str | None]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs_in_turn_and_prints_what_the_page_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one namespace a page, on a CPU, as a reader's Python is set up and not as the other tests are."""
-    for table in ("SCORES", "CREDITS", "ANCHORS", "SIZES", "COVERAGES"):  # pages add to them
-        monkeypatch.setattr(budget, table, dict(getattr(budget, table)))
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
     names: dict[str, Any] = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

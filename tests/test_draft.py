@@ -8,19 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import fast_jit
-from head_oracle import VARIANTS, VOCAB, head_of
+from head_oracle import VARIANTS, VOCAB, beside, head_of
 
 from moespec_jax.config import DraftConfig
-from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.decoding.eagle3_drafter import extend_cache
 from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_taps, next_features
+from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
 
 PAIRS = 24  # more than `max_position_embeddings`
 TOLERANCE = 1e-5  # float32 against float64, on values of about 1
 
 
 def inputs(config: DraftConfig, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Tapped states of one sequence, and the token after each."""
+    """Auxiliary hidden states of one sequence, and the token after each."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(PAIRS, config.aux_size)).astype(np.float32), rng.integers(0, VOCAB, PAIRS)
 
@@ -29,7 +29,7 @@ def inputs(config: DraftConfig, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 def test_head_equals_the_reference(variant: str) -> None:
     """Pairs of a true prefix, then two draft steps on the head's own outputs."""
     config, head, embedding = head_of(variant)
-    taps, following = inputs(config)
+    aux, following = inputs(config)
     embed = embedding if head.embed is None else head.embed
     prefix = PAIRS - 2
 
@@ -37,7 +37,8 @@ def test_head_equals_the_reference(variant: str) -> None:
     def run(head: DraftHead) -> Any:
         tokens = jnp.asarray(following, jnp.int32)[None, :]
         cache = empty_draft_cache(config, 1, PAIRS + 3, jnp.float32)
-        out, cache = extend_draft(config, head, embedding, jnp.asarray(taps)[None, :prefix], tokens[:, :prefix], cache)
+        states, params = jnp.asarray(aux)[None, :prefix], beside(head, embedding)
+        out, cache = extend_cache(config, params, states, tokens[:, :prefix], cache)
         outs = [out]
         for t in (prefix, prefix + 1):
             cache = cache.replace(length=jnp.full((1,), t, jnp.int32))
@@ -49,7 +50,7 @@ def test_head_equals_the_reference(variant: str) -> None:
         return whole[0], draft_logits(config, head, whole)[0], next_features(config, head, whole)[0]
 
     embedded = np.asarray(embed)[following]
-    features = oracle.fuse(config, head, taps[:prefix].astype(np.float64))
+    features = oracle.fuse(config, head, aux[:prefix].astype(np.float64))
     for t in (prefix, prefix + 1):
         out = oracle.outputs(config, head, features, embedded[:t])
         features = np.concatenate([features, oracle.handed_on(config, head, out[-1:])])
@@ -63,20 +64,20 @@ def test_head_equals_the_reference(variant: str) -> None:
 def test_fused_features_equal_the_reference() -> None:
     for variant in ("base", "norm_before_fc", "fc_norm", "biases", "own_embedding"):
         config, head, _ = head_of(variant)
-        taps, _ = inputs(config)
-        expected = oracle.fuse(config, head, taps.astype(np.float64))
-        np.testing.assert_allclose(fuse_taps(config, head, jnp.asarray(taps)[None])[0], expected, atol=TOLERANCE)
+        aux, _ = inputs(config)
+        expected = oracle.fuse(config, head, aux.astype(np.float64))
+        np.testing.assert_allclose(fuse_aux(config, head, jnp.asarray(aux)[None])[0], expected, atol=TOLERANCE)
 
 
 def test_every_variant_changes_the_numbers() -> None:
     """So that none of them passes above for having no effect."""
-    taps, following = inputs(head_of("base")[0])
+    aux, following = inputs(head_of("base")[0])
     seen = []
     for variant in VARIANTS:
         config, head, embedding = head_of(variant)
         if variant == "full_vocabulary" or config.own_embedding:
             continue
-        first = oracle.outputs(config, head, oracle.fuse(config, head, taps), np.asarray(embedding)[following])
+        first = oracle.outputs(config, head, oracle.fuse(config, head, aux), np.asarray(embedding)[following])
         seen.append(oracle.handed_on(config, head, first))
     for i, one in enumerate(seen):
         assert all(np.abs(one - other).max() > 1e-2 for other in seen[:i])
@@ -88,8 +89,8 @@ def test_positions_beyond_the_trained_context(start: int, tolerance: float) -> N
     """Rotary attention knows differences of positions only: a shifted sequence gives the same outputs, be it across the
     end of the trained context or far behind it."""
     config, head, embedding = head_of("base")
-    taps, following = inputs(config)
-    features = fuse_taps(config, head, jnp.asarray(taps)[None])
+    aux, following = inputs(config)
+    features = fuse_aux(config, head, jnp.asarray(aux)[None])
 
     def run(positions: jax.Array) -> jax.Array:
         mask = causal_mask(jnp.arange(PAIRS, dtype=jnp.int32)[None, :], PAIRS)

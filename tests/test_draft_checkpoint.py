@@ -33,7 +33,7 @@ from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft
 from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.cache import Cache
-from moespec_jax.nn.eagle3 import draft_forward, draft_logits, fuse_taps
+from moespec_jax.nn.eagle3 import draft_forward, draft_logits, fuse_aux
 
 NORMS = {"midlayer.self_attn.q_norm.weight": (HEAD,), "midlayer.self_attn.k_norm.weight": (HEAD,)}
 EMBEDDING = {"embed_tokens.weight": (VOCAB, MODEL)}
@@ -128,7 +128,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda d: os.remove(d / "config.json"), "expected a file config.json"),
     "unknown": (change(extra=np.ones(3, np.float32)), "1 unknown: extra in "),
     "twice": (change(model__norm__weight=np.ones(MODEL, np.float32)), r"doubly assigned: norm.weight \(as .* and "),
-    "misshapen": (change(norm__weight=lambda a: a[:8]), r"norm.weight \(expected \[16\], came \[8\]\)"),
+    "misshapen": (change(norm__weight=lambda a: a[:8]), r"norm.weight \(expected \[16\], got \[8\]\)"),
     "type": (change(norm__weight=lambda a: a.astype(np.float64)), r"unsupported dtype: norm.weight \(F64\)"),
     "vector": (change(fc__weight=lambda a: a[0]), "fc.weight to be a matrix"),
     "map type": (change(d2t=lambda a: a.astype(np.float32)), r"unsupported dtype: d2t \(float32\)"),
@@ -168,7 +168,7 @@ def test_absolute_ids_in_place_of_offsets_are_taken_with_a_warning(tmp_path: Pat
 def test_a_loaded_head_runs(tmp_path: Path) -> None:
     loaded = load(write_head(tmp_path, specforge_fields(), head_tensors()))
     config, head = loaded.config, loaded.head
-    features = fuse_taps(config, head, jnp.ones((1, 3, config.aux_size)))
+    features = fuse_aux(config, head, jnp.ones((1, 3, config.aux_size)))
     rows = jnp.zeros((1, KV_HEADS, 3, HEAD))
     cache = Cache((rows,), (rows,), jnp.zeros((1,), jnp.int32))
     mask = jnp.tril(jnp.ones((3, 3), bool))[None]

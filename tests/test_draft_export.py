@@ -171,7 +171,7 @@ INEXPRESSIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
     "four": ({"boundaries": (1, 2, 3, 4)}, "speculators", "4 boundaries"),
     "other target": ({"boundaries": (2, 4, 60)}, "specforge", "boundaries from 0 to 8"),
     "other head": ({"hidden_size": 32}, "specforge", r"fc.weight kept as \[48, 32\]; the head has one of \[48, 16\]"),
-    "no embedding": ({}, "speculators", r"the target's embedding \[40, 16\] .*; came none"),
+    "no embedding": ({}, "speculators", r"the target's embedding \[40, 16\] .*; got none"),
     "format": ({}, "gguf", "a format among specforge, speculators"),
 }
 

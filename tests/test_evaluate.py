@@ -123,7 +123,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_the_same_files(
     pair: list[str], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after every piece in turn, the last of them half written."""
+    """Killed after every task in turn, the last of them half written."""
     command = [*pair, *given, "--expert-budget", "2", *PAPER]
     evaluate(tmp_path, *command, output="whole")
     put, pieces = Ledger.put, tmp_path / "cut" / "pieces.jsonl"

@@ -16,10 +16,11 @@ from tiny_pair import write_pair
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding import autoregressive as decode
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Scored, Text, score_batch
-from moespec_jax.evaluate.ways import Way, way_of
+from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.nn.backend import Backend
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
@@ -30,8 +31,8 @@ DENSE = Backend("dense", "flat", False, dense_experts)
 TREES = {"chain": TreeConfig(2, 1, 4), "tree": TreeConfig(2, 3, 9)}
 # So tight that it shows; and not anchored: a random head's drafts are seldom taken, and anchored roots lose nothing.
 TIGHT = BudgetConfig((2, 3, 2), score="probability", credit="all")
-FAITHFUL = BudgetConfig(3, score="probability", credit="all", faithfulness=0.6)
-PLAIN = Way("plain", None, None, True)
+PRUNING = BudgetConfig(3, score="probability", credit="all", min_kept_weight=0.6)
+PLAIN = EvaluatedSpec("plain", DecodingSpec(), True)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.
 @pytest.mark.parametrize("tree", TREES)
 def test_verified_scores_without_loss_are_the_forward_passes(model: Model, tree: str) -> None:
     texts = random_texts(1)
-    exact = way_of(model, TREES[tree], BudgetConfig(8))
+    exact = evaluated_spec(model, DecodingSpec(TREES[tree], BudgetConfig(8)))
     assert exact.exact
     assert_same_scores(score_batch(model, exact, texts, 8), [reference(model, text) for text in texts])
 
@@ -99,19 +100,19 @@ def unequal(one: list[Scored], other: list[Scored]) -> float:
 
 def test_scores_under_a_budget_are_each_texts_own(model: Model) -> None:
     """Whatever stands beside it; and they are not the model's."""
-    texts, way = random_texts(2), way_of(model, TREES["tree"], TIGHT)
-    together = score_batch(model, way, texts, 8)
-    assert_same_scores([score_batch(model, way, [text], 1)[0] for text in texts], together)
-    assert not way.exact and unequal(together, score_batch(model, PLAIN, texts, 8)) > 0.1
+    texts, tight = random_texts(2), evaluated_spec(model, DecodingSpec(TREES["tree"], TIGHT))
+    together = score_batch(model, tight, texts, 8)
+    assert_same_scores([score_batch(model, tight, [text], 1)[0] for text in texts], together)
+    assert not tight.exact and unequal(together, score_batch(model, PLAIN, texts, 8)) > 0.1
 
 
-@pytest.mark.parametrize("budget", [TIGHT, FAITHFUL], ids=["tight", "faithful"])
+@pytest.mark.parametrize("budget", [TIGHT, PRUNING], ids=["tight", "pruning"])
 def test_what_is_generated_under_a_budget_is_what_scores_best(model: Model, budget: BudgetConfig) -> None:
     """Generation and scoring are different programs; greedy decoding takes what scoring calls most probable."""
-    way, prompts = way_of(model, TREES["tree"], budget), [[7, 9, 200], [31] * 20, [44, 3], [101]]
-    new = continue_batch(model, way, prompts, 24)
+    spec, prompts = evaluated_spec(model, DecodingSpec(TREES["tree"], budget)), [[7, 9, 200], [31] * 20, [44, 3], [101]]
+    new = continue_batch(model, spec, prompts, 24)
     texts = [Text([*p, *n[:-1]], len(p) + 1, n[-1:]) for p, n in zip(prompts, new, strict=True)]
-    for scored, own in zip(score_batch(model, way, texts, 4), new, strict=True):
+    for scored, own in zip(score_batch(model, spec, texts, 4), new, strict=True):
         assert len(scored.tokens) == len(own) - 2
         assert all(best for _, best in (*scored.tokens, *scored.candidates))
     exact = score_batch(model, PLAIN, texts, 4)
@@ -123,8 +124,8 @@ def test_a_batch_continues_as_each_prompt_alone(model: Model, budget: BudgetConf
     prompts = [[7, 9, 200], [31] * 20, [44, 3]]
     tree = TREES["tree"]
     alone = [model.generate([p], max_new_tokens=20, tree=tree, budget=budget).prompts[0] for p in prompts]
-    way = way_of(model, tree, budget)
-    assert continue_batch(model, way, prompts, 20, size=4) == [one.token_ids for one in alone]
+    spec = evaluated_spec(model, DecodingSpec(tree, budget))
+    assert continue_batch(model, spec, prompts, 20, size=4) == [one.token_ids for one in alone]
     if budget is None:
         assert continue_batch(model, PLAIN, prompts, 20, size=4) == [one.token_ids for one in alone]
 
@@ -138,12 +139,12 @@ def test_decoding_ends_when_all_have_said_enough(model: Model) -> None:
 
 def test_number_of_programs_does_not_grow_with_the_texts(model: Model) -> None:
     counts: Any = model.programs
-    way, rng = way_of(model, TREES["tree"], TIGHT), np.random.default_rng(3)
+    tight, rng = evaluated_spec(model, DecodingSpec(TREES["tree"], TIGHT)), np.random.default_rng(3)
     for length in (17, 30):
-        score_batch(model, way, [Text(ids(rng, length), length - 1, [1])], 4)
+        score_batch(model, tight, [Text(ids(rng, length), length - 1, [1])], 4)
     before = dict(counts.traces)
     for length in (17, 21, 29, 32):
-        score_batch(model, way, [Text(ids(rng, length), length - 1, [1, 2])] * 2, 4)
+        score_batch(model, tight, [Text(ids(rng, length), length - 1, [1, 2])] * 2, 4)
     assert counts.traces == before
 
 
@@ -156,19 +157,20 @@ def test_a_text_is_cut_at_the_first_of_its_ends() -> None:
     [
         (None, BudgetConfig(4), "plain decoding"),
         (TREES["chain"], BudgetConfig(1), "from 2 to 8"),
-        (TREES["chain"], BudgetConfig(4, score="luck"), "score of"),
+        (TREES["chain"], BudgetConfig(4, groups=3), "groups to divide the 8 experts"),
     ],
 )
-def test_ways_that_cannot_be_gone(model: Model, tree: Any, budget: BudgetConfig, message: str) -> None:
+def test_specs_that_the_model_cannot_decode_by(model: Model, tree: Any, budget: BudgetConfig, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        way_of(model, tree, budget)
+        evaluated_spec(model, DecodingSpec(tree, budget))
 
 
-def test_a_way_tells_what_it_is(model: Model, tmp_path: Path) -> None:
-    way = way_of(model, TREES["chain"], TIGHT)
-    about = way.about()
+def test_columns_name_tree_and_budget(model: Model, tmp_path: Path) -> None:
+    about = evaluated_spec(model, DecodingSpec(TREES["chain"], TIGHT)).columns()
     assert about["way"] == "4/2/1, B = 2/3/2" and about["exact"] is False and about["budget"]["experts"] == (2, 3, 2)
-    assert way_of(model, "default", None).name == "4/2/1" and PLAIN == way_of(model, None, None)
+    default = DecodingSpec("default")
+    assert evaluated_spec(model, default).name == "4/2/1" and PLAIN == evaluated_spec(model, DecodingSpec())
+    alone = load(str(model.directory), backend=DENSE)
     with pytest.raises(RequestError, match="draft head"):
-        way_of(load(str(model.directory), backend=DENSE), TREES["chain"], None)
-    assert way_of(load(str(model.directory), backend=DENSE), "default", None) == PLAIN
+        evaluated_spec(alone, DecodingSpec(TREES["chain"]))
+    assert evaluated_spec(alone, default) == PLAIN

@@ -4,23 +4,26 @@ from typing import Any
 
 import pytest
 
-from moespec_jax.cli.arguments import chosen
+from moespec_jax.cli.arguments import requested_spec
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
 from moespec_jax.runtime.load import DEMO_TARGET
 
 
-def test_arguments_are_flags_without_dashes() -> None:
+@pytest.mark.parametrize("least", ["budget_min_kept_weight", "budget_faithfulness"])  # the second from before 0.2
+def test_arguments_are_flags_without_dashes(least: str) -> None:
     found = read_model_args(
         {
             "pretrained": "DIR", "draft_model": "HEAD", "tree": "60/7/10", "expert_budget": "8/12/0.5",
-            "budget_faithfulness": 0.5, "budget_anchor": "root", "dtype": "bfloat16", "batch_size": "4",
+            least: 0.5, "budget_anchor": "root", "dtype": "bfloat16", "batch_size": "4",
             "max_batch_size": None, "device": "cuda:0", "offline": True, "no_thinking": False, "max_length": 512,
         }
     )  # fmt: skip
-    assert chosen(found) == (TreeConfig(7, 10, 60), BudgetConfig((8, 12, 0.5), anchor="root", faithfulness=0.5))
+    budget = BudgetConfig((8, 12, 0.5), anchor="root", min_kept_weight=0.5)
+    assert requested_spec(found) == DecodingSpec(TreeConfig(7, 10, 60), budget)
     assert (found.model, found.draft_model, found.dtype, found.offline) == ("DIR", "HEAD", "bfloat16", True)
     assert (found.batch_size, found.max_length, found.no_thinking, found.plain) == (4, 512, False, False)
 

@@ -50,14 +50,14 @@ def stacks(experts: PerExpert) -> tuple[ExpertStack, ...]:
 
 
 def routings(tokens: int) -> dict[str, Routing]:
-    """Distinct experts per token; nobody has weight 0, as `route` gives it."""
+    """Distinct experts per token; no expert has weight 0, as `route` gives it."""
     rng = np.random.default_rng(tokens)
     chosen = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :ACTIVE]
     weights = rng.random((tokens, ACTIVE))
     cases = {"random": (chosen, weights)}
     cases["few experts"] = (np.where(chosen < 4, chosen, EXPERTS), weights)
-    cases["some tokens to nobody"] = (np.where(rng.random((tokens, 1)) < 0.5, EXPERTS, chosen), weights)
-    cases["nobody at all"] = (np.full_like(chosen, EXPERTS), weights)
+    cases["some tokens without experts"] = (np.where(rng.random((tokens, 1)) < 0.5, EXPERTS, chosen), weights)
+    cases["no experts at all"] = (np.full_like(chosen, EXPERTS), weights)
     one = np.full_like(chosen, EXPERTS)
     one[:, 1] = 2
     cases["all to one expert"] = (one, weights)
@@ -123,14 +123,14 @@ def test_activations(form: str, activation: str) -> None:
 
 @pytest.mark.parametrize("tokens", COUNTS)
 @pytest.mark.parametrize("form", ["switch", "slots"])
-def test_weights_of_experts_nobody_chose_are_never_used(form: str, tokens: int) -> None:
+def test_weights_of_unselected_experts_are_never_used(form: str, tokens: int) -> None:
     """NaN in them changes no bit of the output."""
     experts, x, run = random_experts(), rows(tokens), compiled(form)
     for name, routing in routings(tokens).items():
-        wanted = set(np.asarray(routing.experts).ravel().tolist())
+        selected = set(np.asarray(routing.experts).ravel().tolist())
         poisoned = tuple(
             tuple(
-                expert if layer == LAYER and number in wanted else jax.tree.map(lambda a: a * jnp.nan, expert)
+                expert if layer == LAYER and number in selected else jax.tree.map(lambda a: a * jnp.nan, expert)
                 for number, expert in enumerate(row)
             )
             for layer, row in enumerate(experts)
@@ -145,7 +145,7 @@ def test_bfloat16(form: str, tokens: int) -> None:
     def narrow(tree: Any) -> Any:
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
 
-    experts, x, routing = narrow(random_experts()), narrow(rows(tokens)), routings(tokens)["some tokens to nobody"]
+    experts, x, routing = narrow(random_experts()), narrow(rows(tokens)), routings(tokens)["some tokens without experts"]
     matrices = [tuple(np.asarray(m) for m in (e.gate, e.up, e.down)) for e in experts[LAYER]]
     expected = oracles.experts(
         np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu"

@@ -14,7 +14,7 @@ from convert.check import our_logits
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import random_decoder
 from moespec_jax.checkpoint.read import load_config, load_parameters
-from moespec_jax.checkpoint.write import config_fields, export, write_config
+from moespec_jax.checkpoint.write import export, published_fields, write_config
 from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.backend import BACKENDS
 
@@ -97,7 +97,7 @@ def test_every_config_survives_its_file(family: str) -> None:
     """All rotary scalings, windows, dense layers and flags that `draw_fields` draws."""
     for number in range(60):
         config = read_config(draw_fields(family, number))
-        fields = json.loads(json.dumps(config_fields(config)))
+        fields = json.loads(json.dumps(published_fields(config)))
         assert read_config(fields) == config
         assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == config.rope.rope_theta
 

@@ -59,11 +59,11 @@ def test_other_libraries_errors_are_the_systems(said: str, tmp_path: Path) -> No
 
 
 def test_a_ledger_goes_on_wherever_the_disk_was_full(tmp_path: Path) -> None:
-    pieces = {"a": {"x": 1.5}, "ü": "text", "none": None}
+    tasks = {"a": {"x": 1.5}, "ü": "text", "none": None}
 
     def fill(path: Path) -> None:
         ledger = Ledger(path, {"model": "m"})
-        for name, value in pieces.items():
+        for name, value in tasks.items():
             ledger.put(name, value) if name not in ledger else None
 
     fill(tmp_path / "whole.jsonl")

@@ -46,8 +46,8 @@ def run_json(capsys: pytest.CaptureFixture[str], directory: Path, *argv: str) ->
 RUN_FIELDS = {
     "prompts": list,
     "experts_wanted": float,
-    "experts_loaded": float,
-    "experts_slowest": float,
+    "experts_read": float,
+    "experts_max_per_device": float,
     "mass_kept": float,
     "tokens_replaced": float,
     "exact": bool,

@@ -1,4 +1,4 @@
-"""The command line with an expert budget: what is told of it, what is refused, and what is warned about."""
+"""The command line with an expert budget: what is reported of it, what is refused, and what is warned about."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_pair(tmp_path_factory.mktemp("pair"), NEW, num_experts=12)
 
 
-def test_a_run_tells_what_the_budget_cost(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_what_the_budget_cost(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "trace.jsonl"
     result = run_json(capsys, *pair, *PROMPTS, *TREE, "--expert-budget", "0.5", "--trace", str(file))
     assert result["exact"] is False
     assert result["budget"]["experts"] == [6, 6, 6] and result["budget"]["coverage"] == BudgetConfig.coverage
-    assert result["experts_loaded"] <= 6 < result["experts_wanted"]
+    assert result["experts_read"] <= 6 < result["experts_wanted"]
     assert 0.4 < result["mass_kept"] < 1 and 0 < result["tokens_replaced"] < 1
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     by_round: dict[int, list[float]] = {}
@@ -63,12 +63,22 @@ def test_all_experts_is_exact_and_the_text_the_same(pair: list[str], capsys: pyt
     assert [p["token_ids"] for p in limited["prompts"]] == [p["token_ids"] for p in free["prompts"]]
 
 
-def test_a_faithful_budget_is_exact(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--expert-budget 4 --budget-policy guarantee --budget-guarantee 0 --budget-faithfulness 1".split()
+PRUNING_FLAGS = {
+    "now": "--budget-anchor likely --budget-anchor-probability 0 --budget-min-kept-weight 1",
+    "before 0.2": "--budget-policy guarantee --budget-guarantee 0 --budget-faithfulness 1",
+}
+
+
+@pytest.mark.parametrize("flags", PRUNING_FLAGS.values(), ids=PRUNING_FLAGS)
+def test_a_budget_that_prunes_every_loss_is_exact(
+    pair: list[str], flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = run_json(capsys, *pair[:2], *pair[4:], *PROMPTS[:2])
-    result = run_json(capsys, *pair, *PROMPTS[:2], *TREE, *flags)
-    assert result["exact"] and result["experts_loaded"] <= 4
+    result = run_json(capsys, *pair, *PROMPTS[:2], *TREE, "--expert-budget", "4", *flags.split())
+    assert result["exact"] and result["experts_read"] <= 4
     assert result["prompts"][0]["token_ids"] == plain["prompts"][0]["token_ids"]
+    rule = {name: result["budget"][name] for name in ("coverage", "anchor", "anchor_probability", "min_kept_weight")}
+    assert rule == {"coverage": "substitute", "anchor": "likely", "anchor_probability": 0.0, "min_kept_weight": 1.0}
 
 
 def test_layers_can_differ(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +95,7 @@ REFUSED = {
     "not a number": (["--expert-budget", "many"], "expected --expert-budget as a number of experts (16)"),
     "nan": (["--expert-budget", "nan"], "expected --expert-budget as a number"),
     "too few layers": (["--expert-budget", "4,4"], "one for each of 3 sparse layers; got 2"),
-    "rule without budget": (["--budget-score", "path"], "--budget-score is about a budget"),
+    "rule without budget": (["--budget-score", "path"], "--budget-score is part of a budget"),
     "unknown rule": (["--expert-budget", "6", "--budget-policy", "drop"], "invalid choice: 'drop'"),
     "mass above 1": (["--expert-budget", "6", "--budget-mass", "2"], "budget's mass from 0 to 1, got 2.0"),
 }
@@ -102,14 +112,14 @@ def test_bad_budgets_are_one_line(pair: list[str], name: str, capsys: pytest.Cap
 
 def test_a_budget_without_a_head_is_refused(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*pair[:2], *pair[4:], *PROMPTS, "--expert-budget", "6"]) == 2
-    assert "--expert-budget is about a draft head" in capsys.readouterr().err
+    assert "--expert-budget needs a draft head" in capsys.readouterr().err
     with pytest.raises(RequestError, match="this is plain decoding"):
         load(pair[1]).generate("the cat", budget=6)
 
 
-def test_unknown_names_are_refused(pair: list[str]) -> None:
-    with pytest.raises(RequestError, match="budget's score of probability, path, depth; got 'luck'"):
-        load(pair[1], pair[3]).generate("the cat", budget=BudgetConfig(6, score="luck"))
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="budget's score of probability, path, depth, or a function; got 'luck'"):
+        BudgetConfig(6, score="luck")
 
 
 def test_tight_budgets_are_warned_about(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,12 +52,11 @@ def harness(pair: dict[str, str]) -> Iterator[Any]:
     """Makes a model of lm-eval from its arguments; all share their compiled programs, which are compiled quickly."""
     from moespec_jax.evaluate.harness import MoespecLM
 
-    programs, compute = FastPrograms(), DENSE.compute("silu")
+    programs = FastPrograms()
 
     def make(**model_args: Any) -> Any:
         lm = MoespecLM(**pair | model_args)
-        # Programs are told apart by the expert computation that is part of them.
-        lm.model._compute, lm.model.programs = compute, programs
+        lm.model.programs = programs  # told apart by the method, whose back-end all models share
         return lm
 
     with pytest.MonkeyPatch.context() as patch:

@@ -45,7 +45,7 @@ def test_all_tensors_are_named(
 ) -> None:
     line = refused(check.main, monkeypatch, capsys, "--model", write_spoilt(tmp_path, dtype), "--files")
     shapes = {name: tensor.size for name, tensor in draw_tensors(draw_fields("olmoe", 0)).items()}
-    assert "expected weights that are finite; came " in line
+    assert "expected weights that are finite; got " in line
     assert f"{NORM} (3 of {shapes[NORM]} are not)" in line and f"{ROUTER} (1 of {shapes[ROUTER]} are not)" in line
 
 
@@ -55,7 +55,7 @@ def test_conversions_refuse_unless_told(
     write_spoilt(tmp_path / "a")
     for script in (to_orbax, to_hf):
         line = refused(script.main, monkeypatch, capsys, "--model", tmp_path / "a", "--output", tmp_path / "b")
-        assert "expected weights that are finite; came model." in line and "--allow-non-finite" in line
+        assert "expected weights that are finite; got model." in line and "--allow-non-finite" in line
         assert {path.name for path in tmp_path.iterdir()} == {"a"}
     asked = ["--model", tmp_path / "a", "--output", tmp_path / "b", "--allow-non-finite"]
     assert run(to_orbax.main, monkeypatch, *asked) == 0
@@ -73,7 +73,7 @@ def test_a_heads_conversion_refuses_unless_told(
     export_draft(spoilt, loaded.config, tmp_path / "spoilt", target=config)
     asked = ["--model", target, "--draft-model", tmp_path / "spoilt", "--format", "specforge"]
     line = refused(draft.main, monkeypatch, capsys, *asked, "--output", tmp_path / "out")
-    assert f"came fc (1 of {loaded.head.fc.size} are not)" in line and not (tmp_path / "out").exists()
+    assert f"got fc (1 of {loaded.head.fc.size} are not)" in line and not (tmp_path / "out").exists()
     assert run(draft.main, monkeypatch, *asked, "--output", tmp_path / "out", "--allow-non-finite") == 0
 
 
@@ -104,7 +104,7 @@ def test_a_flipped_bit_in_the_cache_is_found(
     shard.write_bytes(data)
     line = refused(check.main, monkeypatch, capsys, "--model", snapshot, "--files")
     assert "expected files as the hub has them in" in line and f"{shard.name[:12]}..." in line
-    assert "came model-00002-of-00002.safetensors (" in line
+    assert "got model-00002-of-00002.safetensors (" in line
     shard.unlink()
     assert "(not downloaded)" in refused(check.main, monkeypatch, capsys, "--model", snapshot, "--files")
 
@@ -118,7 +118,7 @@ def test_a_download_into_a_directory_has_its_hashes_beside_it(tmp_path: Path) ->
     note.write_text(f"{'0' * 40}\n{hashlib.sha256(b'weights').hexdigest()}\n1700000000.0\n")
     assert check_hashes(tmp_path) == (1, 1)
     (tmp_path / "a.safetensors").write_bytes(b"weighty")
-    with pytest.raises(CheckpointError, match="came a.safetensors"):
+    with pytest.raises(CheckpointError, match="got a.safetensors"):
         check_hashes(tmp_path)
     note.write_text("torn")
     assert check_hashes(tmp_path) == (0, 2)

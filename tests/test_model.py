@@ -40,13 +40,12 @@ def test_three_lines(model: Model) -> None:
 def test_greedy_is_the_argmax_of_a_fresh_forward_pass(model: Model) -> None:
     """Without cache, buckets, padding or loop: every token anew from all tokens before it."""
     loaded = moespec_jax.load(str(model.directory), backend=BACKENDS["switch"])
-    compute = loaded.backend.compute(loaded.config.hidden_act)
 
     @jax.jit
     def next_tokens(tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         mask = causal_mask(positions, tokens.shape[1])
-        hidden, _, _ = forward(loaded.config, loaded.params, tokens, positions, mask, None, compute)
+        hidden, _, _ = forward(loaded.config, loaded.params, tokens, positions, mask, None, loaded.backend)
         return jnp.argmax(unembed(loaded.params, hidden), axis=-1)[0]
 
     sequence, prompt = np.zeros((1, 40), np.int32), PROMPTS[0]
@@ -192,7 +191,7 @@ def test_the_figures_of_a_run(model: Model) -> None:
     assert run.tokens_per_s * run.decode_s == pytest.approx(len(PROMPTS) * 23)
     assert (run.exact, run.budget, run.tree, run.mass_kept, run.tokens_replaced) == (True, None, None, 1.0, 0.0)
     # A batch of four, two experts each, of four there are.
-    assert 2.0 <= run.experts_wanted <= 4.0 and run.experts_loaded == run.experts_wanted
+    assert 2.0 <= run.experts_wanted <= 4.0 and run.experts_read == run.experts_wanted
     alone = model.generate(PROMPTS[:1], max_new_tokens=24, ignore_eos=True)
     assert alone.experts_wanted == 2.0
 

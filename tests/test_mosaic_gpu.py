@@ -32,7 +32,7 @@ from moespec_jax.nn.experts.mosaic_gpu import KERNEL_ACTIVATIONS, STAGES, TILE, 
 from moespec_jax.nn.experts.slots import distinct_experts
 from moespec_jax.nn.routing import Routing, combine_weights
 
-# What the compiler wants to know of an H100.
+# What the compiler must know of an H100.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -49,11 +49,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def emulate(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
-    """The kernels step by step on the CPU, copies and barriers included; what nobody wrote reads as NaN."""
+    """The kernels step by step on the CPU, copies and barriers included; what was not written reads as NaN."""
     # Public from jax 0.12 on.
     emulator = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     ids, active = distinct_experts(routing, experts.num_experts)
-    # Past the active slots no row is looked at: it would lie outside the weights, which the emulator refuses to read.
+    # Past the active slots no row is looked at: it would be outside the weights, which the emulator refuses to read.
     rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
     combine = combine_weights(routing, ids)
     arguments = (x, experts.gate, experts.up, experts.down, combine, rows, active)
@@ -67,7 +67,7 @@ def emulate(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> j
         pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route, whose slot holds a chosen id"),
         pytest.param([[4, 1], [1, 4], [4, 1]], id="fewer experts than slots"),
         pytest.param([[0, 5], [2, 3], [EXPERTS, EXPERTS], [1, 4]], id="all experts and an idle token"),
-        pytest.param([[EXPERTS, EXPERTS]], id="nobody"),
+        pytest.param([[EXPERTS, EXPERTS]], id="no experts"),
     ],
 )
 def test_matches_the_chosen_experts_and_reads_no_others(chosen: list[list[int]]) -> None:
@@ -105,7 +105,7 @@ def test_a_full_tile_of_tokens() -> None:
     check(emulate("silu", experts, x, routing), experts, x, routing)
 
 
-# The emulator multiplies with numpy, which minds 0 * inf in rows that nobody looks at.
+# The emulator multiplies with numpy, which minds 0 * inf in rows that are not used.
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 def test_an_infinite_expert_leaves_other_tokens_alone() -> None:
     experts = random_experts()

@@ -151,10 +151,11 @@ def test_prompt_ids(text: str) -> None:
 
 
 PROFILE = {"format": FORMAT, "tree": {"depth": 2, "top_k": 3, "size": 8}, "device": "cpu", "budget": None}
-RULE = {"experts": [2, 4], "coverage": "substitute", "anchor": "root", "mass": 0.9, "faithfulness": 0}
+RULE = {"experts": [2, 4], "coverage": "substitute", "anchor": "root", "mass": 0.9, "min_kept_weight": 0}
+RULE_BEFORE_0_2 = {"experts": 0.5, "coverage": "guarantee", "guarantee": 0.0, "faithfulness": 0.5}
 
 
-@pytest.mark.parametrize("budget", [None, RULE])
+@pytest.mark.parametrize("budget", [None, RULE, RULE_BEFORE_0_2])
 def test_profile(budget: dict[str, Any] | None, model: Model, tmp_path: Path) -> None:
     """What passes are a tree and a budget that a model can be asked for."""
     file = tmp_path / "profile.json"
@@ -182,7 +183,9 @@ def test_profile(budget: dict[str, Any] | None, model: Model, tmp_path: Path) ->
 @st.composite
 def ledgers(draw: st.DrawFn) -> bytes:
     """A ledger with one of its lines mutated, or its bytes damaged."""
-    lines = [{"asked": {"model": "m"}}, {"piece": "a", "value": {"x": 1.5}}, {"piece": "b", "value": [1, 2]}]
+    lines = [{"asked": {"model": "m"}}, {"task": "a", "value": {"x": 1.5}}, {"task": "b", "value": [1, 2]}]
+    if draw(st.booleans()):  # from before 0.2
+        lines[1] = {"piece": "a", "value": {"experts_loaded": 1.5, "coverage": "guarantee"}}
     texts = [json.dumps(line).encode() for line in lines]
     if draw(st.booleans()):
         return draw(damaged(b"\n".join(texts) + b"\n"))
@@ -203,7 +206,7 @@ def test_ledger(tmp_path: Path) -> None:
         if ledger is None:
             assert file.read_bytes() == data
         else:
-            assert ledger.piece("new", lambda: [3]) == [3] and Ledger(file, {"model": "m"}).get("new") == [3]
+            assert ledger.task("new", lambda: [3]) == [3] and Ledger(file, {"model": "m"}).get("new") == [3]
 
     check()
 

@@ -60,14 +60,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another format": (
         _manifest(lambda m: m.update(format="x")),
-        "expected the format 'moespec_jax 1' in .*; came 'x'",
+        "expected the format 'moespec_jax 1' in .*; got 'x'",
     ),
     "arrays are a list": (_manifest(lambda m: m.update(arrays=[])), "expected an object 'arrays'"),
-    "surplus array": (_manifest(lambda m: m["arrays"].update(extra={})), "came 1 unknown: extra in "),
-    "missing array": (_manifest(lambda m: m["arrays"].pop(GATE)), f"came 1 missing: {GATE} in "),
+    "surplus array": (_manifest(lambda m: m["arrays"].update(extra={})), "got 1 unknown: extra in "),
+    "missing array": (_manifest(lambda m: m["arrays"].pop(GATE)), f"got 1 missing: {GATE} in "),
     "other shape": (
         _manifest(lambda m: m["arrays"][GATE].update(shape=[1])),
-        rf"1 misshapen: {GATE} \(.* came \[1\]\)",
+        rf"1 misshapen: {GATE} \(.* got \[1\]\)",
     ),
     "other dtype": (
         _manifest(lambda m: m["arrays"][GATE].update(dtype="int8")),
@@ -75,7 +75,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "false dtype": (
         _manifest(lambda m: m["arrays"][GATE].update(dtype="float16")),
-        f"expected {GATE} as float16.*, as manifest.json says; it is float32",
+        f"expected {GATE} as float16.*, as in manifest.json; it is float32",
     ),
     "missing piece": (lambda r: shutil.rmtree(r / "layers" / "001"), "expected an orbax checkpoint at .*layers/001"),
     "empty piece": (
@@ -85,7 +85,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated data": (_truncate_data, "expected layers/001/.* whole in .*orbax/layers/001; "),
     "other piece": (
         _replace_piece,
-        r"expected base/embed as float32\[.*\], as manifest.json says; it is float32\[2, 2\]",
+        r"expected base/embed as float32\[.*\], as in manifest.json; it is float32\[2, 2\]",
     ),
 }
 

@@ -27,7 +27,7 @@ def poison_unused(experts: Flat, layer: int, used: set[int]) -> Flat:
 
 
 def by_hand(experts: Flat, layer: int, x: np.ndarray, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Token by token and expert by expert in float64; ids of `EXPERTS` go to nobody."""
+    """Token by token and expert by expert in float64; an id of `EXPERTS` means no expert."""
     gate, up, down = (np.asarray(w, np.float64) for w in (experts.gate, experts.up, experts.down))
     out = np.zeros(x.shape, np.float64)
     for t, row in enumerate(x.astype(np.float64)):
@@ -59,7 +59,7 @@ def test_matches_the_chosen_experts_and_reads_no_others(chosen: list[list[int]],
     np.testing.assert_allclose(np.asarray(got), by_hand(experts, layer, x, ids, weights), rtol=1e-5, atol=1e-5)
 
 
-def test_nobody_routed_gives_zero() -> None:
+def test_no_experts_give_zero() -> None:
     routing = Routing(jnp.full((1, 2), EXPERTS, jnp.int32), jnp.zeros((1, 2)))
     experts = poison_unused(random_experts(), 1, set())
     got = jax.jit(pallas_experts("silu"))(experts, jnp.int32(1), jnp.ones((1, MODEL)), routing)

@@ -15,7 +15,7 @@ from hf_models import CONTEXT, FAMILIES, TOKENS, Fields, draw_fields, hf_greedy,
 from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.experts.layouts import flat_from_per_expert
 
@@ -43,8 +43,8 @@ def reference_logits(config: DecoderConfig, params: Decoder, ids: Any) -> jax.Ar
         params = params.replace(experts=flat_from_per_expert(params.experts))
     positions = positions_of(ids)
     mask = causal_mask(positions, ids.shape[1])
-    compute = dense_experts(config.hidden_act)
-    hidden, _, _ = forward(config, params, jnp.asarray(ids, jnp.int32), positions, mask, None, compute)
+    backend = Backend("dense", "flat", False, dense_experts)
+    hidden, _, _ = forward(config, params, jnp.asarray(ids, jnp.int32), positions, mask, None, backend)
     return unembed(params, hidden)
 
 

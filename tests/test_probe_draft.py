@@ -89,9 +89,9 @@ def test_a_head_told_one_too_low(target: Model, probe: Any, ids: Path, tmp_path:
     head = write_head(tmp_path / "head", target, TRUE)
     status, out, _ = probe("--draft-model", head, "--ids", ids, "--draft-boundaries", "0,1,3")
     lines = out.splitlines()
-    assert status == 0 and lines[0] == "the loader chose boundaries 0, 1, 3: as asked for"
+    assert status == 0 and lines[0] == "the loader chose boundaries 0, 1, 3: as requested"
     assert lines[2].endswith("(the loader's choice)") and lines[3].endswith("1.0000 best")
-    assert lines[4].endswith("give --draft-boundaries 1,2,4")
+    assert lines[4].endswith("use --draft-boundaries 1,2,4")
 
 
 def test_text_of_its_own_or_given(target: Model, probe: Any, tmp_path: Path) -> None:

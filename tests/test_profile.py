@@ -10,7 +10,7 @@ from moespec_jax import BudgetConfig, RequestError, TreeConfig, read_profile
 from moespec_jax.generate import main
 from moespec_jax.runtime.tuned_profile import FORMAT, write_profile
 
-TREE, BUDGET = TreeConfig(2, 3, 8), BudgetConfig(6, anchor="root", faithfulness=0.3)
+TREE, BUDGET = TreeConfig(2, 3, 8), BudgetConfig(6, anchor="root", min_kept_weight=0.3)
 
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -23,14 +23,22 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path, budget: BudgetConfig | 
     assert json.loads((tmp_path / "p.json").read_text())["device"] == "cpu"
 
 
+def test_a_profile_from_before_0_2_is_read(tmp_path: Path) -> None:
+    budget = {"experts": [4, 6, 8], "coverage": "guarantee", "anchor": "none", "guarantee": 0.0, "faithfulness": 0.5}
+    (tmp_path / "p.json").write_text(json.dumps({"format": FORMAT, "tree": {"depth": 2}, "budget": budget}))
+    expected = BudgetConfig((4, 6, 8), anchor="likely", anchor_probability=0.0, min_kept_weight=0.5)
+    assert read_profile(tmp_path / "p.json") == {"tree": TreeConfig(2), "budget": expected}
+
+
 def test_generate_decodes_as_its_flags_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = [*write_pair(tmp_path, 12, num_experts=12), "--prompt", "the cat"]
     flags = ["--tree-depth", "2", "--tree-top-k", "3", "--tree-size", "8", "--expert-budget", "6"]
-    flags += ["--budget-anchor", "root", "--budget-faithfulness", "0.3"]
+    flags += ["--budget-anchor", "root", "--budget-min-kept-weight", "0.3"]
     write_profile(tmp_path / "p.json", TREE, BUDGET, {})
-    told, asked = run_json(capsys, *pair, "--profile", str(tmp_path / "p.json")), run_json(capsys, *pair, *flags)
+    profiled = run_json(capsys, *pair, "--profile", str(tmp_path / "p.json"))
+    flagged = run_json(capsys, *pair, *flags)
     for name in ("tree", "budget", "exact", "prompts"):
-        assert told[name] == asked[name]
+        assert profiled[name] == flagged[name]
     write_profile(tmp_path / "plain.json", None, None, {})
     assert run_json(capsys, *pair, "--profile", str(tmp_path / "plain.json"))["tree"] is None
     assert main([*pair, "--profile", str(tmp_path / "p.json"), "--tree-depth", "2"]) == 2

@@ -116,7 +116,7 @@ def test_the_result_says_that_experts_are_quantized(tmp_path: Path, capsys: pyte
     flags = ["--model", str(directory), "--prompt-ids", "5,6,7", "--max-new-tokens", "3", "--quantization", "int8"]
     assert main(flags) == 0
     shown = capsys.readouterr().err
-    assert "float32, int8 experts" in shown and "exact for the int8 model, which is not the checkpoint's own" in shown
+    assert "float32, int8 experts" in shown and "exact for the int8 model, which differs from the checkpoint" in shown
 
 
 def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:

@@ -40,15 +40,15 @@ both_backends = pytest.mark.parametrize("backend", [BACKENDS["switch"], BACKENDS
 
 
 def whole(backend: Backend) -> Any:
-    """One pass over all tokens: hidden states, and what the pass tells, with the state entering every layer."""
-    compute, (batch, length) = backend.compute(CONFIG.hidden_act), IDS.shape
+    """One pass over all tokens: hidden states, and intermediate results with the state entering every layer."""
+    batch, length = IDS.shape
     boundaries = tuple(range(CONFIG.num_hidden_layers + 1))
 
     def run(params: Decoder) -> tuple[Any, ForwardInfo]:
         cache = empty_cache(CONFIG, batch, length, jnp.float32, stacked=backend.stacked)
         positions = positions_of(IDS)
         mask, tokens = causal_mask(positions, length), jnp.asarray(IDS, jnp.int32)
-        hidden, _, info = forward(CONFIG, params, tokens, positions, mask, cache, compute, boundaries=boundaries)
+        hidden, _, info = forward(CONFIG, params, tokens, positions, mask, cache, backend, boundaries=boundaries)
         return hidden, info
 
     return run
@@ -79,7 +79,9 @@ def block_output(layer: int, x: np.ndarray) -> np.ndarray:
 def test_inputs_are_the_normed_state_that_the_block_was_added_to(backend: Backend) -> None:
     """The state leaving a layer, less what the block makes of its inputs, is the state after attention."""
     _, info = fast_jit(whole(backend))(build(CONFIG, TENSORS, backend))
-    states = np.asarray(info.taps, np.float64).reshape(IDS.size, CONFIG.num_hidden_layers + 1, CONFIG.hidden_size)
+    states = np.asarray(info.aux_hidden_states, np.float64).reshape(
+        IDS.size, CONFIG.num_hidden_layers + 1, CONFIG.hidden_size
+    )
     sparse = [layer for layer, is_sparse in enumerate(CONFIG.sparse_layers) if is_sparse]
     for layer, router in zip(sparse, info.routers, strict=True):
         inputs = np.asarray(router.inputs, np.float64)

@@ -1,6 +1,7 @@
 """Laws of the speculative loop: what comes out is what plain decoding gives, and what stays in the caches is what a
 fresh prefill would have put there."""
 
+import dataclasses
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -10,23 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import build, fast_jit
-from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
+from speculation import Decoding, FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decoding import autoregressive as decode_module
-from moespec_jax.decoding.autoregressive import Settings
-from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.decoding import autoregressive
+from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.eagle3_drafter import extend_cache
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.decoding.speculative import SpeculationState
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import Cache, empty_cache
 from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
 from moespec_jax.runtime import run as run_module
-from moespec_jax.runtime.method import Method
 from moespec_jax.runtime.run import Batch, Run
 
 Pair = tuple[DecoderConfig, Decoder, Backend, DraftConfig, DraftHead]
@@ -59,13 +59,9 @@ def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 1
     return config, params, BACKENDS[backend], draft, small_head(draft, params)
 
 
-def plain_method_of(pair: Pair, sampling: SamplingConfig = SamplingConfig()) -> Method:  # noqa: B008, frozen
-    return plainly(*pair[:3], sampling)
-
-
 @cache
 def plain_tokens(family: str, backend: str, new: int) -> list[list[int]]:
-    return decode(plain_method_of(pair(family, backend)), FastPrograms(), PROMPTS, new).sequences
+    return decode(plainly(*pair(family, backend)[:3]), FastPrograms(), PROMPTS, new).sequences
 
 
 @every_family
@@ -76,7 +72,7 @@ def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
     run = decode(speculating(*pair(family), TREES[tree]), programs, PROMPTS, new)
     assert run.sequences == plain_tokens(family, "switch", new)
     assert run.accepted.sum() > 20 and run.accepted[:, 1].any()  # a loop that never accepts proves little
-    assert programs.traces == {"speculation_prefill_chunk": 1, "begin_speculation": 1, "speculation_rounds": 1}
+    assert programs.traces == {"DraftedPrefill.read": 1, "Speculative.begin": 1, "Speculative.step": 1}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -105,7 +101,7 @@ def test_rotary_scaling_that_follows_the_length_is_plain_decoding_s() -> None:
     draft = draft_config(config, draft_vocab_size=12, boundaries=(0, 1, 2))
     chain = speculating(config, params, BACKENDS["switch"], draft, small_head(draft, params), SMALL)
     plain = plainly(config, params, BACKENDS["switch"])
-    drafted, alone = (decode(method, FastPrograms(), PROMPTS, 100) for method in (chain, plain))
+    drafted, alone = (decode(way, FastPrograms(), PROMPTS, 100) for way in (chain, plain))
     assert drafted.sequences == alone.sequences and drafted.accepted.sum() > 10
 
 
@@ -115,32 +111,32 @@ def test_stop_ids_and_limits_cut_where_plain_decoding_stops() -> None:
     plain = plain_tokens("qwen3_moe", "switch", 340)
     for position in range(12, 30):
         stops = (plain[0][position],)
-        expected = decode(plain_method_of(pair()), programs, PROMPTS, 40, stops).sequences
+        expected = decode(plainly(*pair()[:3]), programs, PROMPTS, 40, stops).sequences
         assert decode(speculative, programs, PROMPTS, 40, stops).sequences == expected
     for limit in range(1, 10):
         batch = Batch(PROMPTS, [len(p) + limit + i for i, p in enumerate(PROMPTS)], (), 0)
-        run = Run(programs, speculative, batch)
+        run = Run(programs, *speculative, batch)
         run.execute()
         assert run.sequences == [s[:n] for s, n in zip(plain, batch.limit, strict=True)]
-    assert programs.traces["speculation_rounds"] == 1
+    assert programs.traces["Speculative.step"] == 1
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.9, 12, 0.95)], ids=["greedy", "sampled"])
 def test_streaming_changes_no_token(sampling: SamplingConfig) -> None:
-    method, programs = speculating(*pair(), SMALL, sampling), FastPrograms()
-    whole = decode(method, programs, PROMPTS, 50).sequences
-    run = Run(programs, method, Batch(PROMPTS, [len(p) + 50 for p in PROMPTS], (), 0))
+    decoding, programs = speculating(*pair(), SMALL, sampling), FastPrograms()
+    whole = decode(decoding, programs, PROMPTS, 50).sequences
+    run = Run(programs, *decoding, Batch(PROMPTS, [len(p) + 50 for p in PROMPTS], (), 0))
     pieces: list[list[list[int]]] = []
     run.execute(on_tokens=pieces.append, on_round=lambda number, info: None)
     assert run.sequences == whole
     assert [sum((piece[b] for piece in pieces), p) for b, p in enumerate(PROMPTS)] == whole
-    assert programs.traces["speculation_rounds"] == 1
+    assert programs.traces["Speculative.step"] == 1
 
 
 def just_enough_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts and caches of thousands of short sequences are not filled up further than a power of two."""
     monkeypatch.setattr(run_module, "SMALLEST_CACHE", 1)
-    monkeypatch.setattr(decode_module, "SMALLEST_BUCKET", 1)
+    monkeypatch.setattr(autoregressive, "SMALLEST_BUCKET", 1)
 
 
 def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: int) -> np.ndarray:
@@ -155,7 +151,7 @@ def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: 
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
         cache = empty_cache(config, ids.shape[0], ids.shape[1], jnp.float32, stacked=backend.stacked)
         mask = causal_mask(positions, ids.shape[1])
-        hidden, _, _ = forward(config, params, ids, positions, mask, cache, backend.compute(config.hidden_act))
+        hidden, _, _ = forward(config, params, ids, positions, mask, cache, backend)
         logs = log_probabilities(sampling, unembed(params, hidden))[:, len(prompt) - 1 : -1]
         return jnp.sum(jnp.take_along_axis(logs, ids[:, len(prompt) :, None], axis=2)[..., 0], axis=1)
 
@@ -173,10 +169,10 @@ def test_sampled_output_is_distributed_as_the_target_says(
     tiny, rows, seeds, new = pair(vocab_size=7), 2048, 16, 3
     expected = probabilities(tiny, sampling, PROMPTS[0], new)
     np.testing.assert_allclose(expected.sum(), 1.0, atol=1e-5)  # sums of float32 logarithms
-    method, programs = speculating(*tiny, tree, sampling), FastPrograms()
+    decoding, programs = speculating(*tiny, tree, sampling), FastPrograms()
     counts = np.zeros(len(expected))
     for seed in range(seeds):
-        run = decode(method, programs, [PROMPTS[0]] * rows, new, seed=seed)
+        run = decode(decoding, programs, [PROMPTS[0]] * rows, new, seed=seed)
         digits = np.array([sequence[-new:] for sequence in run.sequences])
         counts += np.bincount(digits @ 7 ** np.arange(new - 1, -1, -1), minlength=len(expected))
     assert run.accepted.sum() > rows / 100  # the one guess of a chain is seldom right; the law holds all the same
@@ -186,18 +182,18 @@ def test_sampled_output_is_distributed_as_the_target_says(
     assert np.abs(counts / draws - expected).sum() / 2 < 2 * floor
 
 
-def states_after(method: Method, rounds: Iterable[int]) -> list[SpeculationState]:
+def states_after(decoding: Decoding, rounds: Iterable[int]) -> list[SpeculationState[Any]]:
     """The state of a batch after so many rounds."""
-    found: list[SpeculationState] = []
+    found: list[SpeculationState[Any]] = []
 
     class Watching(FastPrograms):
         def run(self, function: Any, settings: Any, params: Any, *arguments: Any, **options: Any) -> Any:
             out = super().run(function, settings, params, *arguments)
-            if function.__name__ == "speculation_rounds":
+            if function.__qualname__ == "Speculative.step":
                 found.append(out[0])
             return out
 
-    run = Run(Watching(), method, Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
+    run = Run(Watching(), *decoding, Batch(PROMPTS, [len(p) + 60 for p in PROMPTS], (), 0))
     run.execute(on_round=lambda number, info: None)
     return [found[i] for i in rounds]
 
@@ -213,42 +209,42 @@ def rows_of(cache: Cache, sequence: int, count: int) -> np.ndarray:
 def test_caches_are_what_a_fresh_prefill_writes(backend: str, tree: str) -> None:
     """Target and head, after a few rounds: every committed row, from the committed tokens alone."""
     config, params, form, draft, head = pair(backend=backend)
-    compute = form.compute(config.hidden_act)
 
     def prefill(params: Decoder, ids: jax.Array) -> tuple[Cache, Cache]:
         positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
         cache = empty_cache(config, 1, ids.shape[1], jnp.float32, stacked=form.stacked)
         mask = causal_mask(positions, ids.shape[1])
-        _, cache, info = forward(config, params, ids, positions, mask, cache, compute, boundaries=draft.boundaries)
+        _, cache, info = forward(config, params, ids, positions, mask, cache, form, boundaries=draft.boundaries)
         pairs = empty_draft_cache(draft, 1, ids.shape[1], jnp.float32)
         following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
-        assert cache is not None and info.taps is not None
-        return cache, extend_draft(draft, head, params.embed, info.taps, following, pairs)[1]
+        assert cache is not None and info.aux_hidden_states is not None
+        both = SpeculativeParams(params, head)
+        return cache, extend_cache(draft, both, info.aux_hidden_states, following, pairs)[1]
 
     fresh = fast_jit(prefill)
     for state in states_after(speculating(*pair(backend=backend), TREES[tree]), (0, 3, 9)):
         tokens, lengths = np.asarray(state.decoding.tokens), np.asarray(state.decoding.length)
         for b, length in enumerate(lengths.tolist()):
             target, pairs = fresh(params, jnp.asarray(tokens[b : b + 1, :128]))
-            committed, confirmed = length - 1, int(state.draft_cache.length[b])
+            committed, confirmed = length - 1, int(state.draft.cache.length[b])
             # Sums in another order, of values around 1.
             np.testing.assert_allclose(
                 rows_of(state.decoding.cache, b, committed), rows_of(target, 0, committed), atol=2e-5
             )
             np.testing.assert_allclose(
-                rows_of(state.draft_cache, b, confirmed), rows_of(pairs, 0, confirmed), atol=2e-5
+                rows_of(state.draft.cache, b, confirmed), rows_of(pairs, 0, confirmed), atol=2e-5
             )
 
 
 def test_the_verifying_pass_is_a_parameter() -> None:
-    """A round verifies with whatever forward pass it is given."""
-    method, seen = speculating(*pair(), CHAIN), []
+    """A round verifies with the forward pass that it is given."""
+    (method, params), seen = speculating(*pair(), CHAIN), []
 
     def watching(*arguments: Any, **named: Any) -> Any:
         seen.append(arguments[2].shape)
         return forward(*arguments, **named)
 
-    changed = method._replace(settings=method.settings._replace(verify=watching))  # pyright: ignore[reportAttributeAccessIssue]
+    changed = Decoding(dataclasses.replace(method, target_forward=watching), params)
     assert decode(changed, FastPrograms(), PROMPTS, 40).sequences == plain_tokens("qwen3_moe", "switch", 40)
     assert seen == [(3, 4)]
 
@@ -260,9 +256,9 @@ def test_simulated_acceptance_has_the_mean_asked_for(length: float) -> None:
     assert abs(mean - length) < 0.15  # about 360 rounds of a coin: the standard deviation is below 0.03
 
 
-def test_settings_are_told_apart() -> None:
+def test_methods_are_equal_where_their_settings_are() -> None:
     config, params, backend, draft, head = pair()
-    one, other = (speculating(config, params, backend, draft, head, tree) for tree in (CHAIN, SMALL))
-    assert one.settings != other.settings
-    assert one.settings == speculating(config, params, backend, draft, head, CHAIN).settings
-    assert isinstance(one.settings.target, Settings)  # pyright: ignore[reportAttributeAccessIssue]
+    one, other = (speculating(config, params, backend, draft, head, tree).method for tree in (CHAIN, SMALL))
+    again = speculating(config, params, backend, draft, head, CHAIN).method
+    assert one != other and one == again and hash(one) == hash(again)
+    assert isinstance(one.target, Autoregressive)

@@ -22,7 +22,7 @@ from moespec_jax.measure.ledger import Ledger
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
-from moespec_jax.study.coactivation import lift, order, together
+from moespec_jax.study.coactivation import count_pairs, lift, order
 from moespec_jax.study.demand import kept_mass, least_budget, uniform_union, unions
 from moespec_jax.study.finding import contrast, standing, standing_sentence
 from moespec_jax.study.reconstruction import loss
@@ -133,20 +133,20 @@ def by_numpy(
     depth = [len(path) - 1 for path in above]
     rows = Rows(
         [True] * size, np.exp(seen.scores[tree]).tolist(), depth, above, [depth.count(d) for d in depth],
-        seen.reached[tree].tolist(),
+        seen.acceptance_by_depth[tree].tolist(),
     )  # fmt: skip
     logits, x = np.log(seen.probabilities[layer, tree].astype(np.float64)), seen.inputs[layer, tree].astype(np.float64)
-    free, told = (
+    free, outcome = (
         restrict(BudgetConfig(bound, **r), bound, logits, ACTIVE, True, rows)
         for bound, r in ((EXPERTS, {}), (budget, rule))
     )
     y, budgeted = (
         np.stack([output(tensors, layer, row, w) for row, w in zip(x, out.weights, strict=True)])
-        for out in (free, told)
+        for out in (free, outcome)
     )
-    live = np.array(told.live)
-    kinds = np.stack([live, live & seen.committed[tree]])
-    return kinds @ ((budgeted - y) ** 2).sum(axis=1), kinds @ (y**2).sum(axis=1), size - int(live.sum())
+    kept = np.array(outcome.live)
+    kinds = np.stack([kept, kept & seen.committed[tree]])
+    return kinds @ ((budgeted - y) ** 2).sum(axis=1), kinds @ (y**2).sum(axis=1), size - int(kept.sum())
 
 
 def output(tensors: dict[str, np.ndarray], layer: int, row: np.ndarray, weights: dict[int, float]) -> np.ndarray:
@@ -160,7 +160,7 @@ def output(tensors: dict[str, np.ndarray], layer: int, row: np.ndarray, weights:
 def test_pairs_are_counted_and_compared_with_chance() -> None:
     random = np.random.default_rng(0)
     experts = np.stack([random.permutation(6)[:3] for _ in range(50)])
-    pairs = together(experts, 6)
+    pairs = count_pairs(experts, 6)
     tokens = [set(row.tolist()) for row in experts]
     for a, b in itertools.product(range(6), repeat=2):
         assert pairs[a, b] == sum(a in token and b in token for token in tokens)
@@ -177,7 +177,7 @@ def test_experts_that_go_together_come_to_lie_together() -> None:
     half = {e: int(place < 4) for place, e in enumerate(random.permutation(8).tolist())}
     groups = [[e for e in half if half[e] == side] for side in (0, 1)]
     experts = np.stack([random.permutation(groups[i % 2])[:2] for i in range(400)])
-    sides = [half[e] for e in order(lift(together(experts, 8))).tolist()]
+    sides = [half[e] for e in order(lift(count_pairs(experts, 8))).tolist()]
     assert sides in ([0] * 4 + [1] * 4, [1] * 4 + [0] * 4)
 
 
@@ -187,8 +187,8 @@ def test_contrasts_are_paired() -> None:
     hard = [random.exponential(size=9), random.exponential(size=4) + 3]
     found = contrast(hard, [values + 0.25 for values in hard])
     assert found.difference == pytest.approx(0.25) and found.difference_95 == pytest.approx((0.25, 0.25))
-    assert found.kl == pytest.approx(np.mean([hard[0].mean(), hard[1].mean()])) and found.told_apart
-    assert not contrast(hard, hard).told_apart and contrast(hard, hard).times == 1.0
+    assert found.kl == pytest.approx(np.mean([hard[0].mean(), hard[1].mean()])) and found.significant
+    assert not contrast(hard, hard).significant and contrast(hard, hard).times == 1.0
     doubled = contrast(hard, [2 * values for values in hard])
     assert doubled.times_95 == pytest.approx((2.0, 2.0)) and doubled.texts == 13
 
@@ -199,14 +199,14 @@ def test_the_least_divergence_stands_first_and_says_how_sure_that_is() -> None:
     found = standing(by_rule, PAPER, list(by_rule))
     assert (found.best, found.runner_up) == ("a", "b")
     said = standing_sentence(found, PAPER)
-    assert "“a” is best" in said and "diverges 2.0 times as much" in said and "do not tell apart" in said
+    assert "“a” is best" in said and "diverges 2.0 times as much" in said and "do not distinguish" in said
 
 
-def test_texts_followed_in_parts_are_the_same(model: Model) -> None:
+def test_texts_forced_in_parts_are_the_same(model: Model) -> None:
     texts = [[*prompt, *range(20, 30)] for prompt in PROMPTS]
     lengths = [len(prompt) for prompt in PROMPTS]
     rule = BudgetConfig(EXPERTS, **RULES[PAPER])
-    whole, parts = (Texts(model, TREE, texts, lengths, batch).follow(rule, 3) for batch in (None, 2))
+    whole, parts = (Texts(model, TREE, texts, lengths, batch).teacher_force(rule, 3) for batch in (None, 2))
     np.testing.assert_array_equal(np.isnan(whole.kl), np.isnan(parts.kl))
     np.testing.assert_allclose(whole.kl, parts.kl, atol=1e-5)  # rows side by side round differently
     np.testing.assert_array_equal(whole.rounds, parts.rounds)
@@ -227,14 +227,14 @@ def test_cut_off_and_continued_it_writes_the_same_bytes(
         "--rules", "path, squares (default)", "--timed", "path, squares (default)", "--timed-tokens", "4",
         "--repeats", "1", "--timed-prompts", "1", "--compilation-cache", "none",
     ]  # fmt: skip
-    monkeypatch.setattr(study, "load_asked", lambda arguments: model)
+    monkeypatch.setattr(study, "load_requested", lambda arguments: model)
     assert study.main([*run, "--output", str(tmp_path / "whole")]) == 0
     printed = capsys.readouterr()
     assert "B = 4 of 8 experts" in printed.out and "is best" in printed.out and "lossy" in printed.out
 
     cut = tmp_path / "cut"
     fewer = [word for word in run if word != "3"]  # budgets may be added later
-    for allowed, asked in ((1, run), (4, fewer), (3, run)):  # pieces before each kill: amid different kinds
+    for allowed, asked in ((1, run), (4, fewer), (3, run)):  # tasks before each kill: amid different kinds
         with monkeypatch.context() as patch:
             patch.setattr(Ledger, "put", killed_after(allowed))
             assert study.main([*asked, "--output", str(cut)]) == 130
@@ -268,7 +268,7 @@ def keep_turns(source: Path, ledger: Path) -> None:
 
 
 def check_files(directory: Path, machine: str) -> None:
-    """Rows say what they are of and whether they are exact; the page needs no other file; no path is told."""
+    """Rows say what they are of and whether they are exact; the page needs no other file; no path is shown."""
     with (directory / "frontier.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["output"] for row in rows} == {"exact", "lossy"}

@@ -1,4 +1,4 @@
-"""Tapped states: what enters layer b is what a decoder of b layers leaves, unnormed; and what transformers says."""
+"""Auxiliary hidden states: what enters layer b is what a decoder of b layers leaves, unnormed; and what transformers says."""
 
 import dataclasses
 import functools
@@ -49,24 +49,24 @@ both_backends = pytest.mark.parametrize("backend", [BACKENDS["switch"], BACKENDS
 def run(
     config: DecoderConfig, params: Decoder, backend: Backend, ids: np.ndarray, boundaries: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Last hidden states, and the tapped ones, by one pass over whole sequences with a cache."""
-    compute, (batch, length) = backend.compute(config.hidden_act), ids.shape
+    """Last hidden states, and those at the boundaries, by one pass over whole sequences with a cache."""
+    batch, length = ids.shape
 
     def whole(params: Decoder) -> Any:
         positions = positions_of(ids)
         cache = empty_cache(config, batch, length, jnp.float32, stacked=backend.stacked)
         mask, tokens = causal_mask(positions, length), jnp.asarray(ids, jnp.int32)
-        hidden, _, info = forward(config, params, tokens, positions, mask, cache, compute, boundaries=boundaries)
-        return hidden, info.taps
+        hidden, _, info = forward(config, params, tokens, positions, mask, cache, backend, boundaries=boundaries)
+        return hidden, info.aux_hidden_states
 
     return fast_jit(whole)(params)
 
 
 @functools.cache
-def all_taps(backend: Backend) -> np.ndarray:
+def all_aux(backend: Backend) -> np.ndarray:
     """`[batch, tokens, boundary, model]` of every boundary at once."""
-    taps = run(CONFIG, build(CONFIG, TENSORS, backend), backend, IDS, ALL)[1]
-    return np.asarray(taps).reshape(*IDS.shape, len(ALL), CONFIG.hidden_size)
+    aux = run(CONFIG, build(CONFIG, TENSORS, backend), backend, IDS, ALL)[1]
+    return np.asarray(aux).reshape(*IDS.shape, len(ALL), CONFIG.hidden_size)
 
 
 @pytest.fixture(scope="module")
@@ -91,32 +91,32 @@ def cut_states() -> list[np.ndarray]:
 
 @both_backends
 def test_every_boundary_is_what_a_shorter_decoder_leaves(backend: Backend, cut_states: list[np.ndarray]) -> None:
-    taps = all_taps(backend)
+    aux = all_aux(backend)
     for b, expected in enumerate(cut_states):
-        np.testing.assert_allclose(taps[:, :, b], expected, atol=TOLERANCE, err_msg=f"boundary {b}")
+        np.testing.assert_allclose(aux[:, :, b], expected, atol=TOLERANCE, err_msg=f"boundary {b}")
         assert all(np.abs(expected - other).max() > 0.1 for other in cut_states[:b])
 
 
 @both_backends
 def test_some_boundaries_are_some_of_all_side_by_side(backend: Backend) -> None:
     some = (0, 2, 4)
-    taps = run(CONFIG, build(CONFIG, TENSORS, backend), backend, IDS, some)[1]
-    expected = all_taps(backend)[:, :, some].reshape(*IDS.shape, -1)
-    np.testing.assert_allclose(taps, expected, atol=TOLERANCE)
+    aux = run(CONFIG, build(CONFIG, TENSORS, backend), backend, IDS, some)[1]
+    expected = all_aux(backend)[:, :, some].reshape(*IDS.shape, -1)
+    np.testing.assert_allclose(aux, expected, atol=TOLERANCE)
 
 
 @both_backends
-def test_tapping_changes_no_hidden_state(backend: Backend) -> None:
+def test_boundaries_change_no_hidden_state(backend: Backend) -> None:
     params = build(CONFIG, TENSORS, backend)
-    plain, taps = run(CONFIG, params, backend, IDS, ())
-    tapped, _ = run(CONFIG, params, backend, IDS, (1, 2))
-    assert taps is None
-    np.testing.assert_allclose(plain, tapped, atol=TOLERANCE)
+    plain, aux = run(CONFIG, params, backend, IDS, ())
+    with_aux, _ = run(CONFIG, params, backend, IDS, (1, 2))
+    assert aux is None
+    np.testing.assert_allclose(plain, with_aux, atol=TOLERANCE)
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("family", FAMILIES)
-def test_taps_equal_the_hidden_states_of_transformers(family: str, tmp_path: Path) -> None:
+def test_auxiliary_states_equal_the_hidden_states_of_transformers(family: str, tmp_path: Path) -> None:
     """Whose last entry is the one after the last norm."""
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
@@ -127,8 +127,8 @@ def test_taps_equal_the_hidden_states_of_transformers(family: str, tmp_path: Pat
     config, backend = load_config(tmp_path), BACKENDS["switch"]
     params = load_parameters(tmp_path, config, backend, jnp.float32)
     boundaries = tuple(range(config.num_hidden_layers + 1))
-    taps = np.split(np.asarray(run(config, params, backend, ids, boundaries)[1]), len(boundaries), axis=-1)
-    last = rms_norm(jax.device_put(taps[-1]), params.norm, config.rms_norm_eps)
+    aux = np.split(np.asarray(run(config, params, backend, ids, boundaries)[1]), len(boundaries), axis=-1)
+    last = rms_norm(jax.device_put(aux[-1]), params.norm, config.rms_norm_eps)
     assert len(theirs) == len(boundaries)
-    for b, (ours, expected) in enumerate(zip([*taps[:-1], last], theirs, strict=True)):
+    for b, (ours, expected) in enumerate(zip([*aux[:-1], last], theirs, strict=True)):
         np.testing.assert_allclose(ours, expected.numpy(), atol=5e-5, err_msg=f"boundary {b}")  # as of logits

@@ -1,4 +1,4 @@
-"""Texts followed through verifying passes: exactly it is a plain pass, and under a budget it is what decoding does."""
+"""Texts forced through verifications: exactly it is a plain pass, and under a budget it is what decoding does."""
 
 import dataclasses
 
@@ -30,13 +30,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def direct(model: Model, text: list[int]) -> np.ndarray:
     """Log-probability of every token after the first, by one pass over the whole text."""
 
-    def told(params: Decoder, ids: jax.Array) -> jax.Array:
+    def log_probabilities(params: Decoder, ids: jax.Array) -> jax.Array:
         positions = jnp.arange(len(text), dtype=jnp.int32)[None, :]
-        compute, mask = model.backend.compute(model.config.hidden_act), causal_mask(positions, len(text))
-        hidden, _, _ = forward(model.config, params, ids, positions, mask, None, compute)
+        mask = causal_mask(positions, len(text))
+        hidden, _, _ = forward(model.config, params, ids, positions, mask, None, model.backend)
         return jax.nn.log_softmax(unembed(params, hidden), axis=-1)[0]
 
-    log_p = np.asarray(fast_jit(told)(model.params, jnp.asarray(text, jnp.int32)[None, :]))
+    log_p = np.asarray(fast_jit(log_probabilities)(model.params, jnp.asarray(text, jnp.int32)[None, :]))
     return np.array([log_p[i, token] for i, token in enumerate(text[1:])])
 
 
@@ -46,37 +46,38 @@ def random_texts() -> list[list[int]]:
     return [[*p, *row[:n]] for p, row, n in zip(PROMPTS, drawn, lengths, strict=True)]
 
 
-def test_exactly_followed_a_text_has_the_probabilities_of_a_plain_pass(model: Model) -> None:
+def test_exactly_forced_a_text_has_the_probabilities_of_a_plain_pass(model: Model) -> None:
     texts, prompts = random_texts(), [len(p) for p in PROMPTS]
-    followed = Texts(model, TREE, texts, prompts).follow()
+    stats = Texts(model, TREE, texts, prompts).teacher_force()
     for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        scored = np.flatnonzero(np.isfinite(followed.log_probability[i]))
+        scored = np.flatnonzero(np.isfinite(stats.log_probability[i]))
         assert scored.tolist() == list(range(prompt, len(text) - 1))
-        np.testing.assert_allclose(followed.log_probability[i][scored], direct(model, text)[scored], atol=2e-5)
-    assert np.nanmax(np.abs(followed.kl)) < 1e-6 and np.nanmin(followed.same) == 1
-    np.testing.assert_array_equal(followed.read, followed.wanted)
-    every = Texts(model, TREE, texts, prompts).follow(BudgetConfig(12, score="probability", credit="all"))
-    np.testing.assert_array_equal(every.log_probability, followed.log_probability)
+        np.testing.assert_allclose(stats.log_probability[i][scored], direct(model, text)[scored], atol=2e-5)
+    assert np.nanmax(np.abs(stats.kl)) < 1e-6 and np.nanmin(stats.same) == 1
+    np.testing.assert_array_equal(stats.read, stats.wanted)
+    every = Texts(model, TREE, texts, prompts).teacher_force(BudgetConfig(12, score="probability", credit="all"))
+    np.testing.assert_array_equal(every.log_probability, stats.log_probability)
 
 
-def test_what_a_budget_wrote_is_followed_in_the_rounds_that_wrote_it(model: Model) -> None:
-    """Decoding under a budget and following its output under the same budget are one and the same."""
-    told = model.generate(PROMPTS[:1], tree=TREE, budget=TIGHT, max_new_tokens=NEW, ignore_eos=True)
-    text = [*PROMPTS[0], *told.prompts[0].token_ids]
-    followed = Texts(model, TREE, [text], [len(PROMPTS[0])]).follow(dataclasses.replace(TIGHT, experts=12), 4)
-    # The last round may have gone past the end of the text, which following does not.
-    assert 0 <= followed.rounds[0] - told.prompts[0].rounds <= 1
-    figures = summary(followed)
+def test_what_a_budget_wrote_is_forced_in_the_rounds_that_wrote_it(model: Model) -> None:
+    """Decoding under a budget and forcing its output under the same budget are one and the same."""
+    run = model.generate(PROMPTS[:1], tree=TREE, budget=TIGHT, max_new_tokens=NEW, ignore_eos=True)
+    text = [*PROMPTS[0], *run.prompts[0].token_ids]
+    forced = Texts(model, TREE, [text], [len(PROMPTS[0])])
+    stats = forced.teacher_force(dataclasses.replace(TIGHT, experts=12), 4)
+    # The last round may have gone past the end of the text, which forcing does not.
+    assert 0 <= stats.rounds[0] - run.prompts[0].rounds <= 1
+    figures = summary(stats)
     assert figures["experts_read"] <= 4 < figures["experts_wanted"]
     assert figures["tokens_replaced"] > 0.2 and figures["kl"] > 1e-4
 
 
 def test_texts_side_by_side_do_not_see_each_other(model: Model) -> None:
     texts, prompts = random_texts(), [len(p) for p in PROMPTS]
-    rule = BudgetConfig(12, coverage="truncate")
-    before = Texts(model, TREE, texts, prompts).follow(rule, 4)
+    budget = BudgetConfig(12, coverage="truncate")
+    before = Texts(model, TREE, texts, prompts).teacher_force(budget, 4)
     changed = [texts[0], [9, *texts[1][:-1]], texts[2]]
-    after = Texts(model, TREE, changed, prompts).follow(rule, 4)
+    after = Texts(model, TREE, changed, prompts).teacher_force(budget, 4)
     for field, was, now in zip(before._fields, before, after, strict=True):
         np.testing.assert_array_equal(was[[0, 2]], now[[0, 2]], err_msg=field)
     assert not np.array_equal(before.kl[1], after.kl[1], equal_nan=True)

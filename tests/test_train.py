@@ -130,10 +130,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     with pytest.raises(Killed):
         go(model, recipe, tmp_path / "cut")
     monkeypatch.setattr(run._Log, "write", original)
+    incomplete = tmp_path / "cut" / "checkpoints" / "3.orbax-checkpoint-tmp" / "default"
+    incomplete.mkdir(parents=True)
     assert last_state(tmp_path / "cut", recipe, model, whole.target_ids)[1] == 2
+    assert incomplete.exists(), "reading a run removes nothing, and leaves no thread that does"
     (tmp_path / "cut" / "log.jsonl.incomplete").write_text("of another kill")
     again = go(model, recipe, tmp_path / "cut")
     assert same_bits(again, whole) and log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert not incomplete.parent.exists()
     states = [last_state(tmp_path / x, recipe, model, whole.target_ids) for x in ("cut", "whole")]
     assert states[0][1] == states[1][1] == STEPS and same_bits(states[0][0], states[1][0])
     assert same_bits(states[1][0].head, dataclasses.replace(whole, target_ids=None))
@@ -267,7 +271,7 @@ def test_command_line(model: Model, data: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "got 2, 1, -1 (2, L/2, L - 3 with L = 2: name others with --boundaries)"),
+        ([], "got 2, 1, -1 (2, L/2, L - 3 with L = 2: choose others with --boundaries)"),
         (["--boundaries", "0,2,2"], "strictly increasing boundaries from 0 to 2; got 0, 2, 2"),
         (["--boundaries", "0,1,3"], "boundaries from 0 to 2"),
         (["--boundaries", "1,2"], "expected three"),

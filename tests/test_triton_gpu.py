@@ -32,12 +32,12 @@ from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts
 from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, fused_experts, supported, triton_experts
 from moespec_jax.nn.routing import Routing, combine_weights
 
-# Said at lowering, from jax 0.11 on; the module tells why it is used all the same.
+# Said at lowering, from jax 0.11 on; the module says why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
 def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
-    """The kernels block by block on the CPU; what nobody wrote reads as NaN."""
+    """The kernels block by block on the CPU; what was not written reads as NaN."""
     ids, active = distinct_experts(routing, experts.num_experts)
     # Past the active slots no row is looked at: it would be the last one, which is poisoned unless it is chosen.
     rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
@@ -54,7 +54,7 @@ def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) ->
         pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route, whose slot holds a chosen id"),
         pytest.param([[4, 1], [1, 4], [4, 1]], id="fewer experts than slots"),
         pytest.param([[0, 5], [2, 3], [EXPERTS, EXPERTS], [1, 4]], id="all experts and an idle token"),
-        pytest.param([[EXPERTS, EXPERTS]], id="nobody"),
+        pytest.param([[EXPERTS, EXPERTS]], id="no experts"),
     ],
 )
 def test_matches_the_chosen_experts_and_reads_no_others(chosen: list[list[int]]) -> None:

@@ -12,8 +12,8 @@ from tiny_pair import write_pair
 from moespec_jax import TreeConfig, load, read_profile
 from moespec_jax.cli import arguments
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.prompt_sets import continued
-from moespec_jax.measure.timing import Setting
 from moespec_jax.nn.backend import Backend
 from moespec_jax.runtime.model import Model
 from moespec_jax.tune import search as searching
@@ -52,9 +52,9 @@ def test_replayed_acceptance_is_that_of_decoding(model: Model) -> None:
         result = model.generate(PROMPTS, tree=tree, max_new_tokens=NEW, ignore_eos=True)
         rounds = np.array([p.rounds for p in result.prompts])
         by_depth = sum(np.array(p.accepted_by_depth) * p.rounds for p in result.prompts) / rounds.sum()
-        told = replay(ranks, tree)
-        np.testing.assert_allclose(told.accepted_by_depth, by_depth, atol=1e-12)
-        assert told.accept_length == pytest.approx(1 + by_depth.sum())
+        replayed = replay(ranks, tree)
+        np.testing.assert_allclose(replayed.accepted_by_depth, by_depth, atol=1e-12)
+        assert replayed.accept_length == pytest.approx(1 + by_depth.sum())
     assert replay(ranks, TREES[-1]).accept_length > 1, "a tree that accepts nothing shows nothing"
 
 
@@ -62,9 +62,9 @@ def test_replay_goes_from_round_to_round() -> None:
     """Ranks by hand: a chain that is right at even positions only."""
     ranks = np.full((1, 6, 1, 1), 9)
     ranks[0, ::2] = 0
-    told = replay(ranks, TreeConfig(0, 1, 2))
+    replayed = replay(ranks, TreeConfig(0, 1, 2))
     # Rounds at 0, 2 and 4, each of which gains two.
-    assert told == (2.0, [1.0])
+    assert replayed == (2.0, [1.0])
 
 
 def test_the_fit_finds_prices_that_are_there() -> None:
@@ -91,7 +91,7 @@ def test_a_grid_has_each_tree_once_and_none_that_cannot_be() -> None:
 def test_budgets_go_to_trees_that_want_more() -> None:
     cost = Cost((0.0, 0.0, 0.0, 0.0, 1e-3), ())
     small, large = TreeConfig(0, 1, 2), TreeConfig(2, 3, 8)
-    exact = [Candidate("s", Setting(small), 1.5, 4.0, 4e-3), Candidate("l", Setting(large), 2.5, 10.0, 1e-2)]
+    exact = [Candidate("s", DecodingSpec(small), 1.5, 4.0, 4e-3), Candidate("l", DecodingSpec(large), 2.5, 10.0, 1e-2)]
     assert trees_for_budgets(exact, [5], cost, 3) == [large]
     assert trees_for_budgets(exact, [2, 5], cost, 3) == [large, small]
 
@@ -105,7 +105,7 @@ def test_exact_candidates_come_fastest_first() -> None:
 
 
 def test_a_bound_is_kept() -> None:
-    lossy = Candidate("", Setting(TREES[0], BudgetConfig(6)), 2.0, 6.0, 1.0, {"kl": 0.02, "top1": 0.97})
+    lossy = Candidate("", DecodingSpec(TREES[0], BudgetConfig(6)), 2.0, 6.0, 1.0, {"kl": 0.02, "top1": 0.97})
     assert Bound(max_kl=0.02).allows(lossy) and not Bound(max_kl=0.019).allows(lossy)
     assert Bound(min_agreement=0.97).allows(lossy) and not Bound(0.5, 0.98).allows(lossy)
     assert Bound().allows(lossy._replace(loss=None))
@@ -144,7 +144,7 @@ def test_a_search_chooses_what_measured_fastest_and_continues_to_the_same(
     assert {row["setting"] for row in profile["finalists"] if row["exact"]} >= {"plain"}
     chosen = read_profile(tmp_path / "tuned" / "profile.json")
     assert (chosen["tree"] is None) == (profile["chosen"]["setting"] == "plain")
-    assert profile["chosen"]["setting"] in first or "Plain decoding wins" in first
+    assert profile["chosen"]["setting"] in first or "Plain decoding is fastest" in first
     # Cut off in the middle of a line, the same command ends with the same bytes: what was measured is kept.
     lines = files["tune.jsonl"].splitlines(keepends=True)
     (tmp_path / "tuned" / "tune.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1])

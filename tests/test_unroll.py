@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import fast_jit
-from head_oracle import VOCAB, head_of
+from head_oracle import VOCAB, beside, head_of
 
-from moespec_jax.decoding.propose import extend_draft
+from moespec_jax.decoding.eagle3_drafter import extend_cache
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.eagle3 import draft_forward, draft_logits, empty_draft_cache, next_features
 from moespec_jax.train.objective import LOSSES, Teacher, unrolled_scores
@@ -30,28 +30,29 @@ variants = pytest.mark.parametrize("variant", ["base", "norm_output", "qk_norm",
 def case(variant: str, batch: int = 1) -> tuple[Any, ...]:
     config, head, embedding = head_of(variant)
     rng = np.random.default_rng(2)
-    taps = jnp.asarray(rng.normal(size=(batch, TOKENS, config.aux_size)), jnp.float32)
-    return config, head, embedding, taps, jnp.asarray(rng.integers(0, VOCAB, (batch, TOKENS)), jnp.int32)
+    aux = jnp.asarray(rng.normal(size=(batch, TOKENS, config.aux_size)), jnp.float32)
+    return config, head, embedding, aux, jnp.asarray(rng.integers(0, VOCAB, (batch, TOKENS)), jnp.int32)
 
 
 def step_logits(variant: str) -> list[np.ndarray]:
     """Every step's logits `[tokens, draft_vocab]` of the unrolled chain."""
-    config, head, embedding, taps, tokens = case(variant)
-    run = fast_jit(lambda head: unroll(config, head, embedding, taps, tokens, STEPS, lambda _, logits: logits))
+    config, head, embedding, aux, tokens = case(variant)
+    run = fast_jit(lambda head: unroll(config, head, embedding, aux, tokens, STEPS, lambda _, logits: logits))
     return [np.asarray(one[0]) for one in run(head)]
 
 
 @variants
 def test_unrolled_chain_equals_drafting(variant: str) -> None:
     """Row t of a batch reads the true prefix up to pair t, then drafts on its own outputs and the same true tokens."""
-    config, head, embedding, taps, tokens = case(variant)
+    config, head, embedding, aux, tokens = case(variant)
     rows = TOKENS - 1
 
     def chain(head: Any) -> list[jax.Array]:
         cache = empty_draft_cache(config, rows, TOKENS + STEPS, jnp.float32)
-        repeated = jnp.repeat(taps[:, :rows], rows, axis=0)
-        out, cache = extend_draft(config, head, embedding, repeated, jnp.repeat(tokens[:, 1:], rows, axis=0), cache)
-        # What lies behind a row's own prefix must not be seen: make it unlike anything.
+        repeated = jnp.repeat(aux[:, :rows], rows, axis=0)
+        following, params = jnp.repeat(tokens[:, 1:], rows, axis=0), beside(head, embedding)
+        out, cache = extend_cache(config, params, repeated, following, cache)
+        # What is behind a row's own prefix must not be seen: make it unlike anything.
         length = jnp.arange(1, rows + 1, dtype=jnp.int32)
         beyond = jnp.arange(cache.slots)[None, None, :, None] >= length[:, None, None, None]
         k, v = (tuple(jnp.where(beyond, 1e4, x) for x in store) for store in (cache.k, cache.v))
@@ -78,8 +79,8 @@ def test_unrolled_chain_equals_drafting(variant: str) -> None:
 @variants
 def test_unrolled_chain_equals_the_reference(variant: str) -> None:
     """The same against NumPy, every prefix run from nothing."""
-    config, head, embedding, taps, tokens = case(variant)
-    true, embedded = oracle.fuse(config, head, np.asarray(taps[0])), np.asarray(embedding)[np.asarray(tokens[0])]
+    config, head, embedding, aux, tokens = case(variant)
+    true, embedded = oracle.fuse(config, head, np.asarray(aux[0])), np.asarray(embedding)[np.asarray(tokens[0])]
     ours = step_logits(variant)
     for t in range(TOKENS - 1):
         features = true[: t + 1]
@@ -91,9 +92,9 @@ def test_unrolled_chain_equals_the_reference(variant: str) -> None:
 
 
 def test_a_sequence_shorter_than_the_unroll() -> None:
-    config, head, embedding, taps, tokens = case("base")
-    taps, tokens = taps[:, :2], tokens[:, :2]
-    given = fast_jit(lambda head: unroll(config, head, embedding, taps, tokens, STEPS, lambda _, logits: logits))(head)
+    config, head, embedding, aux, tokens = case("base")
+    aux, tokens = aux[:, :2], tokens[:, :2]
+    given = fast_jit(lambda head: unroll(config, head, embedding, aux, tokens, STEPS, lambda _, logits: logits))(head)
     assert all(one.shape == (1, 2, config.draft_vocab_size) and np.isfinite(one).all() for one in given)
 
 
@@ -118,18 +119,18 @@ def test_losses(name: str) -> None:
     np.testing.assert_allclose(ours, expected, atol=2e-6)  # float32 against float64, on losses of about 3
 
 
-def teacher_of(head: Any, taps: jax.Array, guesses: list[np.ndarray]) -> tuple[Teacher, jax.Array]:
+def teacher_of(head: Any, aux: jax.Array, guesses: list[np.ndarray]) -> tuple[Teacher, jax.Array]:
     """A teacher whose first choice is at every third position what some step of the head guessed, elsewhere often
     outside of the draft vocabulary; and which tokens count."""
     rng, ids = np.random.default_rng(4), np.asarray(head.target_ids)
-    whole = rng.normal(size=(len(taps), TOKENS, VOCAB)).astype(np.float32)
-    for b in range(len(taps)):
+    whole = rng.normal(size=(len(aux), TOKENS, VOCAB)).astype(np.float32)
+    for b in range(len(aux)):
         for p in range(3, TOKENS, 3):
             step = (p + b) % min(len(guesses), 3)
             whole[b, p, ids[guesses[step][b, p - 1 - step].argmax()]] += 9.0
     choice = whole.argmax(-1)
-    teacher = Teacher(taps, jnp.asarray(whole[..., ids]), jnp.asarray(choice), jnp.asarray(np.isin(choice, ids)))
-    return teacher, jnp.asarray(rng.random((len(taps), TOKENS)) < 0.6)
+    teacher = Teacher(aux, jnp.asarray(whole[..., ids]), jnp.asarray(choice), jnp.asarray(np.isin(choice, ids)))
+    return teacher, jnp.asarray(rng.random((len(aux), TOKENS)) < 0.6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -137,10 +138,10 @@ def test_scores_equal_brute_force(name: str) -> None:
     """Position by position: a token that does not count is nothing; one that the head cannot say is a miss that bears
     no loss; accuracy is by token of the target's whole vocabulary."""
     batch = 3
-    config, head, embedding, taps, tokens = case("base", batch)
-    run = fast_jit(lambda head: unroll(config, head, embedding, taps, tokens, STEPS, lambda _, logits: logits))
+    config, head, embedding, aux, tokens = case("base", batch)
+    run = fast_jit(lambda head: unroll(config, head, embedding, aux, tokens, STEPS, lambda _, logits: logits))
     logits = [np.asarray(one) for one in run(head)]
-    teacher, counts = teacher_of(head, taps, logits)
+    teacher, counts = teacher_of(head, aux, logits)
     scores = fast_jit(
         lambda head: unrolled_scores(config, head, embedding, teacher, tokens, counts, STEPS, LOSSES[name], True)
     )(head)
@@ -165,8 +166,8 @@ def test_scores_equal_brute_force(name: str) -> None:
 
 
 def test_gradients_do_not_depend_on_recomputation() -> None:
-    config, head, embedding, taps, tokens = case("norm_output", 2)
-    teacher, counts = teacher_of(head, taps, [np.zeros((2, TOKENS, 1))])
+    config, head, embedding, aux, tokens = case("norm_output", 2)
+    teacher, counts = teacher_of(head, aux, [np.zeros((2, TOKENS, 1))])
 
     def loss(head: Any, recompute: bool) -> jax.Array:
         whole = head.replace(target_ids=ids)

@@ -1,1 +1,1 @@
-"""Ways to decode against each other on one device: `python -m moespec_jax.bench`."""
+"""Benchmark of plain and speculative decoding on one device: `python -m moespec_jax.bench`."""

@@ -1,21 +1,25 @@
-"""Is speculation worth it on this model and device? `python -m moespec_jax.bench`
+"""Measure whether speculative decoding pays on this model, device and prompts.
 
-Times plain decoding, chains and trees without a budget (exact) and under expert budgets (lossy), taking turns in one
-process, warmed up, on given prompts. Says how fast each is, also against plain decoding, the same tree without a
-budget, and the best exact setting; what was accepted, wanted and read; and how near to the memory's speed it comes.
-With --random, shapes of published models without a download: random weights, simulated acceptance and routing.
+Times plain decoding and draft trees, each tree without a budget (exact) and
+under expert budgets (in general lossy). All settings are timed in turn in one
+process, after a warm-up, with greedy decoding. Reports the speed of each
+setting and its ratio to plain decoding, to the same tree without a budget and
+to the fastest exact setting; acceptance; experts read; and the share of the
+device's copy bandwidth that is reached.
+
+Without arguments: the embedded pair on held-out Python modules. With --random:
+shapes of published models with random weights, simulated acceptance and
+simulated routing, without a download.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from moespec_jax.bench.random_pair import EXPONENTS, check_memory, published_accept_length, random_model, shapes_of
@@ -25,7 +29,7 @@ from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
 from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import add_model_flags, check_budget, load_requested, shown_name
-from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
@@ -35,7 +39,7 @@ from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
 from moespec_jax.measure.timing import TimingCase, time_interleaved
 from moespec_jax.runtime.load import DEMO_TARGET
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.results import versions
+from moespec_jax.runtime.results import device_name, versions
 
 EXAMPLE = """
 examples:
@@ -44,43 +48,48 @@ examples:
       --config-list 1,0,0,0 1,3,1,4 1,8,10,60 --budgets 0.5 0.25
   python -m moespec_jax.bench --random qwen3-30b-a3b --trees 4/2/1 60/7/10 --budgets 32 16 --output qwen3
 
-Interrupted, it goes on with the turns that are missing, with the same command.
+After an interruption, the same command continues with the turns that are missing.
 """
-# A name on the command line, and the published model of that shape.
+# Names on the command line, and the published models of those shapes.
 SHAPES = {name.lower(): name for name in EXPONENTS}
 RANDOM_PROMPTS = "random tokens"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m moespec_jax.bench", description=__doc__, epilog=EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("bench", __doc__, EXAMPLE)
     add_model_flags(parser.add_argument_group("model"))
-    group = parser.add_argument_group("or a shape with random weights, which says nothing of any text")
-    group.add_argument("--random", choices=list(SHAPES), help="simulates acceptance and the routers' preferences")
-    group.add_argument("--layers", type=int, metavar="N", help="so many layers only, where the model does not fit")
+    group = parser.add_argument_group("random weights instead of a model (for times only, the text is meaningless)")
+    group.add_argument(
+        "--random", choices=list(SHAPES), help="shape of the model; acceptance and skew of the routing are simulated"
+    )
+    group.add_argument(
+        "--layers", type=int, metavar="N", help="number of layers, where the whole model does not fit (default: all)"
+    )
     group.add_argument(
         "--accept-length",
         type=float,
         metavar="X",
-        help="tokens a round to simulate for every tree (default: from 2.3 at 5 nodes to 3.7 at 60)",
+        help="simulated mean number of tokens that a round gains, for every tree (default: from 2.3 for a tree of 5"
+        " tokens to 3.7 for one of 60)",
     )
-    add_sweep_flags(parser.add_argument_group("what is compared"))
+    add_sweep_flags(parser.add_argument_group("settings to compare"))
     group = parser.add_argument_group("prompts")
     add_prompt_set_flags(group, count=8)
-    group.add_argument("--tokens", type=int, default=64, help="new tokens a prompt (64)")
-    group.add_argument("--repeats", type=int, default=5, help="turns (5)")
+    group.add_argument("--tokens", type=int, default=64, metavar="N", help="new tokens for each prompt (default: 64)")
+    group.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="turns, after one that warms up (default: 5)"
+    )
     group.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompts")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, default=Path("bench"), metavar="DIR",
-        help="gets bench.jsonl, a row a setting, bench.md, bench.png and turns.jsonl, what was measured (bench)",
+        help="directory of the results: bench.jsonl (a row for each setting), bench.md, bench.png, and turns.jsonl (all"
+        " measurements, from which an interrupted command continues) (default: bench)",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the rows of bench.jsonl instead of the table")
     return parser
@@ -97,7 +106,7 @@ def _run(arguments: argparse.Namespace) -> None:
     file = arguments.output / "turns.jsonl"
     ledger = Ledger(file, about | _requested(cases, sets))
     if len(ledger) == 1 + arguments.repeats * len(cases) * len(sets):
-        print(f"{file} has all turns, and nothing is measured; remove it to measure anew", file=sys.stderr)
+        print(f"{file} has all turns: nothing is measured; remove it to measure again", file=sys.stderr)
     bandwidth = ledger.task("bytes copied in a second", copy_bandwidth)
     about["copy_gb_per_s"] = bandwidth / 1e9
     rows = []
@@ -111,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    # matplotlib, which only the picture needs, is asked for before anything is measured and loaded after.
+    # Only the figure needs matplotlib, which takes long to import: `_check` finds it, this imports it.
     from moespec_jax.bench.chart import write_chart
 
     lines, text = "".join(json.dumps(row) + "\n" for row in rows), report(rows)
@@ -122,34 +131,40 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what can be refused before a model is loaded."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("expected matplotlib, which draws the figure: pip install moespec_jax[plots]")
+    """Check the flags, before a model is loaded."""
+    require_matplotlib()
     for name, least in {"tokens": 2, "repeats": 1}.items():
         if getattr(arguments, name) < least:
             raise RequestError(f"expected --{name} of at least {least}; got {getattr(arguments, name)}")
     length = arguments.accept_length
     if length is not None and not 1.0 <= length < float("inf"):
-        raise RequestError(f"expected --accept-length of at least 1, what every round gives; got {length}")
+        raise RequestError(f"expected --accept-length of at least 1, the least that a round gains; got {length}")
     check_prompt_sets(arguments)
     if arguments.random is None:
         for flag in ("layers", "accept_length"):
             if getattr(arguments, flag) is not None:
-                raise RequestError(f"--{flag.replace('_', '-')} is about random weights; expected --random with it")
+                raise RequestError(f"--{flag.replace('_', '-')} applies to random weights; expected --random with it")
     elif arguments.prompts or arguments.chat or arguments.draft_model or arguments.model != DEMO_TARGET:
-        raise RequestError("--random has no text and a head of its own; expected it without a model, prompts or --chat")
+        raise RequestError(
+            "--random has no text, and a head of its own; expected it without a model, prompts or --chat"
+        )
 
 
 def _simulation(arguments: argparse.Namespace) -> Callable[[TreeConfig], float] | None:
-    """How many tokens a round of a tree is made to accept; None where acceptance is the model's own."""
+    """Simulated accept length of each tree; None where acceptance is not simulated."""
     if arguments.random is None:
         return None
-    given = arguments.accept_length
-    return published_accept_length if given is None else lambda tree: min(given, float(tree.longest_path))
+    length = arguments.accept_length
+    return published_accept_length if length is None else lambda tree: min(length, float(tree.longest_path))
 
 
 def _model(arguments: argparse.Namespace, cases: Sequence[TimingCase]) -> Model:
-    """The model that is asked for, if it can have the budgets."""
+    """Load or make the model of the flags, after a check of the budgets.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        RequestError: a budget does not fit the model, or random weights are too large or would be quantized.
+    """
     budgets = [case.spec.budget for case in cases]
     if arguments.random is None:
         return load_requested(arguments, *budgets)
@@ -173,8 +188,8 @@ def _prompts(arguments: argparse.Namespace, model: Model) -> dict[str, list[list
 
 
 def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What every row says of where its figures come from."""
-    device, simulated = jax.devices()[0], arguments.random is not None
+    """Columns of every row that describe model and device."""
+    simulated = arguments.random is not None
     draft = None if model.draft is None else model.draft.name
     shape = None if not simulated else SHAPES[arguments.random]
     return {
@@ -183,7 +198,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers, "num_experts": model.config.num_experts,
         "weights": "random" if simulated else "trained checkpoint",
         "simulated": simulated, "simulated_routing_skew": None if shape is None else EXPONENTS[shape],
-        "device": f"{device.platform} ({device.device_kind})", "dtype": model.precision,
+        "device": device_name(), "dtype": model.precision,
         "backend": model.backend.name, "versions": versions(),
         "new_tokens": arguments.tokens, "repeats": arguments.repeats, "temperature": 0.0,
     }  # fmt: skip
@@ -196,10 +211,12 @@ def _requested(cases: Mapping[str, TimingCase], sets: Mapping[str, list[list[int
 
 
 def _recorded(case: TimingCase) -> str:
-    """A case as turns.jsonl has recorded it since 0.1: a file that was begun before is continued."""
+    """Describe a case in the form of version 0.1, so that older files turns.jsonl can be continued."""
     budget = case.spec.budget
     if budget is not None:
-        coverage, anchor = ("guarantee", "none") if budget.anchor == "likely" else (budget.coverage, budget.anchor)
+        coverage, anchor = budget.coverage, budget.anchor
+        if (coverage, anchor) == ("substitute", "likely"):
+            coverage, anchor = "guarantee", "none"
         rule = f"coverage={coverage!r}, score={budget.score!r}, credit={budget.credit!r}"
         rule += f", anchor={anchor!r}, size={budget.size!r}, mass={budget.mass!r}"
         rule += f", guarantee={budget.anchor_probability!r}, faithfulness={budget.min_kept_weight!r}"
@@ -209,8 +226,8 @@ def _recorded(case: TimingCase) -> str:
 
 
 def _floor(model: Model, bandwidth: float) -> Callable[[float], float]:
-    """Seconds that a pass takes at the least which reads so many experts a layer, at the speed of a copy."""
-    return lambda experts: verification_bytes(model.config, model.params, experts) / bandwidth
+    """Make a function from the number of experts that a layer reads to the least seconds of a pass (roofline)."""
+    return lambda experts_read: verification_bytes(model.config, model.params, experts_read) / bandwidth
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rows as a picture: speed by setting, with its range, exact and lossy apart."""
+"""Chart of the rows: speed of each setting, with its range."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from moespec_jax.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's, which colour-blind people tell apart.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 EXACT, BUDGETS = "#0072B2", ("#E69F00", "#D55E00", "#CC79A7", "#009E73")
 
 
 def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel for each set of prompts and batch size."""
+    """Write a PNG with a panel for each set of prompts and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -40,7 +40,7 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def draw_speeds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
-    """A bar for each row from top to bottom, with a line at plain decoding and one at the best exact setting."""
+    """Draw a bar for each row, hatched where it is lossy, with lines at plain decoding and the best exact setting."""
     budgets = list(dict.fromkeys(row["expert_budget"] for row in rows if row["expert_budget"] is not None))
     colours = {budget: BUDGETS[i % len(BUDGETS)] for i, budget in enumerate(budgets)} | {None: EXACT}
     for place, row in enumerate(rows):
@@ -53,18 +53,18 @@ def draw_speeds(axes: "Axes", rows: Sequence[dict[str, Any]]) -> None:
             f"{median:.0f}" if median >= 100 else f"{median:.3g}", (high, place), (4, 0), va="center", fontsize=8,
             textcoords="offset points",
         )  # fmt: skip
-    told = draw_baselines(axes, {row["setting"]: row["output_throughput"]["median"] for row in rows}, rows[0])
+    legend = draw_baselines(axes, {row["setting"]: row["output_throughput"]["median"] for row in rows}, rows[0])
     axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
     axes.invert_yaxis()
     batch = f", {rows[0]['batch_size']} at a time" if rows[0]["batch_size"] > 1 else ""
     axes.set_title(f"{rows[0]['prompts']}, {rows[0]['count']} prompts{batch}", fontsize=9, loc="left")
     axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(f"tokens a second ({told})", fontsize=8)
+    axes.set_xlabel(f"tokens per second ({legend})", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_baselines(axes: "Axes", speeds: Mapping[str, float], row: dict[str, Any]) -> str:
-    """Lines at plain decoding, which comes first, and at the best exact setting if that is another; which is which."""
+    """Draw lines at plain decoding and at the best exact setting if it is another one; returns their legend."""
     plain, best = row["setting"], row["best_exact"]
     axes.axvline(speeds[plain], color="0.3", linewidth=1, linestyle=":", zorder=0)
     if best == plain:
@@ -74,6 +74,6 @@ def draw_baselines(axes: "Axes", speeds: Mapping[str, float], row: dict[str, Any
 
 
 def label(row: dict[str, Any]) -> str:
-    """`60/7/10, B = 0.5 (LOSSY)`."""
+    """Label of a row: `60/7/10, B = 0.5 (LOSSY)`."""
     budget = "" if row["expert_budget"] is None else f", B = {row['expert_budget']}"
     return f"{row['tree']}{budget} ({output_word(row)})"

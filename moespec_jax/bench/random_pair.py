@@ -1,15 +1,19 @@
-"""Targets and heads of published shapes with random weights, whose routers prefer some experts to others.
+"""Targets and heads of published shapes with random weights and skewed routing.
 
-Random routers spread the tokens of a tree over nearly all experts, trained ones do not: 31 tokens of OLMoE want 39 of
-64 experts, 63 want 54, and the 32 heaviest hold 93 % of the routers' mass; 63 tokens of Qwen3-30B-A3B want about 80 of
-128; Mixtral's want 7 or 8 of 8. So routing is *skewed*: a layer's experts are ranked at random, and a token's logit of
-the expert of rank r is `SHARPNESS * (z - exponent * log r)` with z from a standard normal distribution, which is Zipf's
-law with an exponent for each model. The log r is in the weights: every token's state has the same constant in its first
-coordinate, large enough that no layer changes it by much, and that coordinate's weight in the router is the expert's
-push. The states are those of tokens alone, nearly: attention and experts are random too and add little.
+The tokens of a tree select nearly all experts of a random router, but fewer of a trained one: 31 tokens select 39 of
+OLMoE's 64 experts and 63 tokens 54, and the 32 experts of largest mass hold 93 % of the router's mass; 63 tokens
+select about 80 of Qwen3-30B-A3B's 128 experts; of Mixtral's 8 they select 7 or 8. Therefore routing is *skewed*: the
+experts of a layer have random ranks, and the router's logit of the expert of rank r is
 
-The skew gives as many distinct experts as trained models want, so that the bytes read are right. What is chosen means
-nothing, nor does the text.
+    SHARPNESS * (z - exponent * log r),    z ~ N(0, 1),
+
+which is Zipf's law with an exponent for each model. The term in log r is a weight of the router: the first coordinate
+of every hidden state is the same constant, large enough that layers hardly change it, and multiplies that weight. The
+other coordinates depend almost only on the token, since attention and experts, also random, add little to the
+embedding.
+
+With this skew a tree reads about as many distinct experts as with a trained model, so that the bytes read are
+realistic. Which experts are selected, and the text, are meaningless.
 """
 
 import dataclasses
@@ -36,13 +40,13 @@ from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
 from moespec_jax.nn.moe import SparseMlp
 from moespec_jax.runtime.model import Model
 
-# How skewed routing is: fitted to the published figures above (tests/test_bench_random.py measures what comes of it).
+# Exponents of the skew, fitted to the published numbers above (tests/test_bench_random.py measures the result).
 EXPONENTS = {"OLMoE-1B-7B": 0.9, "Qwen3-30B-A3B": 0.67, "Mixtral-8x7B": 0.9, "toy": 0.8}
 SHARPNESS = 1.5
-# Standard deviation of the embedding, beside which what layers add is small, and the constant over its whole norm.
+# Standard deviation of the embedding, large against the output of layers; and the constant as a fraction of its norm.
 _STREAM, _CONSTANT = 10.0, 0.15
-# Logits' standard deviation over the one at which a softmax over so many begins to have favourites.
-_DECIDED = 1.2
+# Standard deviation of the head's logits, over the value above which few tokens dominate a softmax: sqrt(2 log n).
+_LOGIT_SPREAD = 1.2
 _TOY = dict(
     hidden_size=64, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, vocab_size=512,
     num_hidden_layers=3, num_experts=16, num_experts_per_tok=2,
@@ -50,14 +54,16 @@ _TOY = dict(
 
 
 def shapes_of(model: str, layers: int | None = None) -> tuple[DecoderConfig, DraftConfig]:
-    """Target and head of a published pair, cut to its first `layers`, or of a toy with OLMoE's parts.
+    """Configure target and head of a published shape, or of "toy", a small OLMoE; `layers` reduces its layers.
 
     Raises:
-        RequestError: there are not so many layers.
+        RequestError: `layers` is out of range.
     """
     published = "OLMoE-1B-7B" if model == "toy" else model
     fields: dict[str, Any] = dict(MODELS[published])
-    changes: dict[str, Any] = {"norm_before_residual": True}  # or a tree's first feature drowns all of its tokens
+    changes: dict[str, Any] = {
+        "norm_before_residual": True
+    }  # otherwise the root's feature outweighs the embeddings of all nodes
     if model == "toy":
         fields |= _TOY
         changes |= dict(draft_vocab_size=256, intermediate_size=96, boundaries=(0, 1, 2))
@@ -72,19 +78,19 @@ def shapes_of(model: str, layers: int | None = None) -> tuple[DecoderConfig, Dra
 def random_pair(
     config: DecoderConfig, draft: DraftConfig, backend: Backend, dtype: DTypeLike, exponent: float
 ) -> SpeculativeParams:
-    """Target and head; the routing of the target is skewed by `exponent`, 0 for not at all."""
+    """Make the parameters of target and head; the target's routing is skewed by `exponent`, 0 for none."""
     weights, ranks, head = jax.random.split(jax.random.key(0), 3)
     target = skewed(config, random_decoder(config, backend, weights, dtype), exponent, ranks)
     ids = jnp.arange(draft.draft_vocab_size, dtype=jnp.int32)
     parameters = jax.tree.map(
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype),
-        decided(draft, random_head(draft, target, ids, head)),
+        sharpened(draft, random_head(draft, target, ids, head)),
     )
     return SpeculativeParams(target, parameters)
 
 
 def random_model(model: str, layers: int | None, dtype: DTypeLike | None, backend: Backend | None = None) -> Model:
-    """As `load` gives one, without a tokenizer."""
+    """Make a model with random weights and a draft head, without a tokenizer; otherwise as `load` does."""
     config, draft = shapes_of(model, layers)
     backend = backend or default_backend()
     kind = jnp.dtype(dtype or default_dtype())
@@ -94,43 +100,45 @@ def random_model(model: str, layers: int | None, dtype: DTypeLike | None, backen
 
 
 def check_memory(config: DecoderConfig, dtype: DTypeLike | None) -> None:
-    """Refuse a shape whose weights alone are more than this device's memory, before any are made.
+    """Check that the weights of a shape fit this device's memory, before they are made.
 
     Raises:
-        RequestError: they are.
+        RequestError: they do not fit.
     """
     kind, device = jnp.dtype(dtype or default_dtype()), jax.devices()[0]
     needed = sum(leaf.size for leaf in jax.tree.leaves(abstract_decoder(config, default_backend(), kind)))
     needed *= kind.itemsize
-    there = (device.memory_stats() or {}).get("bytes_limit")
+    memory = (device.memory_stats() or {}).get("bytes_limit")
     if device.platform == "cpu":
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if there is not None and needed > there:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory is not None and needed > memory:
         raise RequestError(
-            f"expected weights of at most {there / 1e9:.0f} GB, the memory of this device; {config.num_hidden_layers}"
+            f"expected weights of at most {memory / 1e9:.0f} GB, the memory of this device; {config.num_hidden_layers}"
             f" layers take {needed / 1e9:.0f} GB in {kind}: see --layers and --dtype"
         )
 
 
 def default_dtype() -> str:
-    """Of weights that nobody asked for in another: as `load` has it."""
+    """Default dtype of random weights, as in `load`."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def skewed(config: DecoderConfig, target: Decoder, exponent: float, key: jax.Array) -> Decoder:
-    """The same decoder with a constant in every state, and routers that prefer experts by it."""
+    """Skew the routing of a decoder: a constant first coordinate in every embedding, and router weights for it."""
     width = config.hidden_size
     embed = target.embed * jnp.asarray(_STREAM * width**0.5, target.embed.dtype)
-    embed = embed.at[:, 0].set(_STREAM * width**0.5 * _CONSTANT)
+    embed = embed.at[:, 0].set(jnp.asarray(_STREAM * width**0.5 * _CONSTANT, embed.dtype))
     keys = jax.random.split(key, len(target.layers))
     layers = tuple(_skewed_layer(layer, exponent, k) for layer, k in zip(target.layers, keys, strict=True))
     return dataclasses.replace(target, embed=embed, layers=layers)
 
 
-def decided(config: DraftConfig, head: DraftHead) -> DraftHead:
-    """The same head with favourites that differ from token to token, so that its trees are deep and of many tokens, as
-    a trained one's are: every position attends to itself, what it finds there outweighs the rest, and logits are spread
-    so far that softmax has favourites."""
+def sharpened(config: DraftConfig, head: DraftHead) -> DraftHead:
+    """Sharpen a head's distributions, so that its trees are as deep and as varied as those of a trained head.
+
+    Every position attends to itself (queries equal keys), the output of attention is scaled up against the rest, and
+    the logits are scaled so that few tokens dominate the softmax.
+    """
     groups, width = config.num_attention_heads // config.num_key_value_heads, config.head_dim
 
     def own(layer: DraftLayer) -> DraftLayer:
@@ -139,24 +147,27 @@ def decided(config: DraftConfig, head: DraftHead) -> DraftHead:
         attention = dataclasses.replace(layer.attention, q=queries, o=layer.attention.o * 30)
         return dataclasses.replace(layer, attention=attention)
 
-    spread = _DECIDED * math.sqrt(2 * math.log(config.draft_vocab_size))
+    spread = _LOGIT_SPREAD * math.sqrt(2 * math.log(config.draft_vocab_size))
     return dataclasses.replace(head, layers=tuple(map(own, head.layers)), lm_head=head.lm_head * spread)
 
 
 def published_accept_length(tree: TreeConfig) -> float:
-    """Tokens a round to simulate: 2.3 at 5 nodes and 3.7 at 60, as published for heads of these models, between and
-    beyond by the logarithm of the size, and not more than the longest path."""
+    """Compute the accept length to simulate for a tree, from values published for heads of these models.
+
+    It is 2.3 for 5 tokens and 3.7 for 60, linear in the logarithm of the size, from 1 to the longest path.
+    """
     length = 2.3 + 1.4 * math.log(tree.size / 5) / math.log(60 / 5)
     return round(min(max(length, 1.0), float(tree.longest_path)), 2)
 
 
 def _skewed_layer(layer: Layer, exponent: float, key: jax.Array) -> Layer:
-    """A layer, or a stack of them, whose router sees the constant after its norm."""
+    """Skew the router of a layer, or of a stack of layers, which reads the constant after its RMS norm."""
     if not isinstance(layer.mlp, SparseMlp):
         return layer
     router = layer.mlp.router
     constant = _CONSTANT / (1 + _CONSTANT**2) ** 0.5 * router.shape[-1] ** 0.5
     ranks = 1.0 + jnp.argsort(jax.random.uniform(key, router.shape[:-1]), axis=-1).astype(jnp.float32)
-    push = -SHARPNESS * exponent * jnp.log(ranks) / constant
+    skew = -SHARPNESS * exponent * jnp.log(ranks) / constant
     rows = router * jnp.asarray(SHARPNESS * (1 + _CONSTANT**2) ** 0.5, router.dtype)
-    return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, router=rows.at[..., 0].set(push)))
+    rows = rows.at[..., 0].set(skew.astype(rows.dtype))
+    return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, router=rows))

@@ -1,4 +1,4 @@
-"""One row for each case: its measurements under SpecForge's and our names, and how it compares with exact decoding."""
+"""Rows of results, one for each case: measurements under SpecForge's and our names, and ratios to exact decoding."""
 
 import dataclasses
 import statistics
@@ -17,10 +17,9 @@ _SAME = ("accept_length", "accepted_by_depth", "experts_wanted", "mass_kept", "t
 def result_rows(
     cases: Mapping[str, TimingCase], turns: Turns, floor: Callable[[float], float], about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Make rows in the order of the cases, each with the columns `about`.
+    """Make rows in the order of the cases, each with the columns `about`. Ratios are of speeds in the same turn.
 
-    `floor` gives the seconds that a pass over a few tokens takes at least if a layer reads so many experts. Ratios are
-    of speeds in the same turn.
+    `floor` maps the number of experts that a layer reads to the least seconds of a pass over a few tokens (roofline).
     """
     best = best_exact(cases, turns)
     rows = []
@@ -43,7 +42,7 @@ def result_rows(
 
 
 def best_exact(cases: Mapping[str, TimingCase], turns: Turns) -> dict[int, str]:
-    """Find for each batch size the case without a budget, plain decoding included, of the highest median speed."""
+    """Find the case without a budget, plain decoding included, of the highest median speed, for each batch size."""
     found: dict[int, str] = {}
     for name, case in cases.items():
         if case.spec.budget is None:
@@ -54,29 +53,29 @@ def best_exact(cases: Mapping[str, TimingCase], turns: Turns) -> dict[int, str]:
 
 
 def median_speed(turns: Turns, name: str) -> float:
-    """Tokens a second."""
+    """Compute the median over turns, in tokens per second."""
     return statistics.median(tokens_per_second(turn[name]) for turn in turns)
 
 
 def name_of(cases: Mapping[str, TimingCase], case: TimingCase) -> str:
-    """Name of an equal case."""
+    """Find the name of a case."""
     return next(name for name, other in cases.items() if other == case)
 
 
 def ratios(turns: Turns, name: str, base: str) -> dict[str, float]:
-    """Speed over that of `base` in the same turn."""
+    """Divide the speed by that of `base` in the same turn."""
     return spread([tokens_per_second(turn[name]) / tokens_per_second(turn[base]) for turn in turns])
 
 
 def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) -> float | None:
-    """Share of plain decoding's tokens before the first that differs; None where acceptance is simulated."""
+    """Compute the share of plain decoding's tokens before the first difference; None where acceptance is simulated."""
     if turn[name]["simulated"] is not None:
         return None
     return agreement(turn[plain]["token_ids"], turn[name]["token_ids"])
 
 
 def case_columns(case: TimingCase) -> dict[str, Any]:
-    """Columns of tree and budget under SpecForge's names, with zeros for plain decoding, and under ours."""
+    """Columns of a case under SpecForge's names (zeros for plain decoding) and ours."""
     tree, budget = case.spec.tree, case.spec.budget
     assert tree != "default"
     steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
@@ -88,10 +87,10 @@ def case_columns(case: TimingCase) -> dict[str, Any]:
 
 
 def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], float]) -> dict[str, Any]:
-    """Columns of one case's turns: medians and ranges of times, and measurements that are the same in all turns."""
+    """Columns of the measurements of one case: medians and ranges over turns, and values equal in all turns."""
     rounds = [stats["decode_s"] / stats["rounds"] for stats in own]
     verified = own[0]["verify_s"] is not None
-    alone = [floor(stats["verify_experts"]) / stats["verify_s"] for stats in own] if verified else None
+    shares = [floor(stats["verify_experts"]) / stats["verify_s"] for stats in own] if verified else None
     return {
         "output_throughput": spread([tokens_per_second(stats) for stats in own]),
         "round_ms": spread([seconds * 1e3 for seconds in rounds]),
@@ -102,7 +101,7 @@ def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], 
         **{name: own[-1][name] for name in _SAME},
         "experts_read": own[-1]["experts_read"],
         "round_share_of_copy_bandwidth": spread([floor(own[-1]["experts_read"]) / seconds for seconds in rounds]),
-        "verify_share_of_copy_bandwidth": None if alone is None else spread(alone),
+        "verify_share_of_copy_bandwidth": None if shares is None else spread(shares),
         "exact": all(stats["exact"] for stats in own),
         "simulated_accept_length": own[-1]["simulated"],
     }

@@ -1,4 +1,4 @@
-"""Cases to time: trees or SpecForge's configs, each without a budget and under every budget."""
+"""Cases to time: trees or SpecForge's configs, each without a budget and under every budget of the flags."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -17,28 +17,29 @@ BUDGETS = ("0.5", "0.25")
 
 
 def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
-    """`--trees` or `--config-list`, `--budgets`, and the budgets' rule."""
+    """Add `--trees` or `--config-list`, `--budgets`, and the flags of the budgets' rule."""
     which = group.add_mutually_exclusive_group()
     which.add_argument(
         "--trees",
         nargs="+",
         metavar="SIZE/DEPTH/TOP-K",
-        help=f"trees to draft, one prompt at a time; plain is always measured ({' '.join(TREES)})",
+        help="draft trees, each as --tree-size, --tree-depth and --tree-top-k of moespec_jax.generate, with one prompt"
+        f" at a time; plain decoding is always measured too (default: {' '.join(TREES)})",
     )
     which.add_argument(
         "--config-list",
         nargs="+",
         metavar="B,S,K,N",
-        help="the same in SpecForge's spelling: batch size, steps (our depth + 1), top-k and draft tokens (our size);"
-        " zeros after the batch size are plain decoding: 1,0,0,0 1,3,1,4 1,8,10,60",
+        help="trees in SpecForge's notation, instead of --trees: batch size, steps (depth + 1), top-k and number of"
+        " draft tokens (size); 1,0,0,0 is plain decoding; for example: 1,0,0,0 1,3,1,4 1,8,10,60",
     )
     group.add_argument(
         "--budgets",
         nargs="+",
         metavar="B",
         default=list(BUDGETS),
-        help="expert budgets for each tree, as numbers or fractions of the experts; without one (none) every tree is"
-        f" measured anyway ({' '.join(BUDGETS)})",
+        help="expert budgets for each tree, as numbers or fractions of the experts; none: no budgets; every tree is"
+        f" also measured without a budget (default: {' '.join(BUDGETS)})",
     )
     add_rule_flags(group)
 
@@ -46,10 +47,10 @@ def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
 def sweep(
     arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None
 ) -> dict[str, TimingCase]:
-    """List all cases by name, baselines first. `simulate` gives the simulated accept length of a tree.
+    """List all cases by name, plain decoding first. `simulate` returns the simulated accept length of a tree.
 
     Raises:
-        RequestError: there is no such tree, config or budget, or one is named twice.
+        RequestError: a tree, config or budget is invalid, or appears twice.
     """
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
@@ -63,15 +64,15 @@ def sweep(
         cases += [TimingCase(DecodingSpec(tree, b, length), batch) for b in (None, *budgets_of(arguments))]
     named = {case_name(case): case for case in cases}
     if len(named) < len(cases):
-        raise RequestError("expected trees and budgets that differ; some of these are the same")
+        raise RequestError("expected trees and budgets that differ; some of them are the same")
     return named
 
 
 def parse_config(text: str) -> tuple[int, TreeConfig | None]:
-    """Parse batch size and tree from `batch-size,steps,topk,num-draft-tokens`; no tree where the last three are 0.
+    """Parse batch size and tree from `batch-size,steps,topk,num-draft-tokens`; None where the last three are 0.
 
     Raises:
-        RequestError: there is no such config.
+        RequestError: the config is invalid.
     """
     try:
         batch, steps, top_k, size = (int(part) for part in text.split(","))
@@ -86,25 +87,25 @@ def parse_config(text: str) -> tuple[int, TreeConfig | None]:
 
 
 def budgets_of(arguments: argparse.Namespace) -> list[BudgetConfig]:
-    """List the budgets of the flags, without none.
+    """List the budgets of the flags; `none` adds nothing.
 
     Raises:
-        RequestError: there is no such budget, or a rule without one.
+        RequestError: a budget is invalid, or there are flags of a rule without a budget.
     """
-    given, rule = [text for text in arguments.budgets if text != "none"], rule_of(arguments)
-    if rule and not given:
+    texts, rule = [text for text in arguments.budgets if text != "none"], rule_of(arguments)
+    if rule and not texts:
         raise RequestError("expected --budgets with the flags of a budget's rule; there are none")
     try:
-        return [BudgetConfig(parse_budget(text), **rule) for text in given]  # pyright: ignore[reportArgumentType]
+        return [BudgetConfig(parse_budget(text), **rule) for text in texts]  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise RequestError(str(error)) from None
 
 
 def check_sweep(cases: Sequence[TimingCase], model: Model, count: int) -> None:
-    """Refuse cases that this model, or a set of `count` prompts, cannot run, before anything is timed.
+    """Check that a model and a set of `count` prompts can run all cases, before anything is timed.
 
     Raises:
-        RequestError: there is no draft head, or it knows too few tokens; or batches do not come out even.
+        RequestError: there is no draft head, its vocabulary is too small, or a batch size does not divide `count`.
     """
     trees = {case.spec.tree for case in cases if isinstance(case.spec.tree, TreeConfig)}
     if model.draft is None and trees:
@@ -120,5 +121,5 @@ def check_sweep(cases: Sequence[TimingCase], model: Model, count: int) -> None:
 
 
 def case_name(case: TimingCase) -> str:
-    """`4/2/1`, `4/2/1 B=0.5`, `plain x8`: tree, budget, and batch size where it is not 1."""
+    """Name of a case: tree, budget, and batch size if it is not 1: `4/2/1`, `4/2/1 B=0.5`, `plain x8`."""
     return case.spec.name + ("" if case.batch == 1 else f" x{case.batch}")

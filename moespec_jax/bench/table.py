@@ -1,4 +1,4 @@
-"""The rows as a table for people: Markdown whose columns stand under each other."""
+"""Report of the rows in Markdown: a table for each set of prompts and batch size."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,42 +12,42 @@ HEAD = (
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """What was measured on what, and a table for each set of prompts and batch size."""
+    """Format model and device, the tables, and a note on how to read them."""
     sections = [heading(rows[0])]
     for part in groups(rows):
         first, exact = part[0], part[0]["best_exact"]
-        what = f"{first['prompts']}: {first['count']} prompts, {first['new_tokens']} new tokens each"
-        what += f", {first['batch_size']} at a time" if first["batch_size"] > 1 else ""
+        title = f"{first['prompts']}: {first['count']} prompts, {first['new_tokens']} new tokens each"
+        title += f", batches of {first['batch_size']}" if first["batch_size"] > 1 else ""
         cells = [HEAD, *([*map(str, cells_of(row))] for row in part)]
-        sections += [f"{what}. Best exact setting, by its median: **{exact}**.", markdown_table(cells)]
+        sections += [f"{title}. Best exact setting, by median speed: **{exact}**.", markdown_table(cells)]
     return "\n\n".join([*sections, footing(rows[0])]) + "\n"
 
 
 def heading(row: dict[str, Any]) -> str:
-    """Model, device and versions; and, before all, that it is a simulation where it is one."""
+    """Format model, device and versions, after a notice where acceptance and routing are simulated."""
     head = "none" if row["draft_model"] is None else row["draft_model"]
     text = (
         f"{row['model']} with draft head {head} ({row['weights']}); {row['device']}, {row['dtype']},"
         f" jax {row['versions']['jax']}, moespec_jax {row['versions']['moespec_jax']}"
     )
     if row["simulated"]:
-        text = f"SIMULATED acceptance and SIMULATED routing skew: times mean something, texts do not.\n\n{text}"
+        text = f"SIMULATED acceptance and SIMULATED routing skew: times are real, texts are meaningless.\n\n{text}"
     return text
 
 
 def footing(row: dict[str, Any]) -> str:
-    """How to read the table."""
+    """Explain how to read the tables."""
     return (
-        f"Greedy; median and range of {row['repeats']} turns in one process, ratios of the same turn; prefill and"
-        " compilation are not in them. Experts: distinct ones a layer and pass, of"
-        f" {row['num_experts']}. Copy bandwidth: what the verification must read at"
-        f" {row['copy_gb_per_s']:.1f} GB/s, measured here, over the time of a round, and of the verification alone;"
-        " caches can make it more than 100%."
+        f"Greedy decoding; median and range of {row['repeats']} turns in one process; ratios are of speeds in the same"
+        " turn, without prefill and compilation. Experts: distinct experts per layer and pass, of"
+        f" {row['num_experts']}. Copy bandwidth: time to read the verification's weights at the"
+        f" {row['copy_gb_per_s']:.1f} GB/s of a copy on this device, over the time of a round, and over that of the"
+        " verification alone; caches can make it more than 100%."
     )
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows that can be compared: of the same prompts and batch size, in order."""
+    """Group rows by prompts and batch size, in order."""
     found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["prompts"], row["batch_size"]), []).append(row)
@@ -55,14 +55,14 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def output_word(row: dict[str, Any]) -> str:
-    """What comes out: `exact`, `LOSSY`, or `simulated`, which is not the model's."""
+    """Describe the output: `exact`, `LOSSY` or `simulated`."""
     if row["simulated"]:
         return "simulated"
     return "exact" if row["exact"] else "LOSSY"
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """Format the cells of a row, in the order of `HEAD`."""
     same, verify = row["same_tokens_as_plain"], row["verify_share_of_copy_bandwidth"]
     shares = f"{row['round_share_of_copy_bandwidth']['median']:.0%}"
     return [
@@ -81,6 +81,6 @@ def cells_of(row: dict[str, Any]) -> list[str]:
 
 
 def spread_text(values: dict[str, float], form: str) -> str:
-    """`1.20 (1.10 to 1.25)`."""
+    """Format median and range: `1.20 (1.10 to 1.25)`."""
     median, low, high = (form.format(values[name]) for name in ("median", "min", "max"))
     return f"{median} ({low} to {high})"

@@ -1,7 +1,7 @@
-"""Time of the target's verification of a tree by itself, as one of many in a compiled loop.
+"""Timing of the verification of a tree without the rest of a round.
 
-Called alone, a pass would be timed with the host's work of passing all parameters, which takes longer than a small
-model's pass: so a loop verifies one tree many times, and each pass depends on the one before.
+A compiled loop verifies one tree many times, and each pass depends on the previous one. A call of a single pass would
+include the dispatch of all parameters by the host, which takes longer than the pass of a small model.
 """
 
 import dataclasses
@@ -25,15 +25,19 @@ from moespec_jax.nn.cache import Cache
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
-# Rounds after which the tree is drafted, and seconds that a loop is to last.
-_ROUNDS, _LASTING = 8, 0.2
+# Rounds before the tree is drafted, and the intended seconds of a loop.
+_ROUNDS, _LOOP_SECONDS = 8, 0.2
 
 
 def decode_and_verify(
     model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int
 ) -> dict[str, Any]:
-    """As `decode_once`, with `verify_s` of one verification, and `verify_experts` that each of its layers read; both
-    None in plain decoding."""
+    """Measure as `decode_once`, and also one verification; both new stats are None in plain decoding.
+
+    Returns:
+        Stats of `decode_once`; `verify_s`, seconds of a verification; `verify_experts`, the mean number of experts that
+        a layer reads in it.
+    """
     stats = decode_once(model, prompts, case, new_tokens)
     if case.spec.tree is None:
         return stats | {"verify_s": None, "verify_experts": None}
@@ -43,13 +47,13 @@ def decode_and_verify(
 def time_verification(
     model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int
 ) -> dict[str, Any]:
-    """Time one verification of the tree that one batch of prompts drafts after some rounds."""
+    """Time a verification of the trees that are drafted for one batch of prompts after some rounds."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BudgetWarning)  # given by `decode_once` before
+        warnings.simplefilter("ignore", BudgetWarning)  # `decode_once` has shown it
         spec = model.resolve(case.spec)
     method, params, programs = model.speculative(spec, SamplingConfig()), model.speculative_params, model.programs
     limit = [min(len(prompt) + new_tokens, model.config.context_length) for prompt in prompts]
-    # A round gains a path at most, so that no sequence is done before the tree is drafted.
+    # So few rounds that no sequence is done before the tree is drafted: a round gains at most the longest path.
     rounds = min(_ROUNDS, max(0, (new_tokens - 2) // method.tree.longest_path))
     state = Run(programs, method, params, Batch([list(p) for p in prompts], limit, (), 0)).state_after(rounds)
     trees = programs.run(draft_only, method, params, state)
@@ -60,13 +64,13 @@ def time_verification(
         return time.perf_counter() - started, read
 
     seconds(1)  # compiles
-    passes = min(64, max(4, round(_LASTING / seconds(2)[0] * 2)))
+    passes = min(64, max(4, round(_LOOP_SECONDS / seconds(2)[0] * 2)))
     spent, read = seconds(passes)
     return {"verify_s": spent / passes, "verify_experts": float(read)}
 
 
 def draft_only(method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]) -> Tree:
-    """Draft trees and drop the state after it, which would copy the caches."""
+    """Draft trees without returning the state, which would copy the caches."""
     return method.propose(params, state)[0]
 
 
@@ -77,14 +81,14 @@ def verify_many(
     trees: Tree,
     passes: Int[Array, ""],
 ) -> Float[Array, ""]:
-    """Verify the same trees `passes` times; returns the distinct experts that a layer reads in one."""
+    """Verify the same trees `passes` times; returns the mean number of distinct experts per layer in the last pass."""
 
     def verify(_: Array, carry: tuple[Cache, Array, Array]) -> tuple[Cache, Array, Array]:
         cache, tokens, _ = carry
         decoding = dataclasses.replace(state.decoding, cache=cache)
         before = dataclasses.replace(state, decoding=decoding)
         logits, after, info = method.verify(params, before, trees._replace(tokens=tokens))
-        # Adds 0, since no token id is negative, which the compiler does not know.
+        # Adds 0, since token ids are not negative; the compiler cannot infer it, so that passes depend on each other.
         tokens = tokens + jnp.minimum(jnp.argmax(logits, axis=-1).astype(jnp.int32), 0)
         read = mean_distinct_experts(experts_read(method.target.config, info, len(tokens)))
         return dataclasses.replace(after, length=cache.length), tokens, read

@@ -1,1 +1,1 @@
-"""Checkpoints in and out: config.json, tensor names, safetensors, orbax, tokenizer, hub. Private."""
+"""Reading and writing of checkpoints: config.json, tensor names, safetensors, orbax, tokenizer, hub. Private."""

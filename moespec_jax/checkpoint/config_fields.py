@@ -1,14 +1,21 @@
-"""Single values of somebody's `config.json`: bounded, of the right type, and refused by name where they are not."""
+"""Values of a published `config.json`: looked up, checked for type and range, and refused by name.
+
+A name is looked up in `places`, a sequence of mappings in order of precedence. Settings of a draft head may be at the
+top level, in `eagle_config` (ModelOpt, SpecForge) or in `transformer_layer_config` (speculators); a flat config.json is
+`[fields]`. A value of null counts as absent.
+"""
 
 import reprlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from moespec_jax.errors import UnsupportedConfig
 
 Fields = Mapping[str, Any]
+Places = Sequence[Fields]
+Default = TypeVar("Default")
 
-# No size in a file may make us allocate without bound, and numbers must be neither 0 nor infinite as float32.
+# Bounds on sizes, so that no file causes an unbounded allocation. Numbers must be neither 0 nor infinite in float32.
 LARGEST_COUNT = 1 << 24
 _LARGEST = {
     "num_hidden_layers": 1 << 11,
@@ -22,61 +29,101 @@ _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxlong, _SHOWN.maxother = 4, 80, 40, 
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, cut where it is long or deep."""
+    """Format a value for an error message, truncated where it is long or deep."""
     return _SHOWN.repr(value)
 
 
-def read_count(fields: Fields, name: str) -> int:
-    """A size: an integer from 1 to what is still sane of that name.
+def look_up(places: Places, name: str) -> Any:
+    """Return the first value of a name; None where there is none."""
+    return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def require(places: Places, name: str) -> Any:
+    """Return the first value of a name; None where all are null.
 
     Raises:
-        KeyError: it is missing.
-        UnsupportedConfig: it is something else.
+        KeyError: no place has the name.
     """
-    return as_count(name, fields[name], _LARGEST.get(name, LARGEST_COUNT))
+    if not any(name in place for place in places):
+        raise KeyError(name)
+    return look_up(places, name)
 
 
-def as_count(name: str, value: Any, largest: int = LARGEST_COUNT) -> int:
-    """The value as an integer from 1 to `largest`.
+def section(fields: Fields, name: str) -> Fields:
+    """Return a nested object, empty where it is absent.
 
     Raises:
-        UnsupportedConfig: it is something else.
+        UnsupportedConfig: the value is not an object.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
-        raise UnsupportedConfig(
-            f"expected {name} to be an integer from 1 to {largest}; config.json says {shown(value)}"
-        )
+    value = fields.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UnsupportedConfig(f"expected {name} to be an object; config.json has {shown(value)}")
+    return value or {}
+
+
+def read_count(places: Places, name: str, default: Default, largest: int | None = None) -> int | Default:
+    """Read an integer from 1 to `largest` (default: a bound for that name); `default` where it is absent.
+
+    Raises:
+        UnsupportedConfig: the value is of another type or out of range.
+    """
+    value = look_up(places, name)
+    return default if value is None else as_count(name, value, largest)
+
+
+def require_count(places: Places, name: str) -> int:
+    """Read an integer from 1 to the bound for that name.
+
+    Raises:
+        KeyError: it is absent.
+        UnsupportedConfig: the value is null, of another type or out of range.
+    """
+    return as_count(name, require(places, name))
+
+
+def read_flag(places: Places, name: str, default: Default) -> bool | Default:
+    """Read true or false; `default` where it is absent.
+
+    Raises:
+        UnsupportedConfig: the value is of another type.
+    """
+    value = look_up(places, name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise UnsupportedConfig(f"expected {name} to be true or false; config.json has {shown(value)}")
     return value
 
 
-def read_flag(fields: Fields, name: str, default: bool = False) -> bool:
-    """True or false; the default where the value is missing or null.
+def read_number(places: Places, name: str, default: float) -> float:
+    """Read a positive number that float32 can represent; `default` where it is absent.
 
     Raises:
-        UnsupportedConfig: it is something else.
+        UnsupportedConfig: the value is of another type or out of range.
     """
-    value = as_flag(name, fields.get(name))
-    return default if value is None else value
+    value = look_up(places, name)
+    return as_number(name, default if value is None else value)
 
 
-def as_flag(name: str, value: Any) -> bool | None:
-    """The value as true, false or neither.
+def as_count(name: str, value: Any, largest: int | None = None) -> int:
+    """Check that a value is an integer from 1 to `largest` (default: a bound for that name).
 
     Raises:
-        UnsupportedConfig: it is something else.
+        UnsupportedConfig: it is not.
     """
-    if value is not None and not isinstance(value, bool):
-        raise UnsupportedConfig(f"expected {name} to be true or false; config.json says {shown(value)}")
+    bound = _LARGEST.get(name, LARGEST_COUNT) if largest is None else largest
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= bound:
+        raise UnsupportedConfig(f"expected {name} to be an integer from 1 to {bound}; config.json has {shown(value)}")
     return value
 
 
 def as_number(name: str, value: Any) -> float:
-    """The value as a positive number that float32 can hold.
+    """Check that a value is a positive number that float32 can represent.
 
     Raises:
-        UnsupportedConfig: it is something else.
+        UnsupportedConfig: it is not.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not _SMALLEST_NUMBER <= value <= _LARGEST_NUMBER:
-        raise UnsupportedConfig(f"expected {name} to be a positive number; config.json says {shown(value)}")
+        raise UnsupportedConfig(f"expected {name} to be a positive number; config.json has {shown(value)}")
     return float(value)

@@ -1,20 +1,29 @@
-"""Model families as values: how a `config.json` is read, and where each parameter is found in a checkpoint.
+"""Model families as values: the reader of a family's `config.json`, and the names of its tensors.
 
-A family adds two things and no code path: a reader that turns the published fields into a `DecoderConfig`, and the
-names of its tensors. Every field that changes the numbers is honoured or refused by name.
+A family adds no code path to the decoder: its reader converts the published fields into a `DecoderConfig`. Every field
+that changes results is either supported or refused by name.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moespec_jax.checkpoint.config_fields import Fields, as_count, as_number, read_count, read_flag, shown
+from moespec_jax.checkpoint.config_fields import (
+    Fields,
+    as_count,
+    as_number,
+    read_count,
+    read_flag,
+    require,
+    require_count,
+    shown,
+)
 from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.nn.layers import ACTIVATIONS
 
 
 class TensorNames(NamedTuple):
-    """The names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is filled in per expert."""
+    """Names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index."""
 
     router: str = "mlp.gate.weight"
     gate: str = "mlp.experts.{expert}.gate_proj.weight"
@@ -23,26 +32,31 @@ class TensorNames(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One `model_type`: the reader of its config and the names of its expert tensors."""
+    """One `model_type`.
+
+    Fields:
+        read: reader of its config.json. `read_config` converts the errors that missing and mistyped fields raise.
+        names: names of its expert tensors.
+    """
 
     read: Callable[[Fields], DecoderConfig]
     names: TensorNames
 
 
 def read_config(fields: Fields) -> DecoderConfig:
-    """The decoder that a published `config.json` describes.
+    """Read the decoder that a published `config.json` describes.
 
     Raises:
-        UnsupportedConfig: the model type is unknown, a field is missing or out of range, or asks for something that
-            is not implemented; the message names the field.
+        UnsupportedConfig: the model type is unknown, or a field is missing, out of range or requires something that is
+            not implemented; the message names the field.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedConfig(f"expected a model_type among {known}; config.json says {shown(model_type)}")
+        raise UnsupportedConfig(f"expected a model_type among {known}; config.json has {shown(model_type)}")
     if fields.get("quantization_config") is not None:
-        came = shown(fields["quantization_config"])
-        raise UnsupportedConfig(f"quantization_config is not supported: expected plain weights; it says {came}")
+        found = shown(fields["quantization_config"])
+        raise UnsupportedConfig(f"quantization_config is not supported: expected plain weights; got {found}")
     try:
         config = FAMILIES[model_type].read(fields)
     except UnsupportedConfig:
@@ -56,17 +70,17 @@ def read_config(fields: Fields) -> DecoderConfig:
 
 
 def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
-    layers = read_count(fields, "num_hidden_layers")
-    window = _window(fields, 4096) if read_flag(fields, "use_sliding_window") else 0
-    bias = read_flag(fields, "attention_bias")
+    layers = require_count([fields], "num_hidden_layers")
+    window = _window(fields, 4096) if read_flag([fields], "use_sliding_window", False) else 0
+    bias = read_flag([fields], "attention_bias", False)
     return DecoderConfig(
         **_common(fields),
-        intermediate_size=read_count(fields, "intermediate_size"),
-        moe_intermediate_size=read_count(fields, "moe_intermediate_size"),
+        intermediate_size=require_count([fields], "intermediate_size"),
+        moe_intermediate_size=require_count([fields], "moe_intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=_sparse_layers(fields, layers),
         sliding_windows=_uniform_windows(fields, layers, window),
-        norm_topk_prob=read_flag(fields, "norm_topk_prob"),
+        norm_topk_prob=read_flag([fields], "norm_topk_prob", False),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="head",
@@ -74,36 +88,36 @@ def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
 
 
 def _read_qwen2_moe(fields: Fields) -> DecoderConfig:
-    layers = read_count(fields, "num_hidden_layers")
-    window = _window(fields, 4096) if read_flag(fields, "use_sliding_window") else 0
+    layers = require_count([fields], "num_hidden_layers")
+    window = _window(fields, 4096) if read_flag([fields], "use_sliding_window", False) else 0
     below = fields.get("max_window_layers", 28)
-    # Published rule of this family where `layer_types` is absent: every other layer below max_window_layers slides.
+    # This family's published rule without `layer_types`: every other layer below max_window_layers has the window.
     by_rule = tuple(window if window and i % 2 == 0 and i < below else 0 for i in range(layers))
     return DecoderConfig(
         **_common(fields),
-        intermediate_size=read_count(fields, "intermediate_size"),
-        moe_intermediate_size=read_count(fields, "moe_intermediate_size"),
+        intermediate_size=require_count([fields], "intermediate_size"),
+        moe_intermediate_size=require_count([fields], "moe_intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=_sparse_layers(fields, layers),
         sliding_windows=_windows(fields, layers, window) if fields.get("layer_types") else by_rule,
-        norm_topk_prob=read_flag(fields, "norm_topk_prob"),
-        qkv_bias=read_flag(fields, "qkv_bias", True),
-        shared_expert_intermediate_size=read_count(fields, "shared_expert_intermediate_size"),
+        norm_topk_prob=read_flag([fields], "norm_topk_prob", False),
+        qkv_bias=read_flag([fields], "qkv_bias", True),
+        shared_expert_intermediate_size=require_count([fields], "shared_expert_intermediate_size"),
     )
 
 
 def _read_olmoe(fields: Fields) -> DecoderConfig:
-    layers = read_count(fields, "num_hidden_layers")
-    bias = read_flag(fields, "attention_bias")
+    layers = require_count([fields], "num_hidden_layers")
+    bias = read_flag([fields], "attention_bias", False)
     clip = fields.get("clip_qkv")
     return DecoderConfig(
         **_common(fields),
-        intermediate_size=read_count(fields, "intermediate_size"),
-        moe_intermediate_size=read_count(fields, "intermediate_size"),
+        intermediate_size=require_count([fields], "intermediate_size"),
+        moe_intermediate_size=require_count([fields], "intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=(True,) * layers,
-        sliding_windows=(0,) * layers,  # the published code has no window, whatever the file says
-        norm_topk_prob=read_flag(fields, "norm_topk_prob"),
+        sliding_windows=(0,) * layers,  # the published code ignores the window of the file
+        norm_topk_prob=read_flag([fields], "norm_topk_prob", False),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="flat",
@@ -112,11 +126,11 @@ def _read_olmoe(fields: Fields) -> DecoderConfig:
 
 
 def _read_mixtral(fields: Fields) -> DecoderConfig:
-    layers = read_count(fields, "num_hidden_layers")
+    layers = require_count([fields], "num_hidden_layers")
     return DecoderConfig(
         **_common(fields, rope_theta=1_000_000.0),
-        intermediate_size=read_count(fields, "intermediate_size"),
-        moe_intermediate_size=read_count(fields, "intermediate_size"),
+        intermediate_size=require_count([fields], "intermediate_size"),
+        moe_intermediate_size=require_count([fields], "intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=(True,) * layers,
         sliding_windows=_uniform_windows(fields, layers, _window(fields, None)),
@@ -141,22 +155,20 @@ FAMILIES: dict[str, Family] = {
 
 
 def _common(fields: Fields, rope_theta: float = 10_000.0) -> dict[str, Any]:
-    heads, hidden = read_count(fields, "num_attention_heads"), read_count(fields, "hidden_size")
-    kv_heads = fields.get("num_key_value_heads")
-    head_dim = fields.get("head_dim")
+    heads, hidden = require_count([fields], "num_attention_heads"), require_count([fields], "hidden_size")
     return dict(
         model_type=fields["model_type"],
-        vocab_size=read_count(fields, "vocab_size"),
+        vocab_size=require_count([fields], "vocab_size"),
         hidden_size=hidden,
-        num_hidden_layers=read_count(fields, "num_hidden_layers"),
+        num_hidden_layers=require_count([fields], "num_hidden_layers"),
         num_attention_heads=heads,
-        num_key_value_heads=heads if kv_heads is None else read_count(fields, "num_key_value_heads"),
-        head_dim=hidden // heads if head_dim is None else read_count(fields, "head_dim"),
-        num_experts_per_tok=read_count(fields, "num_experts_per_tok"),
-        max_position_embeddings=read_count(fields, "max_position_embeddings"),
-        rms_norm_eps=as_number("rms_norm_eps", fields["rms_norm_eps"]),
+        num_key_value_heads=read_count([fields], "num_key_value_heads", heads),
+        head_dim=read_count([fields], "head_dim", hidden // heads),
+        num_experts_per_tok=require_count([fields], "num_experts_per_tok"),
+        max_position_embeddings=require_count([fields], "max_position_embeddings"),
+        rms_norm_eps=as_number("rms_norm_eps", require([fields], "rms_norm_eps")),
         hidden_act=str(fields.get("hidden_act", "silu")),
-        tie_word_embeddings=read_flag(fields, "tie_word_embeddings"),
+        tie_word_embeddings=read_flag([fields], "tie_word_embeddings", False),
         rope=read_rope(fields, rope_theta),
     )
 
@@ -165,34 +177,33 @@ _MOST_EXPERTS_IN_ALL = 1 << 18
 
 
 def _experts(fields: Fields) -> int:
-    """Mixtral says `num_local_experts`; recent transformers writes it for Qwen3-MoE as well."""
-    return read_count(fields, "num_experts" if fields.get("num_local_experts") is None else "num_local_experts")
+    """Read the number of experts: `num_local_experts` (Mixtral, and Qwen3-MoE in recent transformers), or
+    `num_experts`."""
+    return require_count([fields], "num_experts" if fields.get("num_local_experts") is None else "num_local_experts")
 
 
 def _sparse_layers(fields: Fields, layers: int) -> tuple[bool, ...]:
     dense, step = fields.get("mlp_only_layers") or [], fields.get("decoder_sparse_step", 1)
     if not isinstance(step, int) or step < 1:
-        raise UnsupportedConfig(
-            f"expected decoder_sparse_step to be a positive integer; config.json says {shown(step)}"
-        )
+        raise UnsupportedConfig(f"expected decoder_sparse_step to be a positive integer; config.json has {shown(step)}")
     if not isinstance(dense, list) or not all(type(i) is int for i in dense):
-        raise UnsupportedConfig(f"expected mlp_only_layers to be a list of integers; config.json says {shown(dense)}")
+        raise UnsupportedConfig(f"expected mlp_only_layers to be a list of integers; config.json has {shown(dense)}")
     dense = set(dense)
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 
 def _window(fields: Fields, default: int | None) -> int:
-    """The sliding window in tokens, 0 for none."""
+    """Read the sliding window in tokens, 0 for none."""
     value = fields.get("sliding_window", default)
     return as_count("sliding_window", value) if value else 0
 
 
 def _uniform_windows(fields: Fields, layers: int, window: int) -> tuple[int, ...]:
-    """One window for all layers: families whose published code does not read `layer_types`."""
+    """Return one window for all layers, for families whose published code does not read `layer_types`."""
     windows = _windows({}, layers, window)
     if fields.get("layer_types") is not None and _windows(fields, layers, window) != windows:
         raise UnsupportedConfig(
-            f"{fields['model_type']} has one sliding_window for all layers; layer_types says"
+            f"expected one sliding_window for all layers of {fields['model_type']}; layer_types is"
             f" {shown(fields['layer_types'])}"
         )
     return windows
@@ -208,15 +219,16 @@ def _windows(fields: Fields, layers: int, window: int) -> tuple[int, ...]:
             f"expected layer_types to name full or sliding attention for {layers} layers; got {shown(kinds)}"
         )
     if "sliding_attention" in kinds and not window:
-        raise UnsupportedConfig("layer_types asks for sliding_attention, but sliding_window is not set")
+        raise UnsupportedConfig("expected a sliding_window for sliding_attention in layer_types; it is not set")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
-    """Rotary settings from either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`.
+    """Read rotary settings in either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`.
 
     Raises:
-        UnsupportedConfig: a scaling other than default, linear, dynamic, yarn or llama3, or partial rotary heads.
+        UnsupportedConfig: a scaling other than default, linear, dynamic, yarn or llama3, an unknown parameter, or
+            partial rotary heads.
     """
     given = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
@@ -224,7 +236,7 @@ def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
     theta = as_number("rope_theta", given.pop("rope_theta", None) or fields.get("rope_theta") or default_theta)
     if rope_type not in ("default", "linear", "dynamic", "yarn", "llama3"):
         raise UnsupportedConfig(
-            f"expected rope_type default, linear, dynamic, yarn or llama3; config.json says {shown(rope_type)}"
+            f"expected rope_type default, linear, dynamic, yarn or llama3; config.json has {shown(rope_type)}"
         )
     for source in (given, fields):
         if source.get("partial_rotary_factor", 1.0) != 1.0:
@@ -234,18 +246,18 @@ def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
     if rope_type == "default":
         given = {}
     if rope_type in ("yarn", "llama3") and (original := fields.get("original_max_position_embeddings")) is not None:
-        given["original_max_position_embeddings"] = original  # as in transformers, this place has precedence
+        given["original_max_position_embeddings"] = original  # has precedence, as in transformers
     rope = RopeConfig(rope_type=rope_type, rope_theta=theta, **_scaling(given, rope_type))
     if rope_type == "yarn" and theta == 1.0:
         raise UnsupportedConfig("expected rope_theta other than 1 for rope_type 'yarn'")
     if rope.low_freq_factor >= rope.high_freq_factor:
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        raise UnsupportedConfig(f"expected low_freq_factor below high_freq_factor; config.json says {low}, {high}")
+        raise UnsupportedConfig(f"expected low_freq_factor below high_freq_factor; config.json has {low}, {high}")
     return rope
 
 
 def _scaling(given: Fields, rope_type: str) -> dict[str, Any]:
-    """The parameters of a rotary scaling, checked: all are numbers but one."""
+    """Check the parameters of a rotary scaling. `truncate` is a flag, all others are numbers."""
     known = {f for f in RopeConfig.__dataclass_fields__ if f not in ("rope_type", "rope_theta")}
     if unknown := set(given) - known:
         raise UnsupportedConfig(f"unknown rope parameter {shown(sorted(unknown)[0])} for rope_type {rope_type!r}")
@@ -254,36 +266,37 @@ def _scaling(given: Fields, rope_type: str) -> dict[str, Any]:
     read: dict[str, Any] = {}
     for name, value in given.items():
         if name == "truncate":
-            read[name] = read_flag(given, name)
+            read[name] = read_flag([given], name, False)
         elif name == "original_max_position_embeddings":
-            read[name] = read_count(given, name)
-        else:  # published files have mscale 0
+            read[name] = require_count([given], name)
+        else:  # published files have an mscale of 0
             read[name] = 0.0 if name.startswith("mscale") and value == 0 else as_number(name, value)
     return read
 
 
 def _check(config: DecoderConfig) -> None:
-    """Refuse what the published code would also refuse, or what we would compute wrongly."""
+    """Refuse configs that the published code refuses too, or that would be computed wrongly."""
     if config.hidden_act not in ACTIVATIONS:
         raise UnsupportedConfig(
-            f"expected hidden_act among {', '.join(ACTIVATIONS)}; config.json says {shown(config.hidden_act)}"
+            f"expected hidden_act among {', '.join(ACTIVATIONS)}; config.json has {shown(config.hidden_act)}"
         )
     if config.num_experts_per_tok > config.num_experts:
         raise UnsupportedConfig(
-            f"num_experts_per_tok {config.num_experts_per_tok} exceeds num_experts {config.num_experts}"
+            f"expected num_experts_per_tok of at most num_experts {config.num_experts}; config.json has"
+            f" num_experts_per_tok {config.num_experts_per_tok}"
         )
     if config.num_hidden_layers * config.num_experts > _MOST_EXPERTS_IN_ALL:
         raise UnsupportedConfig(
-            f"num_hidden_layers {config.num_hidden_layers} of num_experts {config.num_experts} are more than"
-            f" {_MOST_EXPERTS_IN_ALL} experts"
+            f"expected at most {_MOST_EXPERTS_IN_ALL} experts in all; config.json has num_hidden_layers"
+            f" {config.num_hidden_layers} of num_experts {config.num_experts}"
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UnsupportedConfig(
-            f"num_attention_heads {config.num_attention_heads} is not a multiple of"
-            f" num_key_value_heads {config.num_key_value_heads}"
+            f"expected num_attention_heads to be a multiple of num_key_value_heads {config.num_key_value_heads};"
+            f" config.json has num_attention_heads {config.num_attention_heads}"
         )
     if config.head_dim % 2 or config.head_dim < (4 if config.rope.rope_type == "dynamic" else 2):
         raise UnsupportedConfig(
-            f"expected an even head_dim that rope_type {config.rope.rope_type!r} can turn; config.json says"
+            f"expected an even head_dim that rope_type {config.rope.rope_type!r} can rotate; config.json has"
             f" {config.head_dim}"
         )

@@ -1,13 +1,13 @@
-"""Where a model's files are: a directory as it is, or a hub id brought here by huggingface_hub with its own cache."""
+"""Location of a model's files: a local directory, or a hub id that huggingface_hub downloads into its cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moespec_jax.errors import CheckpointError
+from moespec_jax.errors import CheckpointError, first_line
 
-# Code in a repository is never fetched, let alone run; weights only as safetensors, and only once: some repositories
-# hold them again under other names.
+# Code is never downloaded. Weights are downloaded as safetensors only, and without the copies that some repositories
+# hold under other names.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "orbax/**")
 _IGNORED = ["*.py", "consolidated*", "*/*.safetensors"]
 
@@ -20,18 +20,25 @@ def locate(
     torch_archives: bool = False,
     patterns: tuple[str, ...] = _PATTERNS,
 ) -> Path:
-    """The local directory of `model`: a path, or a hub id `owner/name` downloaded if it is not in the cache. With
-    `torch_archives` weights may come as `*.bin` too, as many draft heads do. `patterns` name the files to fetch.
+    """Find the local directory of `model`; a hub id is downloaded unless it is in the cache.
+
+    Args:
+        model: directory, or hub id `owner/name`.
+        revision: revision on the hub.
+        offline: use the cache only.
+        progress: show progress bars of downloads.
+        torch_archives: also download `pytorch_model.bin`, in which many draft heads are published.
+        patterns: files to download.
 
     Raises:
-        CheckpointError: there is neither such a directory nor such a model, or it cannot be fetched.
+        CheckpointError: there is neither such a directory nor such a model, or it cannot be downloaded.
     """
     try:
         path = Path(model).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a forbidden parent, an unknown home
+    except (OSError, RuntimeError) as error:  # a name that is too long, a forbidden parent, an unknown home
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(f"expected a model directory or hub id; cannot look at {model}: {reason}") from None
+        raise CheckpointError(f"expected a model directory or hub id; cannot access {model}: {reason}") from None
     if model and is_directory:
         if revision is not None:
             raise CheckpointError(f"expected a hub id with --revision {revision}; {model} is a directory")
@@ -68,15 +75,15 @@ def _download(model: str, revision: str | None, offline: bool, patterns: list[st
         reason = "there is no such directory here and no such model on the hub, or it is private"
     except errors.LocalEntryNotFoundError as error:
         reason = f"it is not (or not whole) in the local cache{_why_not_online(error, offline)}"
-    # The base class of the HTTP library in use, whichever that is.
+    # `HTTPError` is the base class of the HTTP library in use.
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        reason = f"the download failed: {_first_line(error)}"
+        reason = f"the download failed: {first_line(error)}"
     raise CheckpointError(f"expected a model directory or hub id; cannot get {at}: {reason}")
 
 
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """The hub library's bars, which it shows unless told not to, even where standard error is a file."""
+    """Disable the hub library's progress bars unless `shown`: by default it prints them even to files."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if shown or are_progress_bars_disabled():
@@ -96,8 +103,4 @@ def _why_not_online(error: Exception, offline: bool) -> str:
         return " (--offline)"
     if isinstance(error.__cause__, OfflineModeIsEnabled):
         return " (HF_HUB_OFFLINE is set)"
-    return " and the hub gave no answer" + (f": {_first_line(error.__cause__)}" if error.__cause__ else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return " and the hub gave no answer" + (f": {first_line(error.__cause__)}" if error.__cause__ else "")

@@ -1,5 +1,5 @@
-"""Parameters under construction: tensors come one by one from a `Source` and go to their final place on the device, so
-that the host never holds a second copy of the model."""
+"""Construction of parameters: tensors are read one by one from a `Source` and moved to their final place on the device,
+so that the host never holds a second copy of the model."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from moespec_jax.checkpoint.parameters import (
     leaf_dtype,
     leaf_shapes,
     place_of,
-    scale_of,
+    scale_path,
 )
 from moespec_jax.checkpoint.placement import Placement, repeat_heads, with_repeated_heads
 from moespec_jax.checkpoint.tensor_table import Path, Tensor, tensor_table
@@ -30,20 +30,23 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization, quantize_rows
 from moespec_jax.parallel.mesh import REPLICATED
 
-# A part of an array: a slice of every dimension.
+# One slice for each dimension of an array.
 Index = tuple[slice, ...]
 
 
 class Source(NamedTuple):
-    """All tensors of one model, readable by their published names.
+    """Readable tensors of one model, by published name.
 
-    `dtypes` holds one entry for each tensor of the table; `read` yields the named tensors in their published shape, in
-    whatever order and memory layout suits the storage. Each is good until the next is asked for, and no longer: its
-    memory may be used again.
+    Fields:
+        dtypes: stored dtype of each tensor of the table.
+        read: function that yields the named tensors in their published shape, in the order and memory layout that suit
+            the storage. An array is valid until the next one is requested; its memory may be reused.
+        table: tensor table of the model.
     """
 
     dtypes: Mapping[str, np.dtype]
     read: Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
+    table: Mapping[str, Tensor]
 
 
 def load_source(
@@ -55,26 +58,30 @@ def load_source(
     progress: bool = False,
     quantization: Quantization | None = None,
 ) -> Decoder:
-    """The parameters, every tensor converted to `dtype` and put where the back-end wants it: on a mesh, straight to the
-    devices that hold it, and read only where this process has one of them. With a `quantization`, routed experts are
-    kept in it, each quantized as it comes."""
-    table = tensor_table(config)
-    store = LeafStore(config, backend, dtype, placement, quantization)
-    wanted = [name for name, tensor in table.items() if store.wants(tensor)]
-    for name, array in counted(source.read(wanted), len(wanted), "loading", progress):
-        store.put(table[name], array)
+    """Load parameters in the layout of a back-end, every tensor converted to `dtype`.
+
+    On a mesh, each tensor is moved directly to the devices that hold it, and read only by processes that have one of
+    them. With a `quantization`, routed experts are quantized as they are read.
+
+    Raises:
+        CheckpointError: the source is damaged, or a matrix to be quantized is not finite.
+    """
+    store = LeafStore(config, backend, dtype, source.table, placement, quantization)
+    names = [name for name, tensor in source.table.items() if store.holds(tensor)]
+    for name, array in with_progress(source.read(names), len(names), "loading", progress):
+        store.put(source.table[name], array)
     return store.finish()
 
 
-def counted(
+def with_progress(
     tensors: Iterator[tuple[str, np.ndarray]], total: int, verb: str, progress: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The same tensors under a progress bar."""
+    """Show a progress bar over an iterator of tensors."""
     return iter(tqdm(tensors, total=total, desc=verb, unit="tensor", disable=None if progress else True, leave=False))
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """The array in another float dtype, rounded to nearest; NaN and infinities stay what they are.
+    """Convert an array to another float dtype, rounding to nearest; NaN and infinities are preserved.
 
     Raises:
         CheckpointError: a finite value is too large for `dtype`.
@@ -88,15 +95,16 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return out
 
 
-def copy_into(room: np.ndarray, array: np.ndarray) -> None:
-    """`room[...] = array` in strips: numpy walks a whole transposed matrix against the cache, ten times slower."""
-    for start in range(0, room.shape[0], 64):
-        room[start : start + 64] = array[start : start + 64]
+def copy_into(out: np.ndarray, array: np.ndarray) -> None:
+    """Copy `array` into `out` in strips of rows: numpy copies a whole transposed matrix with poor locality, ten times
+    slower."""
+    for start in range(0, out.shape[0], 64):
+        out[start : start + 64] = array[start : start + 64]
 
 
 class HostBuffer:
-    """Host memory that is used again for each tensor: memory of its own for each, freed between parameters that stay,
-    would leave holes in the heap. Large tensors do get their own, which goes back to the system when they go."""
+    """Host memory that is reused for each tensor. Separate allocations, freed between parameters that stay, would
+    fragment the heap. Large tensors have their own allocation, which the system reclaims when it is freed."""
 
     _LARGEST, _ALIGNMENT = 32 << 20, 64
 
@@ -104,7 +112,7 @@ class HostBuffer:
         self._small = self._aligned(self._LARGEST)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Uninitialised memory, aligned so that XLA:CPU reads it in place."""
+        """Return uninitialised memory, aligned so that XLA:CPU reads it in place; it is valid until the next call."""
         size = math.prod(shape) * dtype.itemsize
         memory = self._small[:size] if size <= self._LARGEST else self._aligned(size)
         return memory.view(dtype).reshape(shape)
@@ -116,9 +124,16 @@ class HostBuffer:
 
 
 class LeafStore:
-    """Takes tensors in any order and puts each into its leaf, or into every device's part of it.
+    """Leaves under construction: accepts tensors in any order and writes each into its leaf, or into each device's part
+    of it.
 
-    `config` is the checkpoint's. On a mesh the parameters are those of `with_repeated_heads`.
+    Args:
+        config: the checkpoint's settings. On a mesh the parameters are those of `with_repeated_heads`.
+        backend: determines the layout.
+        dtype: of the parameters.
+        table: tensor table of `config`.
+        placement: sharding (default: all on one device).
+        quantization: of routed experts.
     """
 
     def __init__(
@@ -126,6 +141,7 @@ class LeafStore:
         config: DecoderConfig,
         backend: Backend,
         dtype: DTypeLike,
+        table: Mapping[str, Tensor],
         placement: Placement | None = None,
         quantization: Quantization | None = None,
     ):
@@ -133,17 +149,18 @@ class LeafStore:
         self._quantization: Quantization | None = quantization
         self._plan = REPLICATED if placement is None else placement.plan
         self._config = config if placement is None else with_repeated_heads(config, placement)
-        self._shapes = leaf_shapes(self._config, backend, quantization)
+        own_table = table if self._config == config else tensor_table(self._config)
+        self._shapes = leaf_shapes(self._config, backend, quantization, own_table)
         self._parts = {path: self._devices(path, shape) for path, shape in self._shapes.items()}
         self._leaves: dict[tuple[Path, Any], jax.Array] = {}
 
-    def wants(self, tensor: Tensor) -> bool:
-        """Whether any device of this process holds a part of a tensor of the table."""
+    def holds(self, tensor: Tensor) -> bool:
+        """Test whether any device of this process holds a part of a tensor of the table."""
         place = self._place(tensor.path)
         return any(_row(place, index) is not None for index in self._parts[place.leaf].values())
 
     def put(self, tensor: Tensor, array: np.ndarray) -> None:
-        """Convert one published tensor to its final dtype and orientation, in place.
+        """Convert one published tensor to its final dtype and orientation, and write it to its place.
 
         Raises:
             CheckpointError: it is to be quantized, and not finite.
@@ -154,7 +171,7 @@ class LeafStore:
             except ValueError as error:
                 where = "/".join(map(str, tensor.path))
                 raise CheckpointError(f"expected finite weights to quantize; of {where}, {error}") from None
-            self._put(scale_of(tensor.path), scale[None, :], transpose=False)
+            self._put(scale_path(tensor.path), scale[None, :], transpose=False)
         self._put(tensor.path, array, tensor.transpose)
 
     def _put(self, path: Path, array: np.ndarray, transpose: bool) -> None:
@@ -166,15 +183,15 @@ class LeafStore:
             row = _row(place, index)
             if row is None:
                 continue
-            own = index if place.row is None else index[1:]
-            value = _converted(array[own[::-1] if transpose else own], dtype, transpose, device)
+            part = index if place.row is None else index[1:]
+            value = _to_device(array[part[::-1] if transpose else part], dtype, transpose, device)
             if place.row is not None:
                 value = self._write_row(place.leaf, device, index, value, row)
-            # Wait: the source's memory may be used again, and pending copies would hold many tensors at once.
+            # Wait: the source may reuse its memory, and pending copies would hold many tensors at once.
             self._leaves[place.leaf, device] = value.block_until_ready()
 
     def finish(self) -> Decoder:
-        """The parameters, once every tensor of the table has been put."""
+        """Build the parameters, after every tensor of the table has been put."""
         leaves = {path: self._leaf(path, shape) for path, shape in self._shapes.items()}
         return build_decoder(self._config, self._backend, leaves, self._plan)
 
@@ -182,7 +199,7 @@ class LeafStore:
         return place_of(self._config, self._backend, path, self._plan)
 
     def _devices(self, path: Path, shape: tuple[int, ...]) -> dict[Any, Index]:
-        """This process's devices that hold a part of a leaf, and which; None is wherever JAX puts it."""
+        """Map this process's devices that hold a part of a leaf to its index; the key None is JAX's default device."""
         if self._placement is None:
             return {None: tuple(slice(0, size) for size in shape)}
         held = self._placement.sharding(path, shape).addressable_devices_indices_map(shape)
@@ -205,14 +222,15 @@ class LeafStore:
 
 
 def _row(place: Place, index: Index) -> int | None:
-    """The row, in a device's part of the leaf, that a tensor goes to; None where the device does not hold it."""
+    """Return the tensor's row in a device's part of the leaf, 0 where the leaf is one tensor; None where the device has
+    no part of it."""
     if place.row is None:
         return 0
     return place.row - index[0].start if index[0].start <= place.row < index[0].stop else None
 
 
-def _converted(array: np.ndarray, dtype: Any, transpose: bool, device: Any) -> jax.Array:
-    """The tensor on the device, in memory of its own."""
+def _to_device(array: np.ndarray, dtype: Any, transpose: bool, device: Any) -> jax.Array:
+    """Copy a tensor to the device, into memory that it does not share, converted to `dtype` and transposed there."""
     if not array.flags.c_contiguous:
         array, transpose = array.T, not transpose
     if not array.flags.c_contiguous:
@@ -220,7 +238,7 @@ def _converted(array: np.ndarray, dtype: Any, transpose: bool, device: Any) -> j
     if array.dtype == dtype and not transpose:
         value = jnp.array(array, copy=True)
         return value if device is None else jax.device_put(value, device)
-    # On CPU, device_put takes host memory as it is; jnp.asarray would copy it.
+    # On CPU, device_put uses host memory without a copy, unlike jnp.asarray.
     return _convert(jax.device_put(array, device), dtype, transpose)
 
 
@@ -231,7 +249,8 @@ def _convert(array: jax.Array, dtype: Any, transpose: bool) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _put_row(leaf: jax.Array, value: jax.Array, row: jax.Array, on_cpu: bool) -> jax.Array:
-    # XLA:CPU updates bfloat16 by way of float32, which rewrites the whole leaf for every row; integers it leaves alone.
+    # XLA:CPU converts bfloat16 to float32 for the update, which rewrites the whole leaf for every row; integers are
+    # updated in place.
     as_bits = on_cpu and leaf.dtype.itemsize == 2
     bits = jnp.uint16 if as_bits else leaf.dtype
     leaf_bits, value_bits = (jax.lax.bitcast_convert_type(a, bits) for a in (leaf, value))

@@ -1,5 +1,5 @@
-"""The parameters' leaves: their shapes under a back-end's layout, the place of each published tensor in them, and how
-they come together as a `Decoder`. One description serves loading, random models and ahead-of-time compilation."""
+"""Leaves of a decoder's parameters: their shapes in a back-end's layout, the place of each published tensor, and the
+`Decoder` built of them. Loading, random models and ahead-of-time compilation share this description."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,15 +22,20 @@ from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
 class Place(NamedTuple):
-    """The leaf a tensor belongs to, and its row there where the leaf stacks several tensors."""
+    """Place of a tensor.
+
+    Fields:
+        leaf: path of the leaf.
+        row: its row, where the leaf stacks several tensors.
+    """
 
     leaf: Path
     row: int | None = None
 
 
 def place_of(config: DecoderConfig, backend: Backend, path: Path, plan: ShardingPlan = REPLICATED) -> Place:
-    """Where the tensor at `path` of the tensor table lies under this back-end. Where experts are in shards, the rows of
-    a shard lie together, for each of them is a `Flat` of its own on the devices that hold it."""
+    """Locate the tensor at `path` of the tensor table in a back-end's layout. Where experts are sharded, the rows of a
+    shard are contiguous: each shard is a `Flat` of its own on the devices that hold it."""
     if path[0] == "experts" and backend.layout == "flat":
         _, layer, expert, name = path
         assert isinstance(layer, int) and isinstance(expert, int)
@@ -47,15 +52,18 @@ def place_of(config: DecoderConfig, backend: Backend, path: Path, plan: Sharding
 
 
 def leaf_shapes(
-    config: DecoderConfig, backend: Backend, quantization: Quantization | None = None
+    config: DecoderConfig,
+    backend: Backend,
+    quantization: Quantization | None = None,
+    table: Mapping[str, Tensor] | None = None,
 ) -> dict[Path, tuple[int, ...]]:
-    """Shape of every leaf of the parameters under this back-end."""
+    """Compute the shape of every leaf in a back-end's layout. `table` is that of `config` (default: it is made)."""
     rows: dict[Path, int] = {}
     shapes: dict[Path, tuple[int, ...]] = {}
-    for tensor in tensor_table(config).values():
+    for tensor in (tensor_table(config) if table is None else table).values():
         parts = {tensor.path: final_shape(tensor)}
         if is_quantized(tensor.path, quantization):
-            parts[scale_of(tensor.path)] = (1, final_shape(tensor)[-1])
+            parts[scale_path(tensor.path)] = (1, final_shape(tensor)[-1])
         for path, shape in parts.items():
             place = place_of(config, backend, path)
             shapes[place.leaf] = shape
@@ -65,31 +73,31 @@ def leaf_shapes(
 
 
 def is_quantized(path: Path, quantization: Quantization | None) -> bool:
-    """Whether the tensor at `path` of the tensor table is kept quantized: routed experts are."""
+    """Test whether the tensor at `path` of the tensor table is kept quantized, as routed experts are."""
     return quantization is not None and path[0] == "experts"
 
 
-def scale_of(path: Path) -> Path:
-    """Where the steps of a quantized matrix's output channels are."""
+def scale_path(path: Path) -> Path:
+    """Path of the scales `[1, out]` of a quantized matrix's output channels."""
     return (*path[:-1], f"{path[-1]}_scale")
 
 
 def leaf_dtype(path: Path, dtype: DTypeLike, quantization: Quantization | None) -> jnp.dtype:
-    """What a leaf is kept in, of parameters in `dtype`."""
+    """Dtype of a leaf of parameters in `dtype`."""
     if str(path[-1]).endswith("_scale"):
         return jnp.dtype(jnp.float32)
     return jnp.dtype(jnp.int8 if is_quantized(path, quantization) else dtype)
 
 
 def final_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of one tensor as it is kept, which may be the transpose of the published one."""
+    """Shape of one tensor in kept orientation."""
     return tensor.shape[::-1] if tensor.transpose else tensor.shape
 
 
 def build_decoder(
     config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], plan: ShardingPlan = REPLICATED
 ) -> Decoder:
-    """The parameters made of their leaves (arrays, or abstract shapes)."""
+    """Build parameters of their leaves (arrays, or abstract shapes)."""
     starts = [run.start for run in layer_runs(config)] if backend.stacked else range(config.num_hidden_layers)
     layers = tuple(_build_layer(config.sparse_layers[start], ("layers", i), leaves) for i, start in enumerate(starts))
     return Decoder(
@@ -110,7 +118,7 @@ def abstract_decoder(
     where: jax.sharding.Sharding | Placement | None = None,
     quantization: Quantization | None = None,
 ) -> Decoder:
-    """Shapes and dtypes of the parameters without any memory behind them, all on one sharding or spread over a mesh."""
+    """Build abstract parameters, of `jax.ShapeDtypeStruct`, with one sharding for all leaves or those of a mesh."""
 
     def leaf(path: Path, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = where.sharding(path, shape) if isinstance(where, Placement) else where
@@ -121,7 +129,7 @@ def abstract_decoder(
 
 
 def random_decoder(config: DecoderConfig, backend: Backend, key: jax.Array, dtype: DTypeLike) -> Decoder:
-    """Random parameters of the right scale for timing and tests: norms 1, biases small, matrices of unit gain."""
+    """Draw random parameters for timing and tests: norms are 1, biases small, matrices of unit gain."""
     shapes = leaf_shapes(config, backend)
     keys = jax.random.split(key, len(shapes))
     leaves = {path: _random_leaf(path, shape, k, dtype) for (path, shape), k in zip(shapes.items(), keys, strict=True)}
@@ -156,7 +164,7 @@ def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path
 
 
 def _matrix(leaves: Mapping[Path, Any], path: Path) -> Any:
-    scale = leaves.get(scale_of(path))
+    scale = leaves.get(scale_path(path))
     return leaves[path] if scale is None else Quantized(leaves[path], scale)
 
 

@@ -1,5 +1,5 @@
-"""Checkpoints in: every name, shape and dtype is checked before a byte of weights is read, then tensors stream one by
-one into their final place."""
+"""Reading of checkpoints: every name, shape and dtype is checked before any weights are read, then tensors are read one
+by one into their final place."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,11 +12,19 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from moespec_jax.checkpoint.dtypes import CODES, FLOAT_CODES
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.leaves import HostBuffer, Source, load_source
 from moespec_jax.checkpoint.orbax_io import is_orbax, open_orbax
 from moespec_jax.checkpoint.placement import Placement
-from moespec_jax.checkpoint.tensor_table import expert_matrices, is_ignorable, tensor_table
+from moespec_jax.checkpoint.tensor_table import (
+    Tensor,
+    check_expert_count,
+    is_ignorable,
+    raise_problems,
+    table_problems,
+    tensor_table,
+)
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import listing, read_json
@@ -24,15 +32,19 @@ from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# What tensors other than parameters may be: the vocabulary maps of a draft head.
-STORED = FLOATS | {"I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool"}
 INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
+SINGLE_FILE = "model.safetensors"
 
 
 class Entry(NamedTuple):
-    """One tensor as a shard's header describes it; `start` is its first byte in the file."""
+    """One tensor as the header of its shard describes it.
+
+    Fields:
+        file: shard.
+        shape: published shape.
+        dtype: code of safetensors.
+        start: offset of its first byte in the file.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -41,19 +53,32 @@ class Entry(NamedTuple):
 
 
 class Headers(NamedTuple):
-    """What all shards' headers say together: each name's entry, and descriptions of names found twice."""
+    """Headers of all shards.
+
+    Fields:
+        entries: entry of each name.
+        duplicates: descriptions of names that several shards have.
+    """
 
     entries: dict[str, Entry]
-    twice: list[str]
+    duplicates: list[str]
 
 
 def load_config(directory: Path) -> DecoderConfig:
-    """The decoder described by a checkpoint directory's `config.json`."""
+    """Read the decoder's settings from the `config.json` of a directory.
+
+    Raises:
+        CheckpointError: as `read_config_file`.
+    """
     return read_config_file(directory / "config.json")
 
 
 def read_config_file(file: Path) -> DecoderConfig:
-    """The decoder described by a `config.json`."""
+    """Read the decoder's settings from a `config.json`.
+
+    Raises:
+        CheckpointError: the file is not a JSON object, or `read_config` refuses it.
+    """
     try:
         return read_config(read_json(file))
     except UnsupportedConfig as error:
@@ -61,9 +86,9 @@ def read_config_file(file: Path) -> DecoderConfig:
 
 
 def read_architectures(directory: Path) -> list[str]:
-    """What a checkpoint's `config.json` names as its `architectures`; empty where it names none."""
-    named = read_json(directory / "config.json").get("architectures")
-    return named if isinstance(named, list) else []
+    """Read `architectures` of a checkpoint's `config.json`; empty where it has none."""
+    architectures = read_json(directory / "config.json").get("architectures")
+    return architectures if isinstance(architectures, list) else []
 
 
 def load_parameters(
@@ -75,45 +100,55 @@ def load_parameters(
     progress: bool = False,
     quantization: Quantization | None = None,
 ) -> Decoder:
-    """Parameters of a directory, whichever of safetensors and orbax it holds.
+    """Load the parameters of a directory of safetensors or orbax.
 
     Raises:
-        CheckpointError: as `open_source`; or a tensor turns out damaged while it is read.
+        CheckpointError: as `open_source`, or a tensor is damaged.
     """
     source = open_source(directory, config)
     return load_source(source, config, backend, dtype, placement, progress, quantization)
 
 
 def open_source(directory: Path, config: DecoderConfig) -> Source:
-    """The tensors of a directory, whichever of safetensors and orbax it holds, checked against the tensor table."""
+    """Open a directory of safetensors or orbax, checked against the tensor table.
+
+    Raises:
+        CheckpointError: as `open_safetensors` and `open_orbax`.
+    """
     return open_orbax(directory, config) if is_orbax(directory) else open_safetensors(directory, config)
 
 
 def open_safetensors(directory: Path, config: DecoderConfig) -> Source:
-    """The tensors of a directory of safetensors, checked by their headers.
+    """Open a directory of safetensors, checked by their headers.
 
     Raises:
         CheckpointError: no safetensors, a bad index, a shard that is missing, truncated or not safetensors; or tensors
             that are unknown, missing, misshapen, doubly assigned or of an unsupported dtype, all in one message.
     """
-    headers = scan(directory)
-    check(config, headers, directory)
-    entries = {name: headers.entries[name] for name in tensor_table(config)}
+    headers = read_headers(directory)
+    check_expert_count(config, len(headers.entries), directory)
+    table = tensor_table(config)
+    _check_headers(config, table, headers, directory)
+    entries = {name: headers.entries[name] for name in table}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         return read_tensors({name: entries[name] for name in names})
 
-    return Source({name: jnp.dtype(FLOATS[entry.dtype]) for name, entry in entries.items()}, read)
+    return Source({name: jnp.dtype(FLOAT_CODES[entry.dtype]) for name, entry in entries.items()}, read, table)
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, the one that holds everything, or all there are."""
+    """List the safetensors files of a checkpoint: those of its index, the single file, or all of the directory.
+
+    Raises:
+        CheckpointError: there are none, the index is bad, or a file of the index is missing.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"expected a directory of safetensors or orbax; {directory} is none")
     if (directory / INDEX).exists():
         return [directory / name for name in _indexed_files(directory)]
-    if (directory / WHOLE).exists():
-        return [directory / WHOLE]
+    if (directory / SINGLE_FILE).exists():
+        return [directory / SINGLE_FILE]
     if files := sorted(directory.glob("*.safetensors")):
         return files
     others = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in sorted(directory.glob(pattern))]
@@ -121,8 +156,8 @@ def shard_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"expected *.safetensors or an orbax directory in {directory}; {holds}")
 
 
-def scan(directory: Path) -> Headers:
-    """All tensors of all shards by name, from the headers alone.
+def read_headers(directory: Path) -> Headers:
+    """Read the headers of all shards.
 
     Raises:
         CheckpointError: a bad index, or a missing or unreadable shard.
@@ -131,40 +166,18 @@ def scan(directory: Path) -> Headers:
     for file in shard_files(directory):
         for name, entry in _read_header(file).items():
             if name in found.entries:
-                found.twice.append(f"{name} (in {found.entries[name].file.name} and {file.name})")
+                found.duplicates.append(f"{name} (in {found.entries[name].file.name} and {file.name})")
             found.entries[name] = entry
     return found
 
 
-def check(config: DecoderConfig, headers: Headers, where: Path) -> None:
-    """Compare headers with the tensor table, collecting every difference before raising."""
-    entries = headers.entries
-    # The table of what a config.json claims is made only where there are about as many tensors.
-    if (count := expert_matrices(config)) > 1000 + 2 * len(entries):
-        raise CheckpointError(f"expected {count} matrices of experts; came {len(entries)} tensors in {where}")
-    table = tensor_table(config)
-    both = [name for name in table if name in entries]
-    problems = {
-        "unknown": [name for name in entries if name not in table and not is_ignorable(config, name)],
-        "missing": [name for name in table if name not in entries],
-        "misshapen": [
-            f"{name} (expected {list(table[name].shape)}, came {list(entries[name].shape)})"
-            for name in both
-            if table[name].shape != entries[name].shape
-        ],
-        "doubly assigned": headers.twice,
-        "not F32, F16 or BF16": [
-            f"{name} ({entries[name].dtype})" for name in both if entries[name].dtype not in FLOATS
-        ],
-    }
-    found = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"expected the tensors of {config.model_type}; came {'; '.join(found)} in {where}")
-
-
 def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor, shard by shard, in the order of its bytes. Files are read and not mapped: a mapped file's touched
-    pages count as the process's memory."""
+    """Yield every tensor, shard by shard, in the order of its bytes; an array is valid until the next one is requested.
+    Files are read, not mapped: touched pages of a mapped file count as memory of the process.
+
+    Raises:
+        CheckpointError: a file cannot be read, or ends early.
+    """
     by_file: dict[Path, list[str]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append(name)
@@ -173,12 +186,25 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
         try:
             with file.open("rb", buffering=0) as data:
                 for name in sorted(names, key=lambda name: entries[name].start):
-                    array = buffer.array(entries[name].shape, jnp.dtype(STORED[entries[name].dtype]))
+                    array = buffer.array(entries[name].shape, jnp.dtype(CODES[entries[name].dtype]))
                     data.seek(entries[name].start)
                     _fill(array, data)
                     yield name, array
         except OSError as error:
             raise CheckpointError(f"expected a readable safetensors file at {file}; {error.strerror}") from None
+
+
+def _check_headers(config: DecoderConfig, table: Mapping[str, Tensor], headers: Headers, where: Path) -> None:
+    """Compare headers with the tensor table, collecting all differences before raising."""
+    shapes = {name: entry.shape for name, entry in headers.entries.items()}
+    problems = table_problems(table, shapes, lambda name: is_ignorable(config, name))
+    problems["doubly assigned"] = headers.duplicates
+    problems["not F32, F16 or BF16"] = [
+        f"{name} ({headers.entries[name].dtype})"
+        for name in table
+        if name in headers.entries and headers.entries[name].dtype not in FLOAT_CODES
+    ]
+    raise_problems(f"the tensors of {config.model_type}", problems, where)
 
 
 def _indexed_files(directory: Path) -> list[str]:
@@ -189,7 +215,7 @@ def _indexed_files(directory: Path) -> list[str]:
     if outside := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
         raise CheckpointError(f"expected *.safetensors beside {directory / INDEX}; it names {listing(outside)}")
     if missing := [name for name in names if not _exists(directory / name)]:
-        raise CheckpointError(f"expected {listing(missing)} in {directory}, as {INDEX} says; there is no such shard")
+        raise CheckpointError(f"expected {listing(missing)} in {directory}, listed in {INDEX}; there is no such shard")
     return names
 
 
@@ -205,7 +231,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         raise CheckpointError(f"expected a safetensors file at {file}; it is no file")
     try:
         with safe_open(file, framework="numpy"), file.open("rb") as data:
-            # Opened, its header is known to be whole and to fit the file.
+            # Opening has checked that the header is whole and matches the file.
             size = int.from_bytes(data.read(8), "little")
             header = json.loads(data.read(size))
     except (SafetensorError, OSError) as error:
@@ -218,7 +244,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
 
 
 def _fill(array: np.ndarray, data: RawIOBase) -> None:
-    """Read until the array is full; one call of the system reads no more than 2 GiB."""
+    """Read until the array is full: one system call reads at most 2 GiB."""
     rest = array.reshape(-1).view(np.uint8).data
     while rest:
         count = data.readinto(rest)

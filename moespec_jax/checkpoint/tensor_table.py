@@ -1,28 +1,44 @@
 """The tensor table of a checkpoint: every published name with its shape and its place in the parameters.
 
-A place is a path into the parameters, written as names and numbers: `("layers", 3, "attention", "q")`, or for an
-expert matrix `("experts", sparse layer, expert, "gate")`. Experts and gated MLPs are published `[out, in]` and kept
-`[in, out]`.
+A place is a path into the parameters, of names and indices: `("layers", 3, "attention", "q")`, or
+`("experts", sparse layer, expert, "gate")` for a matrix of an expert. Matrices of experts and gated MLPs, and `o`, are
+published `[out, in]` and kept `[in, out]`.
 """
 
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from moespec_jax.checkpoint.families import FAMILIES
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import AttentionConfig, DecoderConfig
+from moespec_jax.errors import CheckpointError
+from moespec_jax.files import listing
 
 Path = tuple[str | int, ...]
 
 
 class Tensor(NamedTuple):
-    """One published tensor: where it goes, its published shape, and whether it is transposed on the way."""
+    """One published tensor.
+
+    Fields:
+        path: place in the parameters.
+        shape: published shape.
+        transpose: whether it is kept transposed.
+    """
 
     path: Path
     shape: tuple[int, ...]
     transpose: bool = False
 
+    def reorient(self, array: np.ndarray) -> np.ndarray:
+        """Convert an array from the published orientation to the kept one, or back."""
+        return array.T if self.transpose else array
+
 
 def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint of this decoder must hold, by published name."""
+    """List the tensors of a decoder's checkpoint by published name."""
     vocab, model = config.vocab_size, config.hidden_size
     table = {
         "model.embed_tokens.weight": Tensor(("embed",), (vocab, model)),
@@ -32,42 +48,70 @@ def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
         table["lm_head.weight"] = Tensor(("lm_head",), (vocab, model))
     sparse = 0
     for i in range(config.num_hidden_layers):
-        rows = _layer_table(config, ("layers", i)) | _attention_table(config, ("layers", i, "attention"))
+        rows = _layer_table(config, ("layers", i))
         if config.sparse_layers[i]:
             rows |= _sparse_table(config, ("layers", i, "mlp"), sparse)
             sparse += 1
         else:
-            rows |= _mlp_table("mlp.", ("layers", i, "mlp"), model, config.intermediate_size)
+            rows |= mlp_table("mlp.", ("layers", i, "mlp"), model, config.intermediate_size)
         table |= {f"model.layers.{i}.{name}": tensor for name, tensor in rows.items()}
     return table
 
 
-def expert_matrices(config: DecoderConfig) -> int:
-    """How many of the table are matrices of experts, told without making it."""
-    return 3 * config.num_sparse_layers * config.num_experts
-
-
 def is_ignorable(config: DecoderConfig, name: str) -> bool:
-    """Tensors some checkpoints carry that hold nothing new: rotary tables, and the copy of a tied embedding."""
+    """Test whether a tensor outside the table is redundant: a rotary table, or the copy of a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
+def check_expert_count(config: DecoderConfig, tensors: int, where: pathlib.Path) -> None:
+    """Refuse a config.json with far more experts than there are stored `tensors`, before its table is made: the size of
+    the table is that of the config, which may be arbitrary.
+
+    Raises:
+        CheckpointError: there are too few tensors.
+    """
+    count = 3 * config.num_sparse_layers * config.num_experts
+    if count > 1000 + 2 * tensors:
+        raise CheckpointError(f"expected {count} matrices of experts; got {tensors} tensors in {where}")
+
+
+def table_problems(
+    table: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+) -> dict[str, list[str]]:
+    """List tensors that are unknown, missing or misshapen by the table. `ignored` tests names outside the table."""
     return {
-        "input_layernorm.weight": Tensor((*path, "input_norm"), (config.hidden_size,)),
-        "post_attention_layernorm.weight": Tensor((*path, "post_attention_norm"), (config.hidden_size,)),
+        "unknown": [name for name in shapes if name not in table and not ignored(name)],
+        "missing": [name for name in table if name not in shapes],
+        "misshapen": [
+            f"{name} (expected {list(tensor.shape)}, got {list(shapes[name])})"
+            for name, tensor in table.items()
+            if name in shapes and tensor.shape != shapes[name]
+        ],
     }
 
 
-def _attention_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
-    model = config.hidden_size
+def raise_problems(expected: str, problems: Mapping[str, Sequence[str]], where: pathlib.Path) -> None:
+    """Raise one error that names all problems, which are given by kind.
+
+    Raises:
+        CheckpointError: there is a problem.
+    """
+    found = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"expected {expected}; got {'; '.join(found)} in {where}")
+
+
+def attention_table(
+    config: AttentionConfig, path: Path, *, model: int, inputs: int, qkv_bias: bool, o_bias: bool
+) -> dict[str, Tensor]:
+    """List the tensors of an attention block at `path` that reads `inputs` features and writes `model`."""
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows = {"self_attn.o_proj.weight": Tensor((*path, "o"), (model, q), transpose=True)}
     for name, width in (("q", q), ("k", kv), ("v", kv)):
-        rows[f"self_attn.{name}_proj.weight"] = Tensor((*path, name), (width, model))
-        if config.qkv_bias:
+        rows[f"self_attn.{name}_proj.weight"] = Tensor((*path, name), (width, inputs))
+        if qkv_bias:
             rows[f"self_attn.{name}_proj.bias"] = Tensor((*path, f"{name}_bias"), (width,))
-    if config.o_bias:
+    if o_bias:
         rows["self_attn.o_proj.bias"] = Tensor((*path, "o_bias"), (model,))
     if config.qk_norm != "none":
         widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
@@ -76,23 +120,36 @@ def _attention_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
     return rows
 
 
-def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[str, Tensor]:
-    names, model, ffn = FAMILIES[config.model_type].names, config.hidden_size, config.moe_intermediate_size
-    rows = {names.router: Tensor((*path, "router"), (config.num_experts, model))}
-    for e in range(config.num_experts):
-        place = ("experts", sparse_layer, e)
-        rows[names.gate.format(expert=e)] = Tensor((*place, "gate"), (ffn, model), transpose=True)
-        rows[names.up.format(expert=e)] = Tensor((*place, "up"), (ffn, model), transpose=True)
-        rows[names.down.format(expert=e)] = Tensor((*place, "down"), (model, ffn), transpose=True)
-    if width := config.shared_expert_intermediate_size:
-        rows |= _mlp_table("mlp.shared_expert.", (*path, "shared"), model, width)
-        rows["mlp.shared_expert_gate.weight"] = Tensor((*path, "shared_gate"), (1, model))
-    return rows
-
-
-def _mlp_table(prefix: str, path: Path, model: int, ffn: int) -> dict[str, Tensor]:
+def mlp_table(prefix: str, path: Path, model: int, ffn: int) -> dict[str, Tensor]:
+    """List the tensors of a gated MLP at `path`."""
     return {
         f"{prefix}gate_proj.weight": Tensor((*path, "gate"), (ffn, model), transpose=True),
         f"{prefix}up_proj.weight": Tensor((*path, "up"), (ffn, model), transpose=True),
         f"{prefix}down_proj.weight": Tensor((*path, "down"), (model, ffn), transpose=True),
     }
+
+
+def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
+    """List the tensors of a layer outside its MLP."""
+    model = config.hidden_size
+    rows = {
+        "input_layernorm.weight": Tensor((*path, "input_norm"), (model,)),
+        "post_attention_layernorm.weight": Tensor((*path, "post_attention_norm"), (model,)),
+    }
+    bias = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
+    return rows | attention_table(config, (*path, "attention"), model=model, inputs=model, **bias)
+
+
+def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[str, Tensor]:
+    """List the tensors of a sparse MLP; its experts' places count sparse layers."""
+    names, model, ffn = FAMILIES[config.model_type].names, config.hidden_size, config.moe_intermediate_size
+    rows = {names.router: Tensor((*path, "router"), (config.num_experts, model))}
+    for e in range(config.num_experts):
+        expert = ("experts", sparse_layer, e)
+        rows[names.gate.format(expert=e)] = Tensor((*expert, "gate"), (ffn, model), transpose=True)
+        rows[names.up.format(expert=e)] = Tensor((*expert, "up"), (ffn, model), transpose=True)
+        rows[names.down.format(expert=e)] = Tensor((*expert, "down"), (model, ffn), transpose=True)
+    if width := config.shared_expert_intermediate_size:
+        rows |= mlp_table("mlp.shared_expert.", (*path, "shared"), model, width)
+        rows["mlp.shared_expert_gate.weight"] = Tensor((*path, "shared_gate"), (1, model))
+    return rows

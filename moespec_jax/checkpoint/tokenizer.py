@@ -1,4 +1,4 @@
-"""Text to token ids and back: the checkpoint's own tokenizer, its chat template, and text that arrives bit by bit."""
+"""The checkpoint's tokenizer, chat template and stop tokens, and incremental decoding of text."""
 
 import functools
 from collections.abc import Iterable
@@ -8,16 +8,16 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.config_fields import shown
-from moespec_jax.errors import CheckpointError
+from moespec_jax.errors import CheckpointError, first_line
 from moespec_jax.files import read_json
 
 _LARGEST_ID = 2**31 - 1  # ids are int32 on the device
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory, None where it has none.
+    """Load the tokenizer of a checkpoint directory; None where it has none.
 
-    A `tokenizer.json` is read as it is. Older formats are converted by transformers.
+    `tokenizer.json` is read by the tokenizers library. Older formats are converted by transformers.
 
     Raises:
         CheckpointError: there is a tokenizer file and it cannot be read.
@@ -26,11 +26,11 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
     if file.exists():
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except BaseException as error:  # the tokenizers library raises bare Exception, and more where it panics
+        except BaseException as error:  # the tokenizers library raises Exception, and BaseException where it panics
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise CheckpointError(f"expected a tokenizer in {file}; {error}") from None
-        # Some files carry how their last user cut or filled texts; a prompt is taken whole.
+        # Some files hold settings of truncation and padding, which must not apply to prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return tokenizer
@@ -38,13 +38,13 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         return None
     try:
         return _transformers_tokenizer(directory)._tokenizer
-    except Exception as error:  # whatever transformers or sentencepiece say about somebody's file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"expected a tokenizer in {directory}; {reason}") from None
+    except Exception as error:  # of any type: transformers and sentencepiece document none
+        raise CheckpointError(f"expected a tokenizer in {directory}; {first_line(error)}") from None
 
 
 def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool) -> str:
-    """One user turn (and a system turn) in the checkpoint's chat template, ready for the answer.
+    """Format a system turn, if any, and a user turn in the checkpoint's chat template, followed by the start of the
+    assistant's turn.
 
     Raises:
         CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
@@ -55,7 +55,7 @@ def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool
 
 
 def render_chat(directory: Path, turns: list[dict[str, str]], *, ask: bool = False, thinking: bool = True) -> str:
-    """Turns in the checkpoint's chat template; with `ask`, ready for the assistant's next one.
+    """Format turns in the checkpoint's chat template; with `ask`, followed by the start of the assistant's next turn.
 
     Raises:
         CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
@@ -65,13 +65,12 @@ def render_chat(directory: Path, turns: list[dict[str, str]], *, ask: bool = Fal
         if tokenizer.chat_template is None:
             raise ValueError("the checkpoint has no chat template")
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking)
-    except Exception as error:  # templates are somebody's programs and raise what they like
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"expected a chat template in {directory}; {reason}") from None
+    except Exception as error:  # templates are programs of the checkpoint and may raise anything
+        raise CheckpointError(f"expected a chat template in {directory}; {first_line(error)}") from None
 
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:
-    """Token ids that end a sequence: `eos_token_id` of `generation_config.json`, else of `config.json`.
+    """Read the token ids that end a sequence: `eos_token_id` of `generation_config.json`, else of `config.json`.
 
     Raises:
         CheckpointError: the field is not an id, a list of ids or null.
@@ -90,38 +89,39 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
 
 
 class TextStream:
-    """Text of one sequence as its tokens arrive; a character of several tokens comes out whole or not yet.
+    """Incremental decoding of one sequence: a character that consists of several tokens is returned with its last one.
 
-    The prompt belongs to the sequence: push it first, for some tokenizers drop a leading space of what they see first.
+    Push the prompt first: some tokenizers drop the leading space of the first text that they decode.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # from the start of the piece before the pending one
-        self._given = 0  # how many of them have been given out as text
+        # Ids of the text returned last, as context, and of the pending text.
+        self._ids: list[int] = []
+        self._returned = 0  # number of them whose text has been returned
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that became certain with these ids."""
+        """Append ids; return the text that they complete."""
         return "".join(self._step(i) for i in ids)
 
     def flush(self) -> str:
-        """What is left at the end: bytes that never became a character come out as U+FFFD."""
+        """Return the remaining text at the end; bytes of an incomplete character are decoded as U+FFFD."""
         rest = self._pending()
-        self._given = len(self._ids)
+        self._returned = len(self._ids)
         return rest
 
     def _step(self, i: int) -> str:
         self._ids.append(i)
-        piece = self._pending()
-        # Without text of its own (a special token) a piece is no context for the next one; with U+FFFD it may be cut.
-        if not piece or piece.endswith("\ufffd"):
+        text = self._pending()
+        # Empty text (of a special token) would be no context for the next one; a final U+FFFD may be incomplete.
+        if not text or text.endswith("\ufffd"):
             return ""
-        del self._ids[: self._given]
-        self._given = len(self._ids)
-        return piece
+        del self._ids[: self._returned]
+        self._returned = len(self._ids)
+        return text
 
     def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._given], skip_special_tokens=True)
+        before = self._tokenizer.decode(self._ids[: self._returned], skip_special_tokens=True)
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)[len(before) :]
 
 
@@ -129,7 +129,7 @@ class TextStream:
 def _transformers_tokenizer(directory: Path) -> Any:
     import os
 
-    # transformers advises people without torch to install it; nobody here needs that advice.
+    # transformers prints an advice to install torch, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 

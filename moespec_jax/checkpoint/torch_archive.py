@@ -1,9 +1,8 @@
-"""A `pytorch_model.bin` read without torch and without running anything: the zip archive that `torch.save` writes since
-version 1.6, holding a flat dictionary of tensors.
+"""Reader of `pytorch_model.bin` without torch and without running code: the zip archive that `torch.save` writes since
+version 1.6, with a flat dictionary of tensors.
 
-A pickle is a program for a small stack machine. Here that machine is spelled out with just the instructions a
-dictionary of tensors needs: a name in the file is looked up in a closed table of inert values, and nothing is ever
-imported or called.
+A pickle is a program for a stack machine. The machine below has only the instructions that a dictionary of tensors
+requires. Names in the file are looked up in a fixed table of inert values; nothing is imported or called.
 """
 
 import contextlib
@@ -19,7 +18,8 @@ import numpy as np
 
 from moespec_jax.errors import CheckpointError
 
-# A head has some twenty tensors, each a few hundred bytes and some fifty instructions here.
+# Bounds on bytes and instructions of a pickle. A head has about twenty tensors, of a few hundred bytes and about fifty
+# instructions each.
 _LARGEST_PROGRAM, _LONGEST_PROGRAM = 1 << 22, 1 << 16
 _MOST_AXES = 8
 _ORDERED_DICT, _REBUILD = object(), object()
@@ -37,7 +37,15 @@ _GLOBALS: dict[str, Any] = {
 
 
 class ArchivedTensor(NamedTuple):
-    """One tensor of an archive: a strided view of a stored run of elements. `offset` and `stride` count elements."""
+    """One tensor of an archive: a strided view of a storage.
+
+    Fields:
+        storage: entry of the archive with the elements.
+        dtype: of the elements.
+        shape: of the tensor.
+        stride: of each axis, in elements.
+        offset: of the first element, in elements.
+    """
 
     storage: str
     dtype: np.dtype
@@ -47,37 +55,39 @@ class ArchivedTensor(NamedTuple):
 
 
 class _Storage(NamedTuple):
+    """One storage: the name of its entry, its dtype, and its number of elements."""
+
     key: str
     dtype: np.dtype
     size: int
 
 
 def read_index(file: Path) -> dict[str, ArchivedTensor]:
-    """All tensors of an archive by name; their values stay in the file.
+    """Read the tensors of an archive by name, without their values.
 
     Raises:
-        CheckpointError: it is no such archive, or damaged, or it asks for anything but tensors of known types.
+        CheckpointError: it is another kind of file, or damaged, or requires anything but tensors of known types.
     """
     with _opened(file) as archive:
         programs = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(programs) != 1:
-            raise ValueError(f"it holds {len(programs)} data.pkl in place of one")
+            raise ValueError(f"it holds {len(programs)} data.pkl instead of one")
         root = programs[0].partition("/")[0]
         if f"{root}/byteorder" in archive.namelist() and _read(archive, file, f"{root}/byteorder", 16) != b"little":
             raise ValueError("its numbers are not little-endian")
         value = interpret(_read(archive, file, programs[0], _LARGEST_PROGRAM))
         if not isinstance(value, dict) or not value or not all(isinstance(v, ArchivedTensor) for v in value.values()):
-            raise ValueError("it holds something else than a flat dictionary of tensors")
+            raise ValueError("it holds something other than a flat dictionary of tensors")
         return {name: tensor._replace(storage=f"{root}/data/{tensor.storage}") for name, tensor in value.items()}
 
 
 def read_arrays(
     file: Path, index: Mapping[str, ArchivedTensor], names: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The named tensors of an archive, one at a time, possibly strided.
+    """Yield the named tensors of an archive, possibly strided.
 
     Raises:
-        CheckpointError: a tensor's values are missing, damaged, or fewer than its shape needs.
+        CheckpointError: a tensor's values are missing, damaged, or fewer than its shape requires.
     """
     with _opened(file) as archive:
         for name in names:
@@ -93,13 +103,13 @@ def read_arrays(
 
 _DAMAGE = (
     *(zipfile.BadZipFile, EOFError, OSError, ValueError, TypeError, OverflowError),
-    *(LookupError, AttributeError, RuntimeError),  # a stack that is too short, an encrypted entry
+    *(LookupError, AttributeError, RuntimeError),  # a stack underflow, an encrypted entry
 )
 
 
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
-    """The archive, with whatever its bytes make any step raise turned into one line."""
+    """Open an archive; any error that damaged bytes cause in the block is converted to a `CheckpointError`."""
     try:
         with zipfile.ZipFile(file) as archive:
             yield archive
@@ -110,7 +120,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _read(archive: zipfile.ZipFile, file: Path, name: str, largest: int | None = None) -> bytes:
-    """An entry's bytes. Entries lie as they are: nothing may grow on being read."""
+    """Read an entry. Compressed entries are refused, since they could expand to any size."""
     try:
         entry = archive.getinfo(name)
     except KeyError:
@@ -122,11 +132,11 @@ def _read(archive: zipfile.ZipFile, file: Path, name: str, largest: int | None =
 
 
 def interpret(program: bytes) -> Any:
-    """The value a pickle builds out of dictionaries, lists, tuples, texts, numbers and tensors.
+    """Interpret a pickle of dictionaries, lists, tuples, strings, numbers and tensors.
 
     Raises:
-        ValueError: it uses another instruction, or a name outside the table. A program that does not hold together
-            raises other errors as well, IndexError among them; none has any effect.
+        ValueError: it uses another instruction, or a name outside the table. Malformed programs raise other errors too,
+            such as IndexError; none has a side effect.
     """
     machine = _Machine([], [], {})
     for number, (opcode, argument, _) in enumerate(pickletools.genops(program)):
@@ -135,27 +145,33 @@ def interpret(program: bytes) -> Any:
         if opcode.name == "STOP":
             return machine.stack.pop()
         if opcode.name not in _INSTRUCTIONS:
-            raise ValueError(f"its pickle uses {opcode.name}, which no dictionary of tensors needs")
+            raise ValueError(f"its pickle uses {opcode.name}, which no dictionary of tensors requires")
         _INSTRUCTIONS[opcode.name](machine, argument)
     raise ValueError("its pickle has no end")
 
 
 class _Machine(NamedTuple):
+    """State of the stack machine: stack, positions of marks in it, and memo."""
+
     stack: list[Any]
     marks: list[int]
     memo: dict[int, Any]
 
     def pop(self, count: int) -> list[Any]:
-        """The last values, of which there must be that many."""
+        """Remove and return the last `count` values.
+
+        Raises:
+            IndexError: there are fewer.
+        """
         if count > len(self.stack):
-            raise IndexError("its pickle takes more than it gives")
+            raise IndexError("its pickle pops more values than it pushes")
         start = len(self.stack) - count
         values = self.stack[start:]
         del self.stack[start:]
         return values
 
     def pop_marked(self) -> list[Any]:
-        """The values since the last mark."""
+        """Remove and return the values since the last mark."""
         return self.pop(len(self.stack) - self.marks.pop())
 
 
@@ -168,51 +184,51 @@ def _push_tuple(count: int) -> Callable[[_Machine, Any], None]:
 
 
 def _set_items(machine: _Machine, items: list[Any]) -> None:
-    # Only texts: hashing a deeply nested key would overflow the interpreter's own stack.
+    # Keys are strings: the hash of a deeply nested key would overflow the interpreter's stack.
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not isinstance(key, str):
-            raise ValueError("its pickle has a key that is no text")
+            raise ValueError("its pickle has a key that is not a string")
         machine.stack[-1][key] = value
 
 
 def _look_up(machine: _Machine, name: str) -> None:
     if name not in _GLOBALS:
-        raise ValueError(f"its pickle asks for {name.replace(' ', '.', 1)[:200]}, which is not a tensor's part")
+        raise ValueError(f"its pickle requires {name.replace(' ', '.', 1)[:200]}, which is not part of a tensor")
     machine.stack.append(_GLOBALS[name])
 
 
 def _build(machine: _Machine, _: Any) -> None:
-    """A call, of which two are known: an empty dictionary, and a tensor over a storage."""
+    """Replace one of the two supported calls by its result: an empty dictionary, or a view of a storage."""
     function, arguments = machine.pop(2)
     if function is _ORDERED_DICT and arguments == ():
         machine.stack.append({})
     elif function is _REBUILD:
         machine.stack.append(_tensor(*arguments[:4]))
     else:
-        raise ValueError("its pickle calls something else than what makes a tensor")
+        raise ValueError("its pickle calls something other than the constructor of a tensor")
 
 
 def _storage(machine: _Machine, _: Any) -> None:
     kind, dtype, key, _, size = machine.pop(1)[0]
-    texts = kind == "storage" and isinstance(key, str) and isinstance(dtype, np.dtype)
-    if not texts or not _is_size(size):
-        raise ValueError("its pickle refers to something else than a storage of known type")
+    known = kind == "storage" and isinstance(key, str) and isinstance(dtype, np.dtype)
+    if not known or not _is_size(size):
+        raise ValueError("its pickle refers to something other than a storage of known type")
     machine.stack.append(_Storage(key, dtype, size))
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> ArchivedTensor:
-    regular = len(shape) == len(stride) <= _MOST_AXES and all(map(_is_size, (offset, *shape, *stride)))
-    if not isinstance(storage, _Storage) or not regular:
-        raise ValueError("its pickle has a tensor that is none")
+    valid = len(shape) == len(stride) <= _MOST_AXES and all(map(_is_size, (offset, *shape, *stride)))
+    if not isinstance(storage, _Storage) or not valid:
+        raise ValueError("its pickle has an invalid tensor")
     tensor = ArchivedTensor(storage.key, storage.dtype, tuple(shape), tuple(stride), offset)
-    # Strides of 0 make a large tensor out of nothing; those that are saved have all their elements.
+    # Strides of 0 would make a large tensor of few elements; saved tensors have all their elements.
     if math.prod(shape) > storage.size or _extent(tensor) > storage.size:
         raise ValueError(f"a tensor {list(shape)} reaches beyond its storage of {storage.size}")
     return tensor
 
 
 def _extent(tensor: ArchivedTensor) -> int:
-    """How many elements of its storage lie up to the last one of a tensor."""
+    """Number of elements of the storage up to the last one of a tensor."""
     if 0 in tensor.shape:
         return tensor.offset
     return tensor.offset + 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
@@ -247,6 +263,6 @@ _INSTRUCTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "STACK_GLOBAL": lambda machine, _: _look_up(machine, " ".join(machine.pop(2))),
     "BINPERSID": _storage,
     "REDUCE": _build,
-    # What follows a state dictionary: its version, which says nothing of the tensors.
+    # The metadata that follows a state dictionary: versions, which do not affect tensors.
     "BUILD": lambda machine, _: machine.pop(1),
 }

@@ -1,7 +1,7 @@
-"""Safetensors out: parameters as a directory that transformers and this library load.
+"""Writing of parameters as a directory of safetensors that transformers and this library load.
 
-Tensors are written one by one to where the header says, so that no shard is ever in memory, under a temporary name that
-becomes the real one when everything is written.
+Tensors are written one by one at their offsets, so that no shard is held in memory, into temporary files, which are
+renamed when all are complete.
 """
 
 import dataclasses
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from moespec_jax.checkpoint.dtypes import FLOAT_CODES
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.checkpoint.leaves import Source, cast, copy_into, counted
+from moespec_jax.checkpoint.leaves import Source, cast, copy_into, with_progress
 from moespec_jax.checkpoint.parameters import build_decoder, leaf_shapes, place_of
-from moespec_jax.checkpoint.read import FLOATS, INDEX, WHOLE
+from moespec_jax.checkpoint.read import INDEX, SINGLE_FILE
 from moespec_jax.checkpoint.tensor_table import Path as TreePath
-from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.checkpoint.tensor_table import Tensor, tensor_table
 from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.files import write_json
 from moespec_jax.nn.backend import BACKENDS, Backend
@@ -31,11 +32,16 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.experts.layouts import Flat
 
 MAX_SHARD_BYTES = 5_000_000_000
-_CODES = {dtype: code for code, dtype in FLOATS.items()}
+_CODES = {dtype: code for code, dtype in FLOAT_CODES.items()}
 
 
 class Shard(NamedTuple):
-    """One file to be written: its tensors' dtypes and byte ranges in the data that follows the header."""
+    """One file to be written.
+
+    Fields:
+        dtypes: dtype of each tensor.
+        ranges: first and end byte of each tensor, counted from the end of the header.
+    """
 
     dtypes: dict[str, np.dtype]
     ranges: dict[str, tuple[int, int]]
@@ -56,31 +62,30 @@ def export(
 
     Raises:
         CheckpointError: a value does not fit `dtype`.
-        ValueError: the family's config.json cannot express `config`.
+        ValueError: the family's config.json cannot express `config`, or the parameters are not those of `config`.
     """
     fields = checked_fields(config, {"dtype": str(jnp.dtype(dtype))} | dict(extra or {}))
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(decoder_source(params, config), config, directory, dtype, max_shard_bytes, progress)
+    write_safetensors(decoder_source(params, config), directory, dtype, max_shard_bytes, progress)
     write_json(directory / "config.json", fields)
 
 
 def write_safetensors(
     source: Source,
-    config: DecoderConfig,
     directory: Path,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Write all tensors as one file, or as shards with an index; without a `dtype` each keeps its own.
+    """Write all tensors as one file, or as shards with an index. Without a `dtype` each tensor keeps its own.
 
     Raises:
         CheckpointError: the source is damaged, or a value does not fit `dtype`.
     """
-    table = tensor_table(config)
-    kinds = {name: source.dtypes[name] if dtype is None else jnp.dtype(dtype) for name in table}
-    shards = _plan({name: (tensor.shape, kinds[name]) for name, tensor in table.items()}, max_shard_bytes)
-    tensors = counted(_each(source, shards), len(table), "writing", progress)
+    table = source.table
+    dtypes = {name: source.dtypes[name] if dtype is None else jnp.dtype(dtype) for name in table}
+    shards = _plan({name: (tensor.shape, dtypes[name]) for name, tensor in table.items()}, max_shard_bytes)
+    tensors = with_progress(_each(source, shards), len(table), "writing", progress)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
     temporary = [directory / f".{name}.incomplete" for name in names]
     try:
@@ -93,7 +98,7 @@ def write_safetensors(
 
 
 def write_config(config: DecoderConfig, directory: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """Write config.json as the family publishes it: transformers loads it, and `read_config` gives `config` back.
+    """Write config.json as the family publishes it: transformers loads it, and `read_config` returns `config`.
 
     Raises:
         ValueError: as `checked_fields`.
@@ -102,22 +107,25 @@ def write_config(config: DecoderConfig, directory: Path, extra: Mapping[str, Any
 
 
 def checked_fields(config: DecoderConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The published fields and `extra`, which read back as `config`.
+    """Compute the published fields, updated with `extra`, and check that they read back as `config`.
 
     Raises:
-        ValueError: the family's file cannot say what `config` says; the message names the field.
+        ValueError: the family's config.json cannot express `config`; the message names the field.
     """
-    fields = config_fields(config) | dict(extra or {})
+    fields = published_fields(config) | dict(extra or {})
     again = read_config(fields)
     for field in dataclasses.fields(config):
-        asked, got = getattr(config, field.name), getattr(again, field.name)
-        if asked != got:
-            raise ValueError(f"expected {field.name} that {config.model_type} can express ({got!r}); came {asked!r}")
+        requested, readable = getattr(config, field.name), getattr(again, field.name)
+        if requested != readable:
+            raise ValueError(
+                f"expected {field.name} that {config.model_type} can express ({readable!r}); got {requested!r}"
+            )
     return fields
 
 
-def config_fields(config: DecoderConfig) -> dict[str, Any]:
-    """The published fields of a config.json. Token ids are null: some families' defaults lie outside the vocabulary."""
+def published_fields(config: DecoderConfig) -> dict[str, Any]:
+    """Compute the published fields of a config.json. Token ids are null: defaults of some families may be outside the
+    vocabulary."""
     fields: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]], "model_type": config.model_type}
     fields |= {name: getattr(config, name) for name in _SAME}
     fields |= {"rope_theta": config.rope.rope_theta, "rope_parameters": _rope_fields(config)}
@@ -161,7 +169,7 @@ _SAME = (
     "hidden_act",
     "tie_word_embeddings",
 )
-# What each scaling reads besides rope_type and rope_theta: required fields, then those written only if they were set.
+# Fields of each scaling besides rope_type and rope_theta: those always written, and those written only where set.
 _ROPE = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -187,7 +195,7 @@ def _window_fields(config: DecoderConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"sliding_window": window}
     if config.model_type in ("qwen2_moe", "qwen3_moe"):
         fields |= {"use_sliding_window": window is not None}
-    # Qwen2-MoE alternates by default; elsewhere one window for all layers needs no list.
+    # Without a list, Qwen2-MoE alternates and other families have one window for all layers.
     if len(windows) > 1 or config.model_type == "qwen2_moe":
         kinds = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
         fields |= {"layer_types": kinds}
@@ -195,18 +203,22 @@ def _window_fields(config: DecoderConfig) -> dict[str, Any]:
 
 
 def decoder_source(params: Decoder, config: DecoderConfig) -> Source:
-    """The published tensors of loaded parameters, each brought to the host when it is asked for."""
+    """Make a source of loaded parameters; each tensor is copied to the host when it is read.
+
+    Raises:
+        ValueError: the parameters are not those of `config` in the layout of a back-end.
+    """
     table, backend = tensor_table(config), _backend_of(params)
-    leaves = _leaves(params, config, backend)
+    leaves = _leaves(params, config, backend, table)
     places = {name: place_of(config, backend, tensor.path) for name, tensor in table.items()}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
         for name in names:
             leaf, row = leaves[places[name].leaf], places[name].row
             array = np.asarray(leaf if row is None else leaf[row])
-            yield name, array.T if table[name].transpose else array
+            yield name, table[name].reorient(array)
 
-    return Source({name: jnp.dtype(leaves[place.leaf].dtype) for name, place in places.items()}, read)
+    return Source({name: jnp.dtype(leaves[place.leaf].dtype) for name, place in places.items()}, read, table)
 
 
 def _backend_of(params: Decoder) -> Backend:
@@ -214,21 +226,23 @@ def _backend_of(params: Decoder) -> Backend:
     for backend in BACKENDS.values():
         if backend.stacked == params.stacked and (backend.layout == layout or not params.experts):
             return backend
-    raise ValueError(f"expected parameters in a back-end's layout; came stacked={params.stacked} with {layout} experts")
+    raise ValueError(f"expected parameters in a back-end's layout; got stacked={params.stacked} with {layout} experts")
 
 
-def _leaves(params: Decoder, config: DecoderConfig, backend: Backend) -> dict[TreePath, jax.Array]:
-    """Every leaf by its path, found by building the same tree out of numbers."""
-    paths = list(leaf_shapes(config, backend))
+def _leaves(
+    params: Decoder, config: DecoderConfig, backend: Backend, table: Mapping[str, Tensor]
+) -> dict[TreePath, jax.Array]:
+    """Map paths to leaves, by building a decoder whose leaves are the numbers of the paths."""
+    paths = list(leaf_shapes(config, backend, table=table))
     numbers = build_decoder(config, backend, {path: i for i, path in enumerate(paths)})
     if jax.tree.structure(numbers) != jax.tree.structure(params):
-        raise ValueError(f"expected the parameters of this {config.model_type}; came those of another config or layout")
+        raise ValueError(f"expected the parameters of this {config.model_type}; got those of another config or layout")
     pairs = zip(jax.tree.leaves(numbers), jax.tree.leaves(params), strict=True)
     return {paths[number]: leaf for number, leaf in pairs}
 
 
 def _plan(tensors: dict[str, tuple[tuple[int, ...], np.dtype]], max_shard_bytes: int) -> list[Shard]:
-    """Tensors in order, a new shard whenever the next would make it too large."""
+    """Assign tensors to shards in order; a shard ends before the tensor that would make it too large."""
     shards, size = [Shard({}, {})], 0
     for name, (shape, dtype) in tensors.items():
         count = math.prod(shape) * dtype.itemsize
@@ -249,7 +263,7 @@ def _each(source: Source, shards: list[Shard]) -> Iterator[tuple[str, np.ndarray
 def _write_shard(
     shard: Shard, shapes: dict[str, tuple[int, ...]], tensors: Iterator[tuple[str, np.ndarray]], file: Path
 ) -> None:
-    """Write the shard's tensors, the next ones of the iterator, in whatever order they come."""
+    """Write one shard. Its tensors are the next of the iterator, in any order."""
     header = {"__metadata__": {"format": "pt"}} | {
         name: {"dtype": _CODES[str(shard.dtypes[name])], "shape": shapes[name], "data_offsets": span}
         for name, span in shard.ranges.items()
@@ -265,8 +279,8 @@ def _write_shard(
 
 
 def _publish(directory: Path, names: list[str], temporary: list[Path], shards: list[Shard]) -> None:
-    """Give the files their names. Several cannot be replaced at once: what was there before goes first, and the index
-    comes last, so that an interruption leaves missing tensors, never a mixture."""
+    """Rename the temporary files. Several cannot be replaced atomically: old files are removed first and the index is
+    written last, so that an interruption leaves missing tensors, never a mixture."""
     old = [file for file in (directory / INDEX, *directory.glob("model*.safetensors")) if file.exists()]
     if len(names) > 1:
         for file in old:
@@ -279,16 +293,16 @@ def _publish(directory: Path, names: list[str], temporary: list[Path], shards: l
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         return
     for file in old:
-        if file.name != WHOLE:
+        if file.name != SINGLE_FILE:
             file.unlink()
 
 
 def _shard_name(number: int, count: int) -> str:
-    return WHOLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return SINGLE_FILE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     if not array.flags.c_contiguous:
         strided, array = array, np.empty(array.shape, array.dtype)
         copy_into(array, strided)
-    return array.reshape(-1).view(np.uint8).data  # bfloat16 has no buffer protocol of its own
+    return array.reshape(-1).view(np.uint8).data  # bfloat16 arrays do not support the buffer protocol

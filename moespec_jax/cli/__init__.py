@@ -1,1 +1,1 @@
-"""Parts that the command lines share: flags, prompts, tables, traces, errors as one line. Private."""
+"""Parts shared by the commands: flags, prompts, traces, summaries, one-line errors. Private."""

@@ -1,4 +1,4 @@
-"""Flags that several command lines share - model, tree, budget - and the values they stand for."""
+"""Flags shared by several commands (model, tree, budget, profile) and their values."""
 
 import argparse
 import sys
@@ -27,8 +27,8 @@ def load_requested(arguments: argparse.Namespace, *budgets: BudgetConfig | None)
     """Load the model and draft head of the flags; budgets are checked before weights are read.
 
     Raises:
-        CheckpointError: they cannot be loaded.
-        RequestError: the model cannot have a budget.
+        CheckpointError: model or head cannot be loaded.
+        RequestError: a budget does not fit the model.
     """
 
     def check(config: DecoderConfig) -> None:
@@ -51,10 +51,10 @@ def load_requested(arguments: argparse.Namespace, *budgets: BudgetConfig | None)
 
 
 def mesh_of(arguments: argparse.Namespace) -> MeshConfig | Literal["auto"] | None:
-    """The mesh of `--mesh`, None without one, or where a command line has no such flag.
+    """Parse `--mesh`; None without it, and for commands that have no such flag.
 
     Raises:
-        RequestError: it is no mesh.
+        RequestError: it is not a mesh.
     """
     try:
         text = getattr(arguments, "mesh", None)
@@ -66,10 +66,10 @@ def mesh_of(arguments: argparse.Namespace) -> MeshConfig | Literal["auto"] | Non
 
 
 def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
-    """Tree and budget of `--profile` or of the other flags, without which the tree is "default".
+    """Read tree and budget from `--profile` or from their flags; without flags, the tree is "default".
 
     Raises:
-        RequestError: there are no such tree and budget, or both a profile and flags give them.
+        RequestError: tree or budget is invalid, or there are both a profile and flags.
     """
     tree, budget = tree_of(arguments), budget_of(arguments)
     if arguments.profile is None:
@@ -80,11 +80,12 @@ def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
 
 
 def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
-    """The tree that the flags ask for, None if they leave it to the platform. What they leave out of a tree is EAGLE's,
-    or as much of it as the rest allows.
+    """Read the tree of the flags; None without any.
+
+    Missing values are EAGLE's; a missing size is at most that of the pool and the root.
 
     Raises:
-        RequestError: there is no such tree.
+        RequestError: the tree is invalid.
     """
     depth, top_k, size = arguments.tree_depth, arguments.tree_top_k, arguments.tree_size
     if depth is None and top_k is None and size is None:
@@ -100,22 +101,22 @@ def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
 
 
 def rule_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `BudgetConfig` that flags give."""
-    given = {name: getattr(arguments, f"budget_{name}") for name in _RULE}
-    return current_fields({name: value for name, value in given.items() if value is not None})
+    """Fields of `BudgetConfig` whose `--budget-...` flags are present."""
+    values = {name: getattr(arguments, f"budget_{name}") for name in _RULE}
+    return current_fields({name: value for name, value in values.items() if value is not None})
 
 
 def budget_of(arguments: argparse.Namespace) -> BudgetConfig | None:
-    """Budget of the flags, None without one.
+    """Read the budget of the flags; None without one.
 
     Raises:
-        RequestError: there is no such budget.
+        RequestError: the budget is invalid, or there are flags of its rule without `--expert-budget`.
     """
     if arguments.expert_budget in (None, "none"):
-        given = next((name for name in _RULE if getattr(arguments, f"budget_{name}") is not None), None)
-        if given is not None:
-            flag = f"--budget-{given.replace('_', '-')}"
-            raise RequestError(f"{flag} is about a budget; expected --expert-budget with it")
+        present = next((name for name in _RULE if getattr(arguments, f"budget_{name}") is not None), None)
+        if present is not None:
+            flag = f"--budget-{present.replace('_', '-')}"
+            raise RequestError(f"{flag} is part of a budget; expected --expert-budget with it")
         return None
     try:
         return BudgetConfig(parse_budget(arguments.expert_budget), **rule_of(arguments))
@@ -124,10 +125,10 @@ def budget_of(arguments: argparse.Namespace) -> BudgetConfig | None:
 
 
 def check_budget(budget: BudgetConfig | None, config: DecoderConfig) -> None:
-    """Refuse a budget that a model cannot have.
+    """Check that a budget fits a model.
 
     Raises:
-        RequestError: there is no such budget.
+        RequestError: it does not.
     """
     try:
         if budget is not None:
@@ -137,7 +138,7 @@ def check_budget(budget: BudgetConfig | None, config: DecoderConfig) -> None:
 
 
 def parse_budget(text: str) -> int | float | tuple[int | float, ...]:
-    """A count or a fraction of the experts, one for all sparse layers or one for each: `16`, `0.25`, `12,16,16,24`."""
+    """Parse numbers or fractions of experts, one for all sparse layers or one for each: `16`, `0.25`, `12,16,16,24`."""
     try:
         numbers = tuple(float(part) if "." in part or "e" in part.lower() else int(part) for part in text.split(","))
     except ValueError:
@@ -149,114 +150,165 @@ def parse_budget(text: str) -> int | float | tuple[int | float, ...]:
 
 
 def shown_name(name: str) -> str:
-    """What results call a model or a head: a hub id as it is, of a directory its name, for its place means nothing on
-    another machine."""
+    """Name of a model or head in results: `the embedded target`, `the embedded head`, or its `short_name`."""
     embedded = {DEMO_TARGET: "the embedded target", DEMO_DRAFT: "the embedded head"}
-    return embedded.get(name) or (Path(name).resolve().name if Path(name).exists() else name)
+    return embedded.get(name) or short_name(name)
+
+
+def short_name(name: str) -> str:
+    """A hub id unchanged; for a path its last part, since the rest differs between machines."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:
-    """The boundaries of `--draft-boundaries`, None without it.
+    """Parse `--draft-boundaries`; None without it.
 
     Raises:
         CheckpointError: they are not integers.
     """
-    given = arguments.draft_boundaries
-    return None if given is None else parse_numbers(given, "--draft-boundaries")
+    text = arguments.draft_boundaries
+    return None if text is None else parse_numbers(text, "--draft-boundaries")
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
-    """Which model and draft head, and how they are loaded."""
-    group.add_argument("--model", default=DEMO_TARGET, help="directory or hub id (default: the embedded pair)")
+    """Add the flags that select and load model and draft head."""
+    group.add_argument(
+        "--model", default=DEMO_TARGET, help="target: a directory or a Hugging Face Hub id (default: the embedded one)"
+    )
     group.add_argument(
         "--draft-model",
-        help="directory or hub id of an EAGLE-3 head; none: plain decoding (default: the embedded pair's)",
+        metavar="HEAD",
+        help="EAGLE-3 draft head: a directory or a hub id; none: plain decoding (default: the embedded one with the"
+        " embedded target, none with any other)",
     )
     group.add_argument(
-        "--draft-boundaries", metavar="2,24,45", help="which states of the target the head reads, where its files err"
+        "--draft-boundaries",
+        metavar="2,24,45",
+        help="boundaries at which the head reads hidden states of the target (b is the input of layer b), in place of"
+        " those that the head's files name",
     )
-    group.add_argument("--revision", help="branch, tag or commit of a hub model")
-    group.add_argument("--draft-revision", help="the same of the draft head")
-    group.add_argument("--offline", action="store_true", help="use the local hub cache only")
-    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of weights and activations")
-    group.add_argument("--quantization", choices=QUANTIZATIONS, help="keep routed experts in it: half of bf16, lossy")
+    group.add_argument("--revision", help="branch, tag or commit of the hub repository of --model")
+    group.add_argument("--draft-revision", help="branch, tag or commit of the hub repository of --draft-model")
+    group.add_argument("--offline", action="store_true", help="load hub repositories from the local cache only")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of weights and activations (default: float32 on CPU, bfloat16 elsewhere)",
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        help="quantize the routed experts: half the bytes of bfloat16, slightly different output",
+    )
     group.add_argument(
         "--compilation-cache",
         metavar="DIR",
-        help="where compiled programs are kept, or none (default: ~/.cache/moespec_jax)",
+        help="directory that keeps compiled programs, or none (default: JAX_COMPILATION_CACHE_DIR if set, else"
+        " ~/.cache/moespec_jax/xla)",
     )
 
 
 def add_tree_flags(group: argparse._ArgumentGroup) -> None:
-    """The shape of the draft tree."""
+    """Add the flags of the draft tree's shape."""
     group.add_argument(
-        "--tree-depth", type=int, help="how often the beam is expanded; nodes reach depth + 1 (EAGLE: 7)"
+        "--tree-depth",
+        type=int,
+        metavar="N",
+        help="how often the beam is expanded after the first level, so that paths have up to N + 1 drafted tokens"
+        " (EAGLE: 7)",
     )
-    group.add_argument("--tree-top-k", type=int, help="width of the beam; 1 is a chain (EAGLE: 10)")
-    group.add_argument("--tree-size", type=int, help="tokens verified at once, the root included (EAGLE: 60)")
+    group.add_argument(
+        "--tree-top-k",
+        type=int,
+        metavar="N",
+        help="width of the beam, and children of a node; 1 is a chain (EAGLE: 10)",
+    )
+    group.add_argument(
+        "--tree-size", type=int, metavar="N", help="tokens verified in one pass, the root included (EAGLE: 60)"
+    )
 
 
 def add_profile_flag(group: argparse._ArgumentGroup) -> None:
-    """Tree and budget from a file."""
+    """Add the flag that reads tree and budget from a file."""
     group.add_argument(
         "--profile",
         metavar="FILE",
-        help="tree and budget that python -m moespec_jax.tune found best, instead of flags for them",
+        help="profile written by python -m moespec_jax.tune: its tree and budget, in place of the flags for them",
     )
 
 
 def add_budget_flags(group: argparse._ArgumentGroup) -> None:
-    """How many experts a verification may read, and by which rule."""
+    """Add the flags of a budget: the number of experts, and the rule that chooses them."""
     group.add_argument(
         "--expert-budget",
         metavar="B",
-        help="most experts a layer reads in a verification: a number, a fraction of all, or one for each sparse layer"
-        " between commas (default: none, which is exact)",
+        help="largest number of experts that a layer reads in a verification: a number (16), a fraction of all experts"
+        " (0.25), or one of these for each sparse layer between commas (default: none, which is exact)",
     )
     add_rule_flags(group)
 
 
 def add_rule_flags(group: argparse._ArgumentGroup) -> None:
-    """Rule of a budget, without the number of experts. Second names are from before 0.2."""
+    """Add the flags of a budget's rule. Second names of a flag are those from before 0.2."""
     rule = BudgetConfig
     group.add_argument(
         "--budget-coverage",
         "--budget-policy",
         choices=[*COVERAGES, "guarantee"],
-        help=f"where rows go whose experts are not read ({rule.coverage}); guarantee: substitute with anchor likely",
+        help="routing of a token whose experts are not read: to its best experts among those read (substitute), or to"
+        " none in their place (truncate); guarantee: substitute with --budget-anchor likely (default:"
+        f" {rule.coverage})",
     )
     group.add_argument(
-        "--budget-score", choices=list(SCORES), help=f"weight of each row in the experts' scores ({rule.score})"
+        "--budget-score",
+        choices=list(SCORES),
+        help="weight of a token in the experts' scores: 1 (probability), its path probability (path), or the acceptance"
+        f" rate of its depth (depth) (default: {rule.score})",
     )
     group.add_argument(
-        "--budget-credit", choices=list(EXPERT_WEIGHTS), help=f"what a row adds to an expert's score ({rule.credit})"
+        "--budget-credit",
+        choices=list(EXPERT_WEIGHTS),
+        help="what a token adds to the score of each expert: its router probability (all), the same of its own experts"
+        f" only (hits), or its squared combine weight (squares) (default: {rule.credit})",
     )
     group.add_argument(
-        "--budget-anchor", choices=list(ANCHORS), help=f"rows whose own experts come first ({rule.anchor})"
+        "--budget-anchor",
+        choices=list(ANCHORS),
+        help="tokens whose own experts precede all others: none, the root, or all likely ones (default:"
+        f" {rule.anchor})",
     )
-    group.add_argument("--budget-size", choices=list(SIZES), help=f"how many of the B are read ({rule.size})")
     group.add_argument(
-        "--budget-mass", type=float, metavar="P", help=f"share of the scores that size mass keeps ({rule.mass})"
+        "--budget-size",
+        choices=list(SIZES),
+        help="how many of the B experts are read: B (fixed), as few as hold --budget-mass of the scores (mass), or the"
+        f" effective rank of the scores (rank) (default: {rule.size})",
+    )
+    group.add_argument(
+        "--budget-mass",
+        type=float,
+        metavar="P",
+        help=f"share of the scores for --budget-size mass (default: {rule.mass})",
     )
     group.add_argument(
         "--budget-anchor-probability",
         "--budget-guarantee",
         type=float,
         metavar="P",
-        help=f"path probability from which anchor likely includes a row ({rule.anchor_probability})",
+        help="path probability from which --budget-anchor likely includes a token (default:"
+        f" {rule.anchor_probability})",
     )
     group.add_argument(
         "--budget-min-kept-weight",
         "--budget-faithfulness",
         type=float,
         metavar="F",
-        help="prune drafted tokens of which a layer keeps less than this share of their own experts' weight; 1 is"
-        f" exact ({rule.min_kept_weight:g})",
+        help="prune drafted tokens of which a layer keeps less than this share of their own experts' combine weight; 0"
+        f" prunes none, 1 with --budget-anchor root or likely is exact (default: {rule.min_kept_weight:g})",
     )
     group.add_argument(
         "--budget-groups",
         type=int,
         metavar="N",
-        help="divide the budget evenly among so many groups of consecutive experts; with as many as --mesh expert=, no"
-        f" device reads more than its share (balanced); {rule.groups} ranks all experts together (global, default)",
+        help="divide the budget evenly among N groups of consecutive experts: with N equal to expert= of --mesh, no"
+        f" device reads more than its share; 1 ranks all experts together (default: {rule.groups})",
     )

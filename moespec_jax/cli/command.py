@@ -1,6 +1,7 @@
-"""What every command line of this package shares: errors in one line, exit status, a cache of compiled programs."""
+"""Common behaviour of the commands: errors in one line, exit status, and a cache of compiled programs."""
 
 import argparse
+import importlib.util
 import os
 import sys
 import warnings
@@ -14,10 +15,10 @@ from moespec_jax.errors import CheckpointError, RequestError, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is reported like every other error: one line, exit status 2."""
+    """Parser that reports wrong usage like every other error: in one line, with exit status 2."""
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Raise what `run_command` reports."""
+        """Raise an error that `run_command` reports."""
         raise RequestError(f"{message} (see --help)")
 
 
@@ -25,10 +26,18 @@ class OutputError(Exception):
     """Standard output cannot be written."""
 
 
+def command_parser(module: str, description: str | None, epilog: str | None = None) -> Parser:
+    """Make the parser of `python -m moespec_jax.MODULE`; line breaks of description and epilog are kept."""
+    return Parser(
+        prog=f"python -m moespec_jax.{module}", description=description, epilog=epilog, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
 def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
-    """Parse and run; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
+    """Parse and run; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     try:
         arguments = parser.parse_args(argv)
         use_compilation_cache(getattr(arguments, "compilation_cache", None))
@@ -37,7 +46,7 @@ def run_command(
             warnings.showwarning = _show_warning
             run(arguments)
     except (CheckpointError, RequestError) as error:
-        # Messages may quote somebody else's words; an error stays one line, and commands a terminal nothing.
+        # Messages may quote text from files: it must not add lines or send control characters to the terminal.
         print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -54,21 +63,33 @@ def run_command(
         print(f"error: expected to read and write files{what}", file=sys.stderr)
         return 2
     except OutputError as error:
-        # Python must not complain about what it could not write once more at exit.
+        # Otherwise Python would try to flush standard output at exit, and report the error a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error.__cause__, BrokenPipeError):  # whoever read our output has gone: that is no error
+        if not isinstance(error.__cause__, BrokenPipeError):  # a reader that has closed the pipe is not an error
             print(f"error: expected to write to standard output; {error}", file=sys.stderr)
             return 2
     return 0
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    """One line, as errors are."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+def require_matplotlib(extra: str = "plots") -> None:
+    """Check that matplotlib is installed, before anything is measured; modules that plot import it afterwards.
+
+    Args:
+        extra: optional dependencies of this package that contain it.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError(f"expected matplotlib, which draws the figures: pip install moespec_jax[{extra}]")
 
 
 def write_output(text: str) -> None:
-    """Write to standard output at once, so that a failure shows here and not at exit."""
+    """Write to standard output and flush, so that a failure is raised here and not at exit.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -76,9 +97,16 @@ def write_output(text: str) -> None:
 
 
 def use_compilation_cache(directory: str | None) -> None:
-    """Keep compiled programs between starts, unless told otherwise by flag or by JAX's own variable."""
+    """Keep compiled programs in a directory, by default the user's cache; "none" keeps none.
+
+    Without a directory, `JAX_COMPILATION_CACHE_DIR` has precedence over the default.
+    """
     if directory == "none" or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(directory or Path(base) / "moespec_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,5 +1,7 @@
-"""Speculative against plain decoding of the same prompts, and a budget against exact speculation: interleaved in one
-process."""
+"""Speed of the requested decoding over plain decoding and, under a budget, over exact speculation.
+
+All are run in turn in one process on the same prompts.
+"""
 
 import dataclasses
 import statistics
@@ -13,7 +15,7 @@ REPEATS = 5
 
 @dataclasses.dataclass
 class SpeedUp:
-    """Ratio of tokens per second: median, and over all repeats the lowest and highest."""
+    """Ratio of tokens per second: median, minimum and maximum over the repeats."""
 
     median: float
     min: float
@@ -22,13 +24,17 @@ class SpeedUp:
 
 @dataclasses.dataclass
 class Comparison:
-    """Tokens per second (medians) of plain decoding, of exact speculation, and of the requested spec.
+    """Speed of plain decoding, of exact speculation and of the requested spec.
 
     Fields:
-        over_plain, over_exact: speed-ups of the requested spec.
-        same_tokens: share of tokens before the first that differs from plain decoding's; None where tokens are sampled
-            and may differ.
-        exact_tokens_per_s, over_exact: None without a budget.
+        repeats: number of runs of each.
+        plain_tokens_per_s: median of plain decoding.
+        exact_tokens_per_s: median of exact speculation; None without a budget.
+        tokens_per_s: median of the requested spec.
+        over_plain: speed-up of the requested spec over plain decoding.
+        over_exact: the same over exact speculation; None without a budget.
+        same_tokens: share of plain decoding's tokens before the first difference; None where tokens are sampled or
+            simulated.
     """
 
     repeats: int
@@ -64,6 +70,16 @@ def compare(
     )
 
 
+def agreement(plain: list[list[int]], other: list[list[int]]) -> float:
+    """Compute the share of plain decoding's tokens before the first difference, over all sequences."""
+    same = total = 0
+    for a, b in zip(plain, other, strict=True):
+        total += len(a)
+        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+        same += differ[0] if differ else min(len(a), len(b))
+    return same / total
+
+
 def _median(runs: list[RunResult]) -> float:
     return statistics.median(run.tokens_per_s for run in runs[1:])
 
@@ -71,16 +87,6 @@ def _median(runs: list[RunResult]) -> float:
 def _speed_up(runs: list[RunResult], base: list[RunResult]) -> SpeedUp:
     ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(runs[1:], base[1:], strict=True) if b.tokens_per_s]
     return SpeedUp(statistics.median(ratios) if ratios else 0.0, min(ratios, default=0.0), max(ratios, default=0.0))
-
-
-def agreement(plain: list[list[int]], other: list[list[int]]) -> float:
-    """Share of the plain tokens before the first that differs, over all sequences."""
-    same = total = 0
-    for a, b in zip(plain, other, strict=True):
-        total += len(a)
-        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
-        same += differ[0] if differ else min(len(a), len(b))
-    return same / total
 
 
 def _tokens(run: RunResult) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""How the processes of one command find each other, on one host or many: by flags, or by the environment."""
+"""Connection of the processes of one command, on one host or several, by flags or environment variables."""
 
 import argparse
 import os
@@ -19,67 +19,75 @@ _ENVIRONMENT = {
 
 
 def add_process_flags(group: argparse._ArgumentGroup) -> None:
-    """How a command line's process finds the others."""
+    """Add the flags by which a process finds the others."""
     variables = ", ".join(_ENVIRONMENT.values())
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help=f"where the first of several processes listens (also: {variables})"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help=f"address at which the first of several processes listens (environment: {variables})",
     )
-    group.add_argument("--processes", type=int, metavar="N", help="how many processes run this command")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes that run this command")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
-        "--distributed", action="store_true", help="find the other processes as Cloud TPU, Slurm or MPI tell of them"
+        "--distributed",
+        action="store_true",
+        help="find the other processes by Cloud TPU, Slurm or MPI, instead of the three flags",
     )
 
 
 def join_processes(arguments: argparse.Namespace) -> None:
-    """Connect with the processes that flags or environment name, if they do, before anything asks JAX for devices.
+    """Connect with the other processes of flags or environment, if there are any, before JAX lists its devices.
 
     Raises:
-        RequestError: they are named in part, or cannot be reached.
+        RequestError: the connection is described in part, or fails.
     """
-    named = {name: _asked(arguments, name) for name in _ENVIRONMENT}
-    given = {name: value for name, value in named.items() if value is not None}
-    if not given and not arguments.distributed:
+    values = {name: _value(arguments, name) for name in _ENVIRONMENT}
+    present = {name: value for name, value in values.items() if value is not None}
+    if not present and not arguments.distributed:
         return
-    if given and len(given) < len(named):
-        missing = [f"--{name.replace('_', '-')}" for name in named if name not in given]
-        raise RequestError(f"expected --coordinator, --processes and --process-id together; {', '.join(missing)} lack")
-    numbers = _numbers(given) if given else None
-    own = _keep_standard_output()
+    if present and len(present) < len(values):
+        missing = [f"--{name.replace('_', '-')}" for name in values if name not in present]
+        raise RequestError(
+            f"expected --coordinator, --processes and --process-id together; missing: {', '.join(missing)}"
+        )
+    numbers = _numbers(present) if present else None
+    stdout = _redirect_libraries()
     try:
         if numbers is None:
             jax.distributed.initialize()
         else:
-            jax.distributed.initialize(given["coordinator"], *numbers)
+            jax.distributed.initialize(present["coordinator"], *numbers)
     except (ValueError, RuntimeError) as error:
         raise RequestError(f"expected other processes to run with (--coordinator HOST:PORT); {error}") from None
-    sys.stdout = own if is_first_process() else Path(os.devnull).open("w")
+    sys.stdout = stdout if is_first_process() else Path(os.devnull).open("w")
 
 
-def _numbers(given: dict[str, str]) -> tuple[int, int]:
-    """How many processes there are, and which this is.
+def _numbers(values: dict[str, str]) -> tuple[int, int]:
+    """Parse the number of processes and the index of this one.
 
     Raises:
-        RequestError: these are no such numbers, or the coordinator is no address.
+        RequestError: they are not such numbers, or the coordinator is not an address.
     """
-    count, number = given["processes"], given["process_id"]
+    count, number = values["processes"], values["process_id"]
     fits = count.isdecimal() and number.isdecimal() and int(number) < int(count)
-    if not fits or not given["coordinator"].rpartition(":")[2].isdecimal() or ":" not in given["coordinator"]:
+    if not fits or not values["coordinator"].rpartition(":")[2].isdecimal() or ":" not in values["coordinator"]:
         raise RequestError(
             "expected --coordinator HOST:PORT and a --process-id from 0 to --processes - 1; got process"
-            f" {number} of {count} at {given['coordinator']}"
+            f" {number} of {count} at {values['coordinator']}"
         )
     return int(count), int(number)
 
 
-def _keep_standard_output() -> TextIO:
-    """What we print goes to our own; libraries below Python, which tell on it that processes are connected, are sent to
-    standard error."""
-    own = os.fdopen(os.dup(1), "w", encoding="utf-8")
+def _redirect_libraries() -> TextIO:
+    """Send file descriptor 1 to standard error, and return a stream to the original standard output.
+
+    Libraries below Python print to descriptor 1 when processes connect, which would mix with the output.
+    """
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    return own
+    return stdout
 
 
-def _asked(arguments: argparse.Namespace, name: str) -> str | None:
+def _value(arguments: argparse.Namespace, name: str) -> str | None:
     value = getattr(arguments, name)
     return os.environ.get(_ENVIRONMENT[name]) if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The prompts of a command line: text, files, standard input, chat turns or token ids."""
+"""Prompts of a command: text, files, standard input or token ids."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from typing import TextIO
 
 from moespec_jax.errors import RequestError
 
-# Ends inside a line: a tokenizer of code joins a line's end and the next line's indentation into one token.
+# It ends inside a line, since tokenizers of code merge the end of a line with the indentation of the next one.
 DEFAULT_PROMPT = '''import os
 import sys
 
@@ -18,7 +18,7 @@ def read_lines(path):
 
 
 def gather_texts(arguments: argparse.Namespace, stdin: TextIO) -> list[str]:
-    """All text prompts in the order prompt, file, standard input; the built-in one if there is none.
+    """Read all text prompts, those of `--prompt` (`-` is standard input) before those of files; else a built-in one.
 
     Raises:
         RequestError: a file or standard input cannot be read, or a file holds no prompt.
@@ -32,13 +32,13 @@ def gather_texts(arguments: argparse.Namespace, stdin: TextIO) -> list[str]:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a file: JSON lines with `turns` (the first turn counts), else one prompt a line.
+    """Read the prompts of a file: the first of the `turns` of each line of .json and .jsonl, each line of other files.
 
     Raises:
-        RequestError: the file is missing, not UTF-8, empty, or a JSON line has no turn.
+        RequestError: the file is missing, not UTF-8 or empty, or a JSON line has no turn.
     """
     try:
-        # Not splitlines(), which also splits at characters that are text inside a prompt or a JSON string.
+        # splitlines() would also split at characters that may be part of a prompt or a JSON string.
         numbered = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -52,7 +52,7 @@ def read_prompt_file(path: Path) -> list[str]:
 
 
 def parse_prompt_ids(text: str) -> list[int]:
-    """Token ids from `5,17,9`.
+    """Parse token ids such as `5,17,9`.
 
     Raises:
         RequestError: something between the commas is not an integer.

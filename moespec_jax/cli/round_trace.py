@@ -1,4 +1,4 @@
-"""What every round did, as JSON lines: one a round and sequence."""
+"""Trace of a run: JSON lines, one for each round and sequence."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from moespec_jax.runtime.run import OnRound
 
 @contextlib.contextmanager
 def tracing(path: str | None) -> Iterator[OnRound | None]:
-    """What writes each round to `path`, which appears when everything is written; None without a path.
+    """Open a trace: a function that writes each round; `path` appears when the trace is complete. None without a path.
 
     Raises:
         RequestError: the file cannot be written.
@@ -39,11 +39,17 @@ def tracing(path: str | None) -> Iterator[OnRound | None]:
 
 
 def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
-    """One record for every sequence that took part in a round.
+    """Make one record for every sequence that took part in a round.
 
-    `tokens`, `parents` and `scores` are the tree's nodes, the root first; `accepted` holds the node indices after the
-    root; `experts[layer]` the experts that any of the sequence's rows went to; `shortlist[layer]` those that a budget
-    let the batch go to, best first; `mass_kept[layer]` the shortlist's share of the scores.
+    Its keys:
+        sequence, round: indices from 0.
+        root: token id of the root.
+        tokens, parents, scores: nodes of the tree, the root first; scores are log-probabilities of the paths.
+        accepted: indices of the accepted nodes after the root.
+        bonus: token id after the last accepted node.
+        shortlist: for each sparse layer the experts that a budget allowed for the batch, best first; None without one.
+        experts: for each sparse layer the experts that rows of this sequence used.
+        mass_kept: for each sparse layer the shortlist's share of the scores; 1 without a budget.
     """
     tree, accepted = info.tree, info.accepted
     assert tree is not None and accepted is not None

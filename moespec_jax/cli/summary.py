@@ -1,4 +1,4 @@
-"""The short table of figures after a run, for people."""
+"""Table of statistics after a run."""
 
 import math
 
@@ -8,7 +8,7 @@ from moespec_jax.runtime.results import RunResult
 
 
 def statistics_table(model: Model, result: RunResult, comparison: Comparison | None) -> str:
-    """One figure a line: what ran, how exact it is, and how long each part took."""
+    """Format one line for each statistic: model, device, exactness, acceptance, times and experts read."""
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
         ("device", f"{_devices(result)}, {model.precision}"),
@@ -20,21 +20,25 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         (
             "experts",
             f"{result.experts_read:.1f} of {model.config.num_experts} read per layer and pass{_by_device(result)}"
-            f"{_lost(result)}",
+            f"{_budget_loss(result)}",
         ),
     ]
     if comparison is not None:
-        rows.append(("compared", _compared(comparison)))
+        rows.append(("comparison", _compared(comparison)))
     return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
 
 
 def _output(result: RunResult) -> str:
-    new, ends = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
-    exact = f"exact{_of_what(result)}" if result.exact else "LOSSY, the model's under an expert budget"
+    new, reasons = sum(p.new_tokens for p in result.prompts), {p.finish_reason for p in result.prompts}
+    exactness = "LOSSY under an expert budget"
+    if result.exact:
+        exactness = "exact"
+        if result.quantization is not None:
+            exactness += f" for the {result.quantization} model, which differs from the checkpoint"
     if result.simulated_accept_length is not None:
-        exact = "SIMULATED, not the model's"
+        exactness = "SIMULATED acceptance, not the model's output"
     how = "plain decoding" if result.tree is None else "speculative decoding"
-    return f"{exact}, {how}; {new} new tokens, ended by {', '.join(sorted(ends))}"
+    return f"{exactness}, {how}; {new} new tokens, ended by {', '.join(sorted(reasons))}"
 
 
 def _devices(result: RunResult) -> str:
@@ -48,16 +52,7 @@ def _by_device(result: RunResult) -> str:
     return "" if result.mesh is None else f", at most {result.experts_max_per_device:.1f} by one device"
 
 
-def _of_what(result: RunResult) -> str:
-    return (
-        ""
-        if result.quantization is None
-        else f" for the {result.quantization} model, which is not the checkpoint's own"
-    )
-
-
-def _lost(result: RunResult) -> str:
-    """What a budget cost."""
+def _budget_loss(result: RunResult) -> str:
     if result.budget is None:
         return ""
     return (
@@ -67,7 +62,7 @@ def _lost(result: RunResult) -> str:
 
 
 def _drafting(result: RunResult) -> list[tuple[str, str]]:
-    """Head, tree and acceptance, over all rounds of all prompts."""
+    """Lines about drafter, tree and acceptance, over all rounds of all prompts."""
     rounds = sum(p.rounds for p in result.prompts)
     if result.tree is None or not rounds:
         return []
@@ -75,23 +70,23 @@ def _drafting(result: RunResult) -> list[tuple[str, str]]:
     shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / rounds for d in depths]
     tree = result.tree
     shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
-    marked = "" if result.simulated_accept_length is None else " (simulated)"
+    simulated = "" if result.simulated_accept_length is None else " (simulated)"
     return [
         ("draft", f"{result.draft_model}; {shape}, depth {tree['depth']}, {tree['size']} tokens a pass"),
         (
             "acceptance",
-            f"{1 + sum(shares):.2f} tokens a round{marked}; by depth {' '.join(f'{s:.2f}' for s in shares)}",
+            f"{1 + sum(shares):.2f} tokens a round{simulated}; by depth {' '.join(f'{s:.2f}' for s in shares)}",
         ),
     ]
 
 
 def _compared(comparison: Comparison) -> str:
-    same = "" if comparison.same_tokens is None else f"; {comparison.same_tokens:.1%} the same tokens as plain"
-    text = f"{_times(comparison.over_plain)} of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s"
+    same = "" if comparison.same_tokens is None else f"; same tokens as plain decoding: {comparison.same_tokens:.1%}"
+    text = f"{_ratio(comparison.over_plain)} of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s"
     if comparison.over_exact is not None:
-        text += f", {_times(comparison.over_exact)} of exact speculation's {comparison.exact_tokens_per_s:.1f}"
+        text += f", {_ratio(comparison.over_exact)} of exact speculation's {comparison.exact_tokens_per_s:.1f}"
     return f"{text}; median and range of {comparison.repeats} runs{same}"
 
 
-def _times(ratio: SpeedUp) -> str:
+def _ratio(ratio: SpeedUp) -> str:
     return f"{ratio.median:.2f}x ({ratio.min:.2f} to {ratio.max:.2f})"

@@ -45,7 +45,7 @@ class BudgetConfig:
         mass: share of the scores that size `mass` keeps.
         anchor_probability: path probability from which anchor `likely` includes a row.
         min_kept_weight: a row is pruned with its descendants where a layer keeps less than this share of the combine
-            weight of its own experts. 0 prunes none; 1 makes the output exact.
+            weight of its own experts. 0 prunes none; 1 with anchor `root` or `likely` makes the output exact.
         groups: number of equal groups of consecutive experts among which the budget is divided evenly, rounded up. With
             as many as a mesh has expert shards, no device reads more than its share.
 

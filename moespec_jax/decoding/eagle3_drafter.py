@@ -1,7 +1,7 @@
 """Drafting with an EAGLE-3 head (arXiv:2503.01840): the head reads the pairs that the last round confirmed, then grows
 a tree level by level (EAGLE-2, arXiv:2406.16858, section 3).
 
-The whole batch drafts at once; every sequence has a tree of its own. While a tree grows, its rows lie in the head's
+The whole batch drafts at once; every sequence has a tree of its own. While a tree grows, its rows are in the head's
 cache behind the confirmed pairs: row `i * top_k + s` is beam node s of level i. The next round overwrites them, since
 they were computed from the head's own features, not from the target's.
 """

@@ -179,9 +179,10 @@ def mean_distinct_experts(selected: Bool[Array, "layers batch experts"]) -> Floa
 def mean_experts_max_per_device(selected: Bool[Array, "layers batch experts"], shards: int) -> Float[Array, ""]:
     """Count the most distinct experts that one device reads, mean over sparse layers: `shards` devices share a layer's
     experts, and others the batch."""
-    by_shard = jnp.any(selected, axis=1).reshape(selected.shape[0], shards, -1)
+    layers, _, experts = selected.shape
+    by_shard = jnp.any(selected, axis=1).reshape(layers, shards, experts // shards)
     most = jnp.max(jnp.sum(by_shard, axis=2, dtype=jnp.int32), axis=1)
-    return jnp.sum(pmax(most, data_axes()), dtype=jnp.float32) / max(selected.shape[0], 1)
+    return jnp.sum(pmax(most, data_axes()), dtype=jnp.float32) / max(layers, 1)
 
 
 def _any_row(config: DecoderConfig, ids: list[Array], batch: int) -> Bool[Array, "layers batch experts"]:

@@ -16,7 +16,7 @@ class DecodingSpec:
     Fields:
         tree: shape of the draft tree; None decodes plainly, "default" stands for the model's own choice.
         budget: expert budget of the verification.
-        simulate_accept_length: accept so many tokens a round on average, whatever the model computes: for timing.
+        simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
         drafter: in place of the model's draft head.
         adapt: replaces functions of the method (`speculative.Speculative`).
     """
@@ -24,7 +24,7 @@ class DecodingSpec:
     tree: TreeConfig | Literal["default"] | None = None
     budget: BudgetConfig | None = None
     simulate_accept_length: float | None = None
-    drafter: Drafter[Any, Any] | None = None  # of whatever parameters and state
+    drafter: Drafter[Any, Any] | None = None  # of any kind of parameters and state
     adapt: Adapt | None = None
 
     @property

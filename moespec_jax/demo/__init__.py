@@ -1,1 +1,1 @@
-"""The embedded model: its files, and the scripts that made them."""
+"""Embedded target and draft head: their files, and the commands that trained them."""

@@ -1,7 +1,7 @@
-"""From a training run to the shipped head: `python -m moespec_jax.demo.finish_draft --training DIR`.
+"""Export the embedded draft head from a training run: python -m moespec_jax.demo.finish_draft --training DIR.
 
-Exports the run's last checkpoint in SpecForge format and writes down how it was trained. How much of what it drafts is
-accepted, `python -m benchmarks.acceptance` measures.
+Writes the run's last checkpoint in SpecForge's format, a record of the training, and a plot. Its acceptance is measured
+by python -m benchmarks.acceptance.
 """
 
 import argparse
@@ -25,10 +25,16 @@ from moespec_jax.train.trainer import finished_head
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export, record, draw."""
+    """Run the command; returns the exit status."""
     parser = Parser(prog="python -m moespec_jax.demo.finish_draft", description=__doc__)
-    parser.add_argument("--training", type=Path, required=True, help="the training run's --output")
-    parser.add_argument("--output", type=Path, default=Path(DEMO_DRAFT))
+    parser.add_argument("--training", type=Path, required=True, metavar="DIR", help="--output of the training run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(DEMO_DRAFT),
+        metavar="DIR",
+        help="directory of the head (default: %(default)s)",
+    )
     return run_command(parser, _run, argv)
 
 
@@ -53,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def export_head(model: Model, training: Path, output: Path) -> int:
-    """Write the last checkpoint of a run as a bfloat16 SpecForge directory; returns its step."""
+    """Write the last checkpoint of a run in SpecForge's format, in bfloat16; returns its step."""
     settings = json.loads((training / "run.json").read_text(encoding="utf-8"))
     plan = recipe(model, settings["recipe"]["optimizer"]["steps"])
     with np.load(training / "rows.npz") as kept:

@@ -1,10 +1,10 @@
-"""From a finished training run to the shipped model: `python -m moespec_jax.demo.finish_target --training DIR`.
+"""Export the embedded target from a training run: python -m moespec_jax.demo.finish_target --training DIR.
 
-Writes the model in Hugging Face format, loads it back the ordinary way, and measures it on the held-out modules: bits
-per byte, load of the experts, weight of the routing tail. The figures and the loss curve go beside the model.
+Writes the model in Hugging Face format, loads it as any other, and measures it on the held-out modules: bits per byte,
+load of the experts, and router mass of the heaviest experts. Writes a record of these, and a plot of the training.
 """
 
-# optax does not type dataclass trees.
+# optax does not type trees of dataclasses.
 # pyright: reportArgumentType=false
 
 import argparse
@@ -40,10 +40,16 @@ TREE_ROWS = 60
 
 
 def main() -> None:
-    """Export, measure, draw."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--training", type=Path, required=True, help="the training run's --output")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "target")
+    parser.add_argument("--training", type=Path, required=True, metavar="DIR", help="--output of the training run")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "target",
+        metavar="DIR",
+        help="directory of the model (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     step = export_checkpoint(arguments.training.absolute(), arguments.output)
     model = load(str(arguments.output), dtype="float32", backend=BACKENDS["switch"])
@@ -61,7 +67,7 @@ def main() -> None:
 
 
 def export_checkpoint(training: Path, output: Path) -> int:
-    """Write the last checkpoint of a run as a bfloat16 Hugging Face directory with its tokenizer; returns its step."""
+    """Write the last checkpoint of a run and its tokenizer in Hugging Face format, in bfloat16; returns its step."""
     manager = ocp.CheckpointManager(training / "checkpoints")
     step = manager.latest_step()
     assert step is not None, f"expected a checkpoint in {training}"
@@ -81,7 +87,7 @@ def export_checkpoint(training: Path, output: Path) -> int:
 
 
 def _per_expert(params: Decoder) -> Decoder:
-    """The trainer's stacked experts as one array each, which is a layout that `export` knows."""
+    """Split the trainer's stacked experts into arrays of one expert, a layout that `export` supports."""
     layers = tuple(
         tuple(GatedMlp(stack.gate[e], stack.up[e], stack.down[e]) for e in range(CONFIG.num_experts))
         for stack in params.experts  # pyright: ignore[reportGeneralTypeIssues]
@@ -90,9 +96,9 @@ def _per_expert(params: Decoder) -> Decoder:
 
 
 def measure(model: Model, documents: list[str]) -> dict[str, Any]:
-    """Bits per byte and routing statistics on documents, each read from its first byte in overlapping windows.
+    """Measure bits per byte and routing on documents, in overlapping windows of each.
 
-    Every token is predicted once, with at least `WINDOW - STRIDE` tokens before it where the document has them.
+    Every token is predicted once, after at least `WINDOW - STRIDE` tokens where the document has as many before it.
     """
     nats, load_count = 0.0, 0.0
     tails: list[np.ndarray] = []
@@ -114,13 +120,11 @@ def measure(model: Model, documents: list[str]) -> dict[str, Any]:
 
 
 def _score_window(model: Model, params: Decoder, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Losses `[WINDOW]`, routes of each expert `[layers, experts]`, and for each run of `TREE_ROWS` tokens the share of
-    router mass of each expert in descending order `[layers, runs, experts]`."""
+    """Compute losses `[WINDOW]`, the number of selections of each expert `[layers, experts]`, and the mean router
+    probability of the experts over every `TREE_ROWS` tokens, in descending order `[layers, runs, experts]`."""
     positions = jnp.arange(WINDOW, dtype=jnp.int32)[None]
-    compute = model.backend.compute(model.config.hidden_act)
-    hidden, _, info = forward(
-        model.config, params, tokens[:, :-1], positions, causal_mask(positions, WINDOW), None, compute
-    )
+    mask = causal_mask(positions, WINDOW)
+    hidden, _, info = forward(model.config, params, tokens[:, :-1], positions, mask, None, model.backend)
     losses = optax.softmax_cross_entropy_with_integer_labels(unembed(params, hidden), tokens[:, 1:])[0]
     count = model.config.num_experts
     load = jnp.stack([jnp.sum(jax.nn.one_hot(r.experts, count), axis=(0, 1)) for r in info.routers])
@@ -130,7 +134,7 @@ def _score_window(model: Model, params: Decoder, tokens: jax.Array) -> tuple[jax
 
 
 def _routing(load: Any, tails: np.ndarray) -> dict[str, Any]:
-    """Load of the busiest and idlest expert against the mean, and mass kept by the B heaviest experts."""
+    """Summarise the largest and smallest load relative to the mean, and the mass kept by the B heaviest experts."""
     load, tails = load.astype(np.float64), tails.astype(np.float64)
     relative = load / load.mean(axis=1, keepdims=True)
     kept = np.cumsum(tails.mean(axis=(0, 2)), axis=-1)
@@ -142,7 +146,7 @@ def _routing(load: Any, tails: np.ndarray) -> dict[str, Any]:
 
 
 def xz_bits_per_byte(training: list[str], held_out: list[str]) -> float:
-    """What `xz -9e` needs for the held-out text with the training text before it, a floor without any learning."""
+    """Measure the baseline without a model: bits that `xz -9e` adds for the held-out text after the training text."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 << 20}]
 
     def size(text: bytes) -> int:
@@ -153,7 +157,7 @@ def xz_bits_per_byte(training: list[str], held_out: list[str]) -> float:
 
 
 def draw_training(log: Path, picture: Path) -> None:
-    """Training loss and held-out bits per byte against tokens seen."""
+    """Plot training loss and held-out bits per byte by tokens of training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,7 +171,7 @@ def draw_training(log: Path, picture: Path) -> None:
     left.set(xlabel="million tokens", ylabel="training loss (nats per token)", ylim=(1.5, 6))
     held = [s for s in steps if "held_out_bits_per_byte" in rows[s]]
     right.plot([(s + 1) * tokens for s in held], [rows[s]["held_out_bits_per_byte"] for s in held], "o-", color="C3")
-    right.set(xlabel="million tokens", ylabel="held-out bits per byte (progress figure)", ylim=(1, 2.1))
+    right.set(xlabel="million tokens", ylabel="held-out bits per byte (on 32 windows)", ylim=(1, 2.1))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)

@@ -1,8 +1,8 @@
-"""Train the embedded draft head from nothing: `python -m moespec_jax.demo.train_draft --output DIR`.
+"""Train the embedded draft head: python -m moespec_jax.demo.train_draft --output DIR.
 
-Prompts are cut from the embedded target's training text, the target continues them (two thirds greedily, one third at
-temperature 1), and the head learns from these continuations and from as much of the text itself. Resumable at any
-moment with the same command. Then `python -m moespec_jax.demo.finish_draft --training DIR` exports and measures it.
+The target continues prompts from its training text, two thirds of them greedily and one third at temperature 1. The
+head is trained on these continuations and on as many rows of the text. The same command continues an interrupted run.
+Afterwards python -m moespec_jax.demo.finish_draft --training DIR exports the head.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from moespec_jax.train.trainer import Recipe
 
 PROMPT, RESPONSE = 64, 192
 LENGTH = PROMPT + RESPONSE
-# Name, how many prompts, temperature of their continuations.
+# Name of the file, number of prompts, temperature of the continuations.
 RESPONSES = (("greedy", 3072, 0.0), ("sampled", 1536, 1.0))
 TEXT_ROWS, HELD_OUT_ROWS = 4608, 128
 DRAFT = DraftConfig(
@@ -43,7 +43,7 @@ DRAFT = DraftConfig(
 
 
 def recipe(model: Model, steps: int) -> Recipe:
-    """Of the embedded head."""
+    """Build the recipe of the embedded head."""
     optimizer = OptimizerConfig(
         steps, "muon", learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=40, decay_from=0.4, clip=1.0
     )
@@ -51,10 +51,10 @@ def recipe(model: Model, steps: int) -> Recipe:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     parser = Parser(prog="python -m moespec_jax.demo.train_draft", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="working directory")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the run")
+    parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps (default: %(default)s)")
     return run_command(parser, _run, argv)
 
 
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _stream(model: Model, directory: Path) -> np.ndarray:
-    """All training text, each document once, as one stream of token ids; made once and kept."""
+    """Tokenize the training text, each document once, as one stream; the result is kept in `directory`."""
     file = directory / "stream.npy"
     if not file.exists():
         documents = list(dict.fromkeys(corpus.training_documents()))
@@ -94,7 +94,7 @@ def _stream(model: Model, directory: Path) -> np.ndarray:
 
 
 def _windows(stream: np.ndarray, count: int) -> Iterator[Sample]:
-    """Evenly spaced rows of the stream, of which every token counts."""
+    """Cut evenly spaced samples from a stream; every token counts."""
     for start in np.linspace(0, len(stream) - LENGTH - 1, count).astype(int):
         yield Sample(stream[start : start + LENGTH + 1], np.ones(LENGTH + 1, bool))
 

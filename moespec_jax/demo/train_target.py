@@ -1,10 +1,10 @@
-"""Train the embedded target model: `python -m moespec_jax.demo.train_target --output DIR`.
+"""Train the embedded target: python -m moespec_jax.demo.train_target --output DIR.
 
-Resumable: the same command continues from the last checkpoint in DIR, and every batch is a function of the step alone,
-so an interrupted run sees the same batches as an uninterrupted one. Runs on whatever device JAX finds.
+The same command continues from the last checkpoint in DIR. Every batch is a function of the step, so that a continued
+run trains on the same batches as an uninterrupted one. It runs on JAX's default device.
 """
 
-# optax types its parameters as arrays and containers; trees of dataclasses are as good, but pyright cannot know.
+# optax types parameters as arrays and containers; it accepts trees of dataclasses too.
 # pyright: reportArgumentType=false
 
 import argparse
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.measure import corpus
 from moespec_jax.nn.attention import Attention, causal_mask
+from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder, Layer, forward, unembed
 from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts
 from moespec_jax.nn.moe import RouterInfo, SparseMlp
@@ -56,7 +57,22 @@ CONFIG = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the model is trained. `stages` are (share of all steps at which it begins, sequence length)."""
+    """Settings of the training.
+
+    Fields:
+        steps: number of all steps.
+        tokens_per_step: number of tokens in a batch.
+        stages: (share of all steps at which the stage begins, sequence length).
+        learning_rate: peak learning rate of matrices (Muon).
+        adam_learning_rate: peak learning rate of all other parameters (AdamW).
+        warmup_steps: length of the linear warm-up.
+        decay_from: share of all steps after which the decay begins.
+        capacity_factor: slots of an expert, relative to an even distribution of tokens.
+        load_balance: weight of the load-balancing loss.
+        weight_decay: of matrices.
+        dtype: of arithmetic; parameters are float32.
+        seed: of initial parameters and of the order of batches.
+    """
 
     steps: int
     tokens_per_step: int = 8192
@@ -73,7 +89,13 @@ class Recipe:
 
 
 class Metrics(NamedTuple):
-    """Of one step: cross-entropy in nats per token, load-balancing loss (1 is balanced), norm of the gradient."""
+    """Metrics of one step.
+
+    Fields:
+        loss: cross-entropy in nats a token.
+        balance: load-balancing loss; 1 is balanced.
+        gradient_norm: global norm of the gradient before clipping.
+    """
 
     loss: jax.Array
     balance: jax.Array
@@ -81,7 +103,7 @@ class Metrics(NamedTuple):
 
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Decoder:
-    """Random parameters in float32; matrices that write to the residual stream start at zero."""
+    """Draw initial parameters in float32; matrices whose output is added to the residual stream are zero."""
     d, h, f, n = config.hidden_size, config.head_dim, config.moe_intermediate_size, config.num_experts
     q, kv = config.num_attention_heads * h, config.num_key_value_heads * h
     keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 1))
@@ -105,7 +127,8 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Decoder:
 
 
 def load_balance_loss(config: DecoderConfig, info: RouterInfo) -> jax.Array:
-    """Switch Transformer's auxiliary loss: experts times the dot product of load and mean probability; 1 at best."""
+    """Compute the load-balancing loss of Switch Transformer (arXiv:2101.03961): number of experts times the dot product
+    of load and mean probability; 1 if both are uniform."""
     load = jnp.mean(jax.nn.one_hot(info.experts, config.num_experts, dtype=jnp.float32), axis=(0, 1))
     return config.num_experts * jnp.sum(load * jnp.mean(info.probabilities, axis=0))
 
@@ -113,21 +136,21 @@ def load_balance_loss(config: DecoderConfig, info: RouterInfo) -> jax.Array:
 def next_token_loss(
     config: DecoderConfig, recipe: Recipe, params: Decoder, batch: jax.Array
 ) -> tuple[jax.Array, Metrics]:
-    """Cross-entropy of `batch[:, 1:]` given what is before it, plus the weighted load-balancing loss."""
+    """Compute the cross-entropy of the next tokens `batch[:, 1:]`, plus the weighted load-balancing loss."""
     params = jax.tree.map(lambda p: p.astype(recipe.dtype), params)
     tokens, targets = batch[:, :-1], batch[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _, info = forward(
-        config, params, tokens, positions, causal_mask(positions, tokens.shape[1]), None,
-        capacity_experts(recipe.capacity_factor),
-    )  # fmt: skip
+    backend = Backend("capacity", "per_expert", False, functools.partial(capacity_experts, recipe.capacity_factor))
+    mask = causal_mask(positions, tokens.shape[1])
+    hidden, _, info = forward(config, params, tokens, positions, mask, None, backend)
     loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(unembed(params, hidden), targets))
     balance = jnp.mean(jnp.stack([load_balance_loss(config, router) for router in info.routers]))
     return loss + recipe.load_balance * balance, Metrics(loss, balance, jnp.zeros(()))
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for matrices, AdamW for embedding, router and norms; warm-up, constant, then linear decay to zero."""
+    """Build the optimizer: Muon for matrices, AdamW for embedding, router and norms; linear warm-up, constant, then
+    linear decay to 2 % of the peak."""
 
     def schedule(peak: float) -> optax.Schedule:
         decay = round(recipe.decay_from * recipe.steps)
@@ -147,7 +170,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _matrix_dimensions(params: Decoder) -> Decoder:
-    """Which axes of each parameter form the matrix that Muon orthogonalises; None where AdamW is used."""
+    """Mark the axes of the matrices that Muon orthogonalises; parameters of AdamW are None."""
     matrix = optax.contrib.MuonDimensionNumbers
     attention = Attention(q=matrix(1, 0), k=matrix(1, 0), v=matrix(1, 0), o=matrix(0, 1), q_norm=None, k_norm=None)
     layer = Layer(None, attention, None, SparseMlp(router=None))
@@ -158,7 +181,7 @@ def _matrix_dimensions(params: Decoder) -> Decoder:
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
 def train_step(config: DecoderConfig, recipe: Recipe, params: Decoder, state: optax.OptState, batch: jax.Array):
-    """One optimizer step on `batch` `[sequences, length + 1]`: (params, state, metrics)."""
+    """Run one optimizer step on a batch `[sequences, length + 1]`; returns params, state and metrics."""
     loss = functools.partial(next_token_loss, config, recipe)
     (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
     updates, state = optimizer(recipe).update(gradients, state, params)
@@ -166,12 +189,12 @@ def train_step(config: DecoderConfig, recipe: Recipe, params: Decoder, state: op
 
 
 def sequence_length(recipe: Recipe, step: int) -> int:
-    """The length of the stage that `step` falls into."""
+    """Find the sequence length of a step's stage."""
     return [length for begin, length in recipe.stages if step >= begin * recipe.steps][-1]
 
 
 def batch_at(recipe: Recipe, stream: np.ndarray, step: int) -> np.ndarray:
-    """The batch of a step: windows of the stream without replacement within an epoch, reshuffled every epoch."""
+    """Select the batch of a step: windows of the stream, without replacement within an epoch, shuffled in each."""
     length = sequence_length(recipe, step)
     rows, count = recipe.tokens_per_step // length, (len(stream) - 2 * length) // length
     picks = []
@@ -189,7 +212,8 @@ def _epoch(seed: int, epoch: int, length: int, count: int) -> tuple[int, np.ndar
 
 
 def prepare_text(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizer and token streams, made once and kept in `directory`: (training stream, held-out stream)."""
+    """Train the tokenizer and tokenize both texts, or read them from `directory`; returns the training stream and the
+    held-out stream."""
     if not (directory / "streams.npz").exists():
         documents, held_out = corpus.training_documents(), corpus.held_out_documents()
         tokenizer = corpus.train_tokenizer(list(dict.fromkeys(documents)), CONFIG.vocab_size)
@@ -210,7 +234,7 @@ def prepare_text(directory: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bytes_per_token(directory: Path, held_out: np.ndarray) -> float:
-    """How many bytes of held-out text a token stands for."""
+    """Compute the mean number of bytes in a token of the held-out text."""
     text = Tokenizer.from_file(str(directory / "tokenizer.json")).decode(held_out.tolist(), skip_special_tokens=True)
     return len(text.encode()) / len(held_out)
 
@@ -223,7 +247,7 @@ def _held_out_loss(config: DecoderConfig, recipe: Recipe, params: Decoder, batch
 def quick_bits_per_byte(
     config: DecoderConfig, recipe: Recipe, params: Decoder, stream: np.ndarray, token_bytes: float
 ) -> float:
-    """Held-out bits per byte on 32 windows of 512 tokens spread over the text: a progress figure, not the result."""
+    """Estimate held-out bits per byte during training, on 32 evenly spaced windows of 512 tokens."""
     starts = np.linspace(0, len(stream) - 513, 32).astype(int)
     batch = np.stack([stream[s : s + 513] for s in starts])
     return (
@@ -234,7 +258,7 @@ def quick_bits_per_byte(
 
 
 def train(recipe: Recipe, directory: Path, save_every: int, evaluate_every: int) -> Decoder:
-    """Run or continue the recipe, logging to `log.jsonl`; returns the trained parameters."""
+    """Run or continue a recipe in `directory`, with a log in `log.jsonl`; returns the trained parameters."""
     stream, held_out = prepare_text(directory)
     token_bytes = bytes_per_token(directory, held_out)
     params = init_params(CONFIG, jax.random.key(recipe.seed))
@@ -265,14 +289,24 @@ def train(recipe: Recipe, directory: Path, save_every: int, evaluate_every: int)
 
 
 def main() -> None:
-    """Parse the command line and train."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="working directory: checkpoints, log, tokenizer")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--evaluate-every", type=int, default=100)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory of tokenizer, checkpoints and log"
+    )
+    parser.add_argument("--steps", type=int, default=2000, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=8192, metavar="N", help="tokens of a batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of arithmetic (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--evaluate-every", type=int, default=100, metavar="N", help="steps between evaluations (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(steps=arguments.steps, tokens_per_step=arguments.tokens_per_step, dtype=arguments.dtype)

@@ -1,1 +1,1 @@
-"""Quality: how close to the exact target, how well it answers, and any task of lm-evaluation-harness."""
+"""Quality of decoding: divergence from the exact target, accuracy of answers, tasks of lm-evaluation-harness."""

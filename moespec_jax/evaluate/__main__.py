@@ -1,14 +1,17 @@
-"""What does a budget cost in quality? `python -m moespec_jax.evaluate`
+"""Measure the quality that an expert budget costs.
 
-Follows texts token by token through verifying passes, exactly and under expert budgets, and says how far the
-distribution is from the exact target's, how often the first choice is the same, and how likely the text is. With
---answers, questions are answered plainly, by exact speculation and under the budgets, and the answers are checked.
-Without arguments: held-out modules, the embedded pair, budgets of a quarter and of half of the experts.
+Teacher-forces texts through verifications, exactly and under expert budgets,
+and reports the divergence (KL) from the exact target's distribution of the next
+token, the share of positions with the same most probable token, and the
+perplexity. With --answers, also answers questions by plain decoding, by exact
+speculation and under the budgets, and checks the answers.
+
+Without arguments: the embedded pair on held-out Python modules, with budgets of
+a quarter and of half of the experts.
 """
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +30,7 @@ from moespec_jax.cli.arguments import (
     shown_name,
     tree_of,
 )
-from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -53,73 +56,78 @@ examples:
       --tree-size 60 --tree-depth 7 --tree-top-k 10 --expert-budget 32 --expert-budget 48
   python -m moespec_jax.evaluate --model MODEL --draft-model HEAD --chat --answers gsm8k.jsonl --profile profile.json
 
-Interrupted, it goes on with what is missing, with the same command. For other tasks: docs/evaluate.md, lm-eval.
+After an interruption, the same command continues with the tasks that are
+missing. To run tasks of lm-evaluation-harness, see docs/evaluate.md.
 """
 COUNT, TOKENS, ANSWER_TOKENS, BATCH = 16, 96, 256, 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, 2 for what the caller can fix, 130 when interrupted."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m moespec_jax.evaluate", description=__doc__, epilog=EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("evaluate", __doc__, EXAMPLE)
     add_model_flags(parser.add_argument_group("model"))
-    group = parser.add_argument_group("what is compared with plain decoding")
+    group = parser.add_argument_group("tree and budgets (default tree: that of moespec_jax.generate)")
     add_tree_flags(group)
     group.add_argument(
         "--expert-budget", action="append", metavar="B",
-        help="experts a layer may read in a verification: a number, a fraction of all, or one for each sparse layer"
-        " between commas; none: exact speculation only; repeatable (default: a quarter and half of the experts)",
+        help="largest number of experts that a layer reads in a verification: a number, a fraction of all experts, or"
+        " one of these for each sparse layer between commas; none: exact speculation only; repeatable (default: a"
+        " quarter and half of the experts)",
     )  # fmt: skip
     add_rule_flags(group)
     add_profile_flag(group)
-    group = parser.add_argument_group("texts, which are followed token by token")
+    group = parser.add_argument_group("texts for teacher forcing")
     add_prompt_set_flags(group, count=COUNT)
     add_text_flags(group, tokens=TOKENS)
-    group = parser.add_argument_group("questions, whose answers are checked")
+    group = parser.add_argument_group("questions with known answers")
     group.add_argument(
         "--answers", type=Path, action="append", default=[], metavar="FILE",
-        help="JSON lines with turns and reference, all of them or the first --count; the last number of an answer must"
-        " be the reference's; repeatable",
+        help="JSON lines with turns (the first is the question) and reference; the last number of an answer must equal"
+        " that of the reference; all lines, or the first --count if it is given; repeatable",
     )  # fmt: skip
     group.add_argument(
         "--run-code", action="store_true",
-        help="run answers that are code, each in a process with limits of time and memory, which may still read what"
-        " you may read: they must pass test, or the examples in the prompt",
+        help="run answers that are code: they must pass the line's test, or the examples in the prompt; each runs in a"
+        " process with limits of time and memory, which is no sandbox: it can read your files",
     )  # fmt: skip
-    group.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help=f"most of an answer ({ANSWER_TOKENS})")
+    group.add_argument(
+        "--answer-tokens", type=int, default=ANSWER_TOKENS, metavar="N",
+        help=f"largest length of an answer (default: {ANSWER_TOKENS})",
+    )  # fmt: skip
     group = parser.add_argument_group("prompts and questions")
-    group.add_argument("--chat", action="store_true", help="apply the model's chat template to them")
-    group.add_argument("--no-thinking", action="store_true", help="ask the template for answers without thinking")
-    group.add_argument("--batch", type=int, default=BATCH, help=f"texts or questions at a time ({BATCH})")
+    group.add_argument("--chat", action="store_true", help="apply the model's chat template to prompts and questions")
+    group.add_argument(
+        "--no-thinking", action="store_true", help="render the chat template with enable_thinking set to false"
+    )
+    group.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"batch size (default: {BATCH})")
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, default=Path("evaluate"), metavar="DIR",
-        help="gets evaluate.jsonl, evaluate.md, evaluate.png, and pieces.jsonl, what was measured (evaluate)",
+        help="directory of the results: evaluate.jsonl (a row for each setting and set), evaluate.md, evaluate.png, and"
+        " pieces.jsonl (all measurements, from which an interrupted command continues) (default: evaluate)",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print the rows of evaluate.jsonl instead of the tables")
-    parser.set_defaults(count=None)
+    parser.set_defaults(count=None)  # to distinguish a --count that is given, which also limits --answers
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    most = arguments.count
-    arguments.count = COUNT if most is None else most
+    limit = arguments.count
+    arguments.count = COUNT if limit is None else limit
     _check(arguments)
     tree, budgets = _requested_specs(arguments)
-    questions, left_out = _questions(arguments, most)
+    questions, left_out = _questions(arguments, limit)
     model = load_requested(arguments, *(budgets or ()))
     specs = _specs(model, tree, budgets, rule_of(arguments))
-    drafts = len(specs) > 1
-    written = written_sets(model, arguments) if drafts else []
-    prompts = prompts_to_continue(model, arguments, _as_chat(model, arguments)) if drafts else {}
+    speculative = len(specs) > 1
+    written = written_sets(model, arguments) if speculative else []
+    prompts = prompts_to_continue(model, arguments, _as_chat(model, arguments)) if speculative else {}
     if not (written or prompts or questions):
-        raise RequestError("expected a draft head, whose trees are verified, or --answers; there is neither")
+        raise RequestError("expected a draft head for teacher forcing, or --answers; there is neither")
     about, batch = _about(model, arguments), arguments.batch
     ledger = Ledger(
         arguments.output / "pieces.jsonl", about | _measured_on(arguments, specs, written, prompts, questions)
@@ -132,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    # matplotlib, which only the picture needs, is asked for before anything is measured and loaded after.
+    # Only the figure needs matplotlib, which takes long to import: `_check` finds it, this imports it.
     from moespec_jax.evaluate.chart import write_chart
 
     lines, text = "".join(json.dumps(row) + "\n" for row in rows), report(rows)
@@ -143,14 +151,13 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("expected matplotlib, which draws the figure: pip install moespec_jax[plots]")
+    """Check the flags, before a model is loaded."""
+    require_matplotlib()
     for name in ("tokens", "answer_tokens", "batch"):
         if getattr(arguments, name) < 1:
             raise RequestError(f"expected --{name.replace('_', '-')} of at least 1; got {getattr(arguments, name)}")
     if arguments.run_code and not arguments.answers:
-        raise RequestError("--run-code is about answers; expected --answers with it")
+        raise RequestError("--run-code applies to answers; expected --answers with it")
     if arguments.no_thinking and not arguments.chat:
         raise RequestError("--no-thinking is part of a chat; expected --chat with it")
     stems = [path.stem for path in arguments.answers]
@@ -163,32 +170,33 @@ def _check(arguments: argparse.Namespace) -> None:
 def _requested_specs(
     arguments: argparse.Namespace,
 ) -> tuple[TreeConfig | Literal["default"] | None, list[BudgetConfig] | None]:
-    """Tree and budgets of the flags or the profile; None stands for default budgets.
+    """Read tree and budgets of the flags or the profile; None means the default budgets.
 
     Raises:
-        RequestError: there are no such tree and budgets, or both a profile and flags ask for them.
+        RequestError: tree or budgets are invalid, or there are both a profile and flags.
     """
-    tree, rule, given = tree_of(arguments), rule_of(arguments), arguments.expert_budget
+    tree, rule, texts = tree_of(arguments), rule_of(arguments), arguments.expert_budget
     if arguments.profile is not None:
-        if tree is not None or rule or given:
+        if tree is not None or rule or texts:
             raise RequestError("expected a tree and a budget either from --profile or from flags; got both")
-        found = read_profile(arguments.profile)
-        return found["tree"], [] if found["budget"] is None else [found["budget"]]
-    if given is None:
+        profile = read_profile(arguments.profile)
+        return profile["tree"], [] if profile["budget"] is None else [profile["budget"]]
+    if texts is None:
         return tree or "default", None
     try:
-        budgets = [BudgetConfig(parse_budget(text), **rule) for text in given if text != "none"]  # pyright: ignore[reportArgumentType]
+        budgets = [BudgetConfig(parse_budget(text), **rule) for text in texts if text != "none"]  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise RequestError(str(error)) from None
     return tree or "default", list(dict.fromkeys(budgets))
 
 
 def _questions(
-    arguments: argparse.Namespace, most: int | None
+    arguments: argparse.Namespace, limit: int | None
 ) -> tuple[dict[str, list[Question]], dict[str, dict[str, int]]]:
-    """Questions by the names of their files, and how many were left out, by reason."""
-    found = {path.stem: read_questions(path, arguments.run_code, most) for path in arguments.answers}
-    return {name: asked for name, (asked, _) in found.items()}, {name: left for name, (_, left) in found.items()}
+    """Read the questions of each file, by its name; also the number of lines that were left out, by reason."""
+    files = {path.stem: read_questions(path, arguments.run_code, limit) for path in arguments.answers}
+    questions = {name: kept for name, (kept, _) in files.items()}
+    return questions, {name: left_out for name, (_, left_out) in files.items()}
 
 
 def _specs(
@@ -197,10 +205,10 @@ def _specs(
     budgets: list[BudgetConfig] | None,
     rule: dict[str, Any],
 ) -> list[EvaluatedSpec]:
-    """List plain decoding, and with a draft head exact speculation and every budget."""
+    """List plain decoding and, with a draft head, exact speculation and speculation under every budget."""
     specs = [evaluated_spec(model, DecodingSpec())]
     if tree is None or model.draft is None:
-        if budgets or rule:  # refused with the reason
+        if budgets or rule:  # raises an error with the reason
             evaluated_spec(model, DecodingSpec(budget=(budgets or [BudgetConfig(1)])[0]))
         return specs
     total, least = model.config.num_experts, model.config.num_experts_per_tok
@@ -216,13 +224,13 @@ def _as_chat(model: Model, arguments: argparse.Namespace) -> Callable[[str], str
 
 
 def _as_prompt(model: Model, arguments: argparse.Namespace) -> Callable[[str], list[int]]:
-    """Token ids of a question; a chat template writes the special tokens itself."""
+    """Make a function from a question to token ids. A chat template contains the special tokens."""
     as_chat = _as_chat(model, arguments)
     return lambda text: model.encode(text if as_chat is None else as_chat(text), special_tokens=as_chat is None)
 
 
 def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What every row says of where its figures come from."""
+    """Columns of every row that describe model and device."""
     draft = model.draft
     return {
         "model": shown_name(arguments.model),
@@ -240,12 +248,12 @@ def _measured_on(
     prompts: Mapping[str, list[list[int]]],
     questions: Mapping[str, list[Question]],
 ) -> dict[str, Any]:
-    """Further inputs of the measurement."""
+    """Further inputs of the measurements, for the ledger."""
     numbers = {name: getattr(arguments, name) for name in ("tokens", "answer_tokens", "batch")}
     sets = {f"{s.name}, {s.kind}": _hash([s.texts, s.given]) for s in written}
     sets |= {name: _hash(ids) for name, ids in prompts.items()}
-    asked = {f"{name}, answered": _hash([repr(q) for q in of]) for name, of in questions.items()}
-    return numbers | {"ways": {evaluated.name: evaluated.columns() for evaluated in specs}, "sets": sets | asked}
+    sets |= {f"{name}, answered": _hash([repr(question) for question in found]) for name, found in questions.items()}
+    return numbers | {"ways": {evaluated.name: evaluated.columns() for evaluated in specs}, "sets": sets}
 
 
 def _hash(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""How many questions each way of decoding answers rightly, piece by piece into a ledger."""
+"""Accuracy of answers under every spec; each batch of answers is a task of a ledger."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,11 +14,27 @@ from moespec_jax.runtime.model import Model
 
 
 def answer(
-    model: Model, sets: Mapping[str, Sequence[Question]], specs: Sequence[EvaluatedSpec], as_prompt: Callable[[str], list[int]],
-    new: int, batch: int, ledger: Ledger,
-) -> None:  # fmt: skip
-    """Answer every question under every spec, greedily with at most `new` tokens, `batch` at a time, and check the
-    answers. Each batch and spec is a task of the ledger: the answers' texts, and which are right."""
+    model: Model,
+    sets: Mapping[str, Sequence[Question]],
+    specs: Sequence[EvaluatedSpec],
+    as_prompt: Callable[[str], list[int]],
+    new: int,
+    batch: int,
+    ledger: Ledger,
+) -> None:
+    """Answer all questions under every spec by greedy decoding, and check the answers.
+
+    Each batch and spec is a task of the ledger, with the texts of the answers and whether each is correct.
+
+    Args:
+        model: target and draft head.
+        sets: questions by name of the set.
+        specs: how to decode.
+        as_prompt: token ids of a question.
+        new: largest number of tokens of an answer.
+        batch: number of questions that are answered at once.
+        ledger: receives the answers.
+    """
     starts = {name: range(0, len(questions), batch) for name, questions in sets.items()}
     tasks = [(name, start, evaluated) for name in sets for evaluated in specs for start in starts[name]]
     for name, start, evaluated in tqdm(tasks, desc="answers", unit="batch", disable=not tasks):
@@ -37,14 +53,13 @@ def task_name(name: str, evaluated: EvaluatedSpec, start: int) -> str:
     return f"{name}, answered, {evaluated.name}, from {start}"
 
 
-def rights(ledger: Ledger, name: str, evaluated: EvaluatedSpec, count: int, batch: int) -> list[bool]:
-    """Whether the answer to each question of a set is right under one spec."""
+def correctness(ledger: Ledger, name: str, evaluated: EvaluatedSpec, count: int, batch: int) -> list[bool]:
+    """Read from the ledger whether the answer to each of the `count` questions of a set is correct under one spec."""
     return sum((ledger.get(task_name(name, evaluated, start))["right"] for start in range(0, count, batch)), [])
 
 
-def figures(right: Sequence[bool], plain: Sequence[bool]) -> dict[str, Any]:
-    """One row's figures: the share of right answers with Wilson's 95 % interval, and the questions in which it differs
-    from plain decoding."""
+def answer_columns(right: Sequence[bool], plain: Sequence[bool]) -> dict[str, Any]:
+    """Columns of a row: share of correct answers with Wilson's 95 % interval, and comparison with plain decoding."""
     low, high = wilson(sum(right), len(right))
     pairs = paired(plain, right)
     return {

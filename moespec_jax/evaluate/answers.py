@@ -1,4 +1,4 @@
-"""Questions that carry what a right answer is checked by: a number, or code that must pass."""
+"""Questions whose answers can be checked: by a number, or by running code."""
 
 import json
 import re
@@ -13,8 +13,8 @@ from tqdm import tqdm
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.trial import Trial, complete, passes, read_trial
 
-# Thousands are set off by commas in groups of three: `1,2,3` are three numbers. A sign follows neither a word nor a
-# number: `7-3` ends in 3. A digit of a name (`x2`) is no number.
+# Commas separate thousands only in groups of three: `1,2,3` are three numbers. A minus after a word or a number is not
+# a sign: `7-3` ends in 3. A digit within a name (`x2`) is not a number.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-\u2212])?[$€£]?(?<!\w)(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?"
     r"|(?P<small>(?<![\w.])\.\d+)"
@@ -24,22 +24,30 @@ _MARK = "####"
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and what its answer must be: a `number`, or code that passes a `trial`."""
+    """A question, and the check of its answer: by a number or by a trial.
+
+    Fields:
+        prompt: text of the question.
+        number: the correct number, if it is checked by a number.
+        trial: check of code, if it is checked by running code.
+    """
 
     prompt: str
     number: Decimal | None = None
     trial: Trial | None = None
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer's number is the reference's, or its code passes."""
+        """Test whether an answer has the correct number, or code that passes."""
         if self.trial is not None:
             return passes(self.trial, complete(self.trial, answer))
         return answered_number(answer) == self.number
 
 
 def answered_number(text: str) -> Decimal | None:
-    """The number behind the first `####`, as GSM8K marks answers, or else the last number of a text; None without any.
-    Commas between thousands, currency and percent signs do not count."""
+    """Find the first number after the first `####` (GSM8K's mark), or else the last number of a text; None without any.
+
+    Commas between thousands, currency signs and percent signs are ignored.
+    """
     _, _, marked = text.partition(_MARK)
     numbers = [_value(match) for match in _NUMBER.finditer(marked)]
     if numbers:
@@ -49,12 +57,21 @@ def answered_number(text: str) -> Decimal | None:
 
 
 def read_questions(path: Path, run_code: bool, most: int | None = None) -> tuple[list[Question], dict[str, int]]:
-    """Questions of JSON lines with `turns` (the first is asked) and `reference`, of the first `most` lines if given;
-    and for how many lines there is nothing to check an answer by, by reason. Code is asked for where the prompt holds a
-    function; it must pass `test` (with `entry_point`) or the prompt's own examples, which its reference must pass too.
+    """Read questions from JSON lines with `turns`, of which the first is the question, and `reference`.
+
+    A question is about code if its prompt contains a function. The code must pass `test` (with `entry_point`) or the
+    examples of the prompt, which the reference must pass too.
+
+    Args:
+        path: the file.
+        run_code: whether code may be run; otherwise questions about code are left out.
+        most: number of lines to read; None reads all.
+
+    Returns:
+        The questions, and the number of lines that are left out, by reason.
 
     Raises:
-        RequestError: there is no such file, it is not of this kind, or none of its lines can be checked.
+        RequestError: the file cannot be read, has other lines, or has no question whose answer can be checked.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -90,7 +107,7 @@ def _read_row(line: str, place: str) -> dict[str, Any]:
 
 
 def _read_question(row: dict[str, Any], run_code: bool) -> Question | str:
-    """A question, or why there is none."""
+    """Read a question, or return the reason why it is left out."""
     prompt, test = row["prompt"], row.get("test")
     if test is None and re.search(r"^(?:async )?def \w+", prompt, re.MULTILINE) is None:
         number = answered_number(row["reference"])

@@ -1,4 +1,4 @@
-"""The rows as a picture: divergence, first choices and perplexity of texts, accuracy of answers."""
+"""Chart of the rows: divergence, equal first choices and lost nats of texts, accuracy of answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,20 +10,20 @@ from moespec_jax.files import replacing
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's, which colour-blind people tell apart.
+# Colours of Okabe and Ito, which colour-blind people can distinguish.
 EXACT, LOSSY = "#0072B2", "#D55E00"
 _PANELS = {
     "texts": [
         ("kl", "divergence in nats", 1.0),
         ("top1", "same first choice, %", 100.0),
-        ("nats_lost", "nats lost a token of the text", 1.0),
+        ("nats_lost", "nats lost per token of the text", 1.0),
     ],
-    "answers": [("accuracy", "right answers, %", 100.0)],
+    "answers": [("accuracy", "correct answers, %", 100.0)],
 }
 
 
 def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A row of panels for each set."""
+    """Write a PNG with a row of panels for each set."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,21 +35,21 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
         len(parts), 3, figsize=(10.5, sum(heights) + 0.9), squeeze=False, height_ratios=heights, layout="constrained"
     )
     for line, part in zip(panels, parts, strict=True):
-        asked = _PANELS[part[0]["measured"]]
-        for axes, panel in zip(line, [*asked, *[None] * (3 - len(asked))], strict=True):
+        used = _PANELS[part[0]["measured"]]
+        for axes, panel in zip(line, [*used, *[None] * (3 - len(used))], strict=True):
             axes.axis("off") if panel is None else draw(axes, part, *panel)
         line[0].set_yticks(range(len(part)), [f"{row['way']} ({output_word(row)})" for row in part], fontsize=8)
-        what = part[0]["kind"] if part[0]["measured"] == "texts" else f"{part[0]['questions']} questions"
-        line[0].set_title(f"{part[0]['set']}, {what}", fontsize=9, loc="left")
-    figure.suptitle(f"{heading(rows[0])}; lines: 95 %", fontsize=9)
+        content = part[0]["kind"] if part[0]["measured"] == "texts" else f"{part[0]['questions']} questions"
+        line[0].set_title(f"{part[0]['set']}, {content}", fontsize=9, loc="left")
+    figure.suptitle(f"{heading(rows[0])}; lines: 95 % intervals", fontsize=9)
     with replacing(path) as temporary:
-        # Without its date: the same results are the same bytes.
+        # Without metadata, equal results give equal files.
         figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
     pyplot.close(figure)
 
 
 def draw(axes: "Axes", rows: Sequence[dict[str, Any]], name: str, label: str, scale: float) -> None:
-    """A point with its interval for each row from top to bottom; hollow where the output is lossy."""
+    """Draw a point with its interval for each row, hollow where the output is lossy."""
     for place, row in enumerate(rows):
         colour = EXACT if row["exact"] else LOSSY
         low, high = (value * scale for value in row[f"{name}_95"])

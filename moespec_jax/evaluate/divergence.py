@@ -1,4 +1,4 @@
-"""How far ways of decoding are from the exact target along texts, piece by piece into a ledger."""
+"""Divergence of every spec from the exact target over texts; each set and spec is a task of a ledger."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,8 +16,7 @@ from moespec_jax.runtime.model import Model
 
 
 def measure(model: Model, sets: Sequence[TextSet], specs: Sequence[EvaluatedSpec], batch: int, ledger: Ledger) -> None:
-    """Teacher-force every text under every spec that drafts, `batch` at a time. Each set and spec is a task of the
-    ledger."""
+    """Teacher-force all texts under every speculative spec, `batch` at a time; the ledger receives sums by text."""
     drafting = [evaluated for evaluated in specs if evaluated.spec.tree is not None]
     with tqdm(total=len(sets) * len(drafting), desc="texts", unit="spec", disable=not sets) as bar:
         for texts in sets:
@@ -38,8 +37,10 @@ def task_name(texts: TextSet, evaluated: EvaluatedSpec) -> str:
 
 
 def by_text(stats: ForcedStats) -> dict[str, list[Any]]:
-    """Sums of each text: over its positions of divergence, equal first choices and negative log-likelihood, and over
-    its rounds those of `ForcedStats`."""
+    """Sum the stats of each text: divergence, equal first choices and negative log-likelihood over its positions.
+
+    The remaining fields of `ForcedStats` are sums over rounds already.
+    """
     sums = {
         "positions": np.isfinite(stats.kl).sum(axis=1),
         "kl": np.nansum(stats.kl, axis=1, dtype=np.float64),
@@ -50,9 +51,12 @@ def by_text(stats: ForcedStats) -> dict[str, list[Any]]:
     return {name: np.asarray(values).tolist() for name, values in sums.items()}
 
 
-def figures(sums: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
-    """Columns of a row from `by_text`: means over texts of their own means, ratios of sums over texts, and for each a
-    95 % bootstrap interval over texts; `sizes` are the bytes that were scored of each text, 0 where unknown."""
+def text_columns(sums: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
+    """Columns of a row from the sums of `by_text`, with 95 % bootstrap intervals over texts.
+
+    Divergence and equal first choices are means over texts of the means of each text; perplexity and bits per byte are
+    ratios of sums over all texts. `sizes` are the scored bytes of each text, 0 where unknown.
+    """
     stats = {name: np.asarray(values, np.float64) for name, values in sums.items()}
     rounds, positions = stats["rounds"].sum(), stats["positions"]
     found: dict[str, Any] = {"texts": len(positions), "positions": int(positions.sum()), "rounds": int(rounds)}
@@ -78,7 +82,7 @@ def figures(sums: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
-    """Sum over sum, with the bounds of 95 % of a bootstrap that draws texts."""
+    """Compute a ratio of sums over texts, and the bounds of its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).integers(0, len(above), (DRAWS, len(above)))
     low, high = np.percentile(above[drawn].sum(axis=1) / below[drawn].sum(axis=1), [2.5, 97.5])
     return float(above.sum() / below.sum()), float(low), float(high)

@@ -1,4 +1,4 @@
-"""Batches of prompts continued in one way, each until a text is found in what it says."""
+"""Generation of continuations under one spec, up to a condition on each sequence."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,12 +8,12 @@ from moespec_jax.evaluate.specs import EvaluatedSpec, start_run
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch
 
-# Whether a sequence is over, from its number and its new token ids.
-Over = Callable[[int, list[int]], bool]
+# (index of a sequence, its new token ids) -> whether the sequence is finished.
+Finished = Callable[[int, list[int]], bool]
 
 
-class _AllOver(Exception):
-    """Every sequence of a batch is over."""
+class _AllFinished(Exception):
+    """Every sequence of a batch is finished."""
 
 
 def continue_batch(
@@ -24,7 +24,7 @@ def continue_batch(
     *,
     sampling: SamplingConfig | None = None,
     seed: int = 0,
-    over: Over | None = None,
+    over: Finished | None = None,
     size: int | None = None,
 ) -> list[list[int]]:
     """Generate at most `new` token ids after each prompt, up to a stop id, as one batch.
@@ -36,8 +36,8 @@ def continue_batch(
         new: largest number of new tokens.
         sampling: greedy by default.
         seed: of random draws.
-        over: decoding ends when it is true of every sequence.
-        size: batch size, to which copies of the last prompt are added, so that a smaller batch compiles nothing.
+        over: condition; decoding stops when it is true of every sequence.
+        size: batch size; copies of the last prompt fill a smaller batch, which then runs the same program.
 
     Raises:
         RequestError: a prompt is empty or does not fit the context.
@@ -56,16 +56,16 @@ def continue_batch(
         for ids, part in zip(new_ids, parts, strict=True):
             ids += part
         if over is not None and all(over(i, ids) for i, ids in enumerate(new_ids[: len(prompts)])):
-            raise _AllOver
+            raise _AllFinished
 
     try:
         run.execute(on_tokens=collect)
-    except _AllOver:
+    except _AllFinished:
         pass
     return new_ids[: len(prompts)]
 
 
 def cut_at(text: str, ends: Sequence[str]) -> str:
-    """A text up to the first of its ends."""
-    places = [text.find(end) for end in ends if end in text]
-    return text[: min(places)] if places else text
+    """Cut a text before the first occurrence of any of `ends`."""
+    starts = [text.find(end) for end in ends if end in text]
+    return text[: min(starts)] if starts else text

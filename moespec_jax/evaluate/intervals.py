@@ -1,4 +1,4 @@
-"""How sure a count of right answers is, and a difference between two."""
+"""Confidence intervals of a share of correct answers, and a test of the difference between two."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +7,15 @@ from scipy.stats import binomtest
 
 
 class Paired(NamedTuple):
-    """Two ways of answering the same questions: how many both got right, only the first, only the second, neither; and
-    McNemar's exact two-sided p-value, which is that a fair coin decided every question that they differ in."""
+    """Two sets of answers to the same questions.
+
+    Fields:
+        both: number of questions that both answer correctly.
+        first_only: number that only the first answers correctly.
+        second_only: number that only the second answers correctly.
+        neither: number that neither answers correctly.
+        p: two-sided p-value of McNemar's exact test: the binomial test of `first_only` against `second_only`.
+    """
 
     both: int
     first_only: int
@@ -18,7 +25,7 @@ class Paired(NamedTuple):
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of right answers; 0 to 1 where nothing was asked."""
+    """Compute Wilson's 95 % interval of a share of correct answers; 0 to 1 without questions."""
     if count == 0:
         return 0.0, 1.0
     found = binomtest(right, count).proportion_ci(0.95, method="wilson")
@@ -26,7 +33,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Of two ways, question by question."""
+    """Compare two sets of answers question by question."""
     pairs = list(zip(first, second, strict=True))
     both, one, other, neither = (pairs.count(p) for p in [(True, True), (True, False), (False, True), (False, False)])
     p = float(binomtest(one, one + other).pvalue) if one + other else 1.0

@@ -1,8 +1,9 @@
-"""Runs the program on standard input under limits, and says a word if it gets to its end:
+"""Run the program on standard input under resource limits, and print a word if it runs to its end:
 
     python -I limited.py CPU_SECONDS BYTES WORD
 
-A process of its own and not a hook before it: JAX's threads do not survive a fork that runs Python.
+This is a separate interpreter instead of a function between fork and exec, since a fork of a process with JAX's threads
+must not run Python.
 """
 
 import os
@@ -11,25 +12,25 @@ import sys
 
 
 def main() -> None:
-    """Limit this process, then become the program."""
+    """Limit this process, then execute the program in it."""
     seconds, size, word = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     program = sys.stdin.buffer.read().decode()
-    # What the program prints is nobody's business.
-    said, nothing = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    # The output of the program is discarded; only the word reaches the original standard output.
+    stdout, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(nothing, stream)
+        os.dup2(null, stream)
     sys.argv[:] = ["program"]
     limits = {"CPU": seconds, "AS": size, "FSIZE": 1 << 20, "CORE": 0, "NPROC": 0}
-    for name, most in limits.items():
-        _limit(getattr(resource, f"RLIMIT_{name}"), most)
+    for name, limit in limits.items():
+        _set_limit(getattr(resource, f"RLIMIT_{name}"), limit)
     exec(compile(program, "program", "exec"), {"__name__": "__main__"})
-    os.write(said, word.encode())
+    os.write(stdout, word.encode())
 
 
-def _limit(kind: int, most: int) -> None:
-    """Not every system grants every limit."""
+def _set_limit(kind: int, limit: int) -> None:
+    """Set a limit, if the system supports it."""
     try:
-        resource.setrlimit(kind, (most, most))
+        resource.setrlimit(kind, (limit, limit))
     except (ValueError, OSError):
         pass
 

@@ -1,8 +1,8 @@
-"""lm-evaluation-harness with this package's models in it; all arguments are its own:
+"""Run lm-evaluation-harness with the model `moespec` registered; all arguments are those of `lm_eval`:
 
     python -m moespec_jax.evaluate.lm_eval run --model moespec --tasks gsm8k ...
 
-Versions of it that look for plug-ins need no such help.
+Versions of lm-eval that load plug-ins do not need this module.
 """
 # pyright: reportMissingImports=false
 
@@ -12,11 +12,11 @@ from moespec_jax.errors import CheckpointError, RequestError
 
 
 def main() -> int:
-    """The command line; returns the exit status: 2 for what the caller can fix."""
+    """Run the command; returns the exit status: 0, or 2 for an error that the user can fix."""
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import moespec_jax.evaluate.harness  # noqa: F401 (registers itself)
+        import moespec_jax.evaluate.harness  # noqa: F401 (registers the model)
     except ImportError as error:
         print(f"error: expected lm-eval to be installed: pip install 'moespec_jax[eval]'; {error}", file=sys.stderr)
         return 2

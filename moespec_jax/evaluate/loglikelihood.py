@@ -1,9 +1,9 @@
-"""Log-likelihoods of texts: by a direct forward pass, or by verifying passes under the trees and the budget of a way.
+"""Log-likelihoods of texts: by a direct forward pass, or by verifications under the tree and the budget of a spec.
 
 Directly, a text is prefilled. By verifications it is teacher-forced (`measure/teacher_forcing.py`): the given part is
-prefilled exactly, except for its last token, which is the first tree's root; so every token that is scored has its
-probability from a verification, as in the middle of a generation. Where only one token is given, nothing precedes a
-root: that token is prefilled, and the one after it is scored exactly.
+prefilled exactly, except for its last token, which is the root of the first tree. So the probability of every scored
+token comes from a verification, as in the middle of a generation. If only one token is given, it is prefilled, since a
+root must follow other tokens, and the next token is scored exactly.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,13 @@ from moespec_jax.runtime.run import SMALLEST_CACHE, Batch, Run
 
 
 class Text(NamedTuple):
-    """`tokens`, of which the first `given` are not scored, and `candidates` for the token after the last."""
+    """A text to score.
+
+    Fields:
+        tokens: token ids.
+        given: number of first tokens that are not scored.
+        candidates: token ids to score after the last token.
+    """
 
     tokens: list[int]
     given: int
@@ -38,14 +44,19 @@ class Text(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log-probability in nats of each scored token and of each candidate, and whether it is the most probable token."""
+    """Scores of a text: log-probability in nats, and whether the token is the most probable one.
+
+    Fields:
+        tokens: of each token after the given ones.
+        candidates: of each candidate.
+    """
 
     tokens: list[tuple[float, bool]]
     candidates: list[tuple[float, bool]]
 
 
 class Rows(NamedTuple):
-    """Scores of a batch of texts, on the device or the host. Position p sees the text up to token p.
+    """Scores of a batch of texts, on the device or the host. Position p is the prediction after token p.
 
     Fields:
         log_p: log-probability of token p + 1, `[texts, slots]`.
@@ -59,7 +70,7 @@ class Rows(NamedTuple):
 
 
 def score_batch(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text], size: int) -> list[Scored]:
-    """Score texts as one batch of `size`, filled up with copies: by verifications under a budget, directly without."""
+    """Score texts as one batch of `size`, filled with copies: by verifications under a budget, directly without one."""
     filled = [*texts, *[texts[-1]] * (size - len(texts))]
     exact = evaluated.spec.budget is None
     rows = score_directly(model, filled) if exact else score_verified(model, evaluated, filled)
@@ -74,7 +85,7 @@ def _scored(text: Text, row: Rows) -> Scored:
 
 
 def score_directly(model: Model, texts: Sequence[Text]) -> Rows:
-    """Score texts by prefill in chunks of bucketed length; a chunk without a scored token is not scored."""
+    """Score texts by prefill in chunks of bucketed length; logits are computed for chunks with scored tokens only."""
     prefill, params, run = model.autoregressive(SamplingConfig()).prefill, model.params, model.programs.run
     longest = max(len(text.tokens) for text in texts)
     lengths = jnp.asarray([len(text.tokens) for text in texts], jnp.int32)
@@ -104,7 +115,7 @@ def score_chunk(
     start: Int[Array, ""],
     lengths: Int[Array, " batch"],
 ) -> tuple[PrefillState, Float[Array, "batch chunk"], Bool[Array, "batch chunk"]]:
-    """Read a chunk; also the log-probability of the token after each position, and whether it is the most probable."""
+    """Read a chunk and score the token after each position: log-probability, and whether it is the most probable."""
     config, (batch, chunk) = prefill.config, tokens[:, 1:].shape
     last_boundary = (config.num_hidden_layers,)
     state, hidden = prefill.read_with_aux(params, state, tokens[:, :-1], start, lengths, last_boundary)
@@ -114,7 +125,7 @@ def score_chunk(
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         return score_rows(unembed(params, block[0]), block[1])
 
-    # A few rows at a time: the logits of a whole chunk may be larger than the model.
+    # In blocks of rows, since the logits of a whole chunk may be larger than the model.
     blocks = (batch, chunk // SMALLEST_BUCKET, SMALLEST_BUCKET)
     in_blocks = (hidden.reshape(*blocks, -1).swapaxes(0, 1), tokens[:, 1:].reshape(blocks).swapaxes(0, 1))
     log_p, best = (found.swapaxes(0, 1).reshape(batch, chunk) for found in jax.lax.map(score, in_blocks))
@@ -129,9 +140,9 @@ def score_last(
 
 
 def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]) -> Rows:
-    """Score texts by teacher-forced verifications, each text a batch of its own to the budget."""
+    """Score texts by teacher-forced verifications; the budget chooses experts for each text separately."""
     method, given = speculative_method(model, evaluated, SamplingConfig()), [max(text.given - 1, 1) for text in texts]
-    # With any token more, a text is done when that one is committed, after its own last token was verified.
+    # One more token of any value: a text is done when it is committed, so that the last token of the text is verified.
     longer = [[*text.tokens, 0] for text in texts]
     batch = Batch([text[:count] for text, count in zip(longer, given, strict=True)], [len(t) for t in longer], (), 0)
     params = model.speculative_params
@@ -139,7 +150,7 @@ def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]
     _, found = model.programs.run(score_forced, method, params, state, donate=True)
     log_p, best, last = (np.array(values) for values in found)
     if any(text.given == 1 for text in texts):
-        # After a single given token, exactly.
+        # The token after a single given token is scored exactly.
         first = np.asarray(score_directly(model, [Text(text.tokens[:1], 1, []) for text in texts]).last)
         for i, text in enumerate(texts):
             if len(text.tokens) == 1:
@@ -152,23 +163,23 @@ def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]
 def score_forced(
     method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]
 ) -> tuple[SpeculationState[Any], Rows]:
-    """Score every text of `state` to its end; the last token before its limit is not the text's."""
+    """Score every text of `state` to its end; the last token before its limit is not part of the text."""
     slots = state.decoding.tokens.shape
-    nothing = jnp.zeros((slots[0], method.target.config.vocab_size), jnp.float32)
+    last = jnp.zeros((slots[0], method.target.config.vocab_size), jnp.float32)
 
     def step(carry: tuple[SpeculationState[Any], Rows]) -> tuple[SpeculationState[Any], Rows]:
         before, rows = carry
         accepted, logits, _, after = forced_round(method, params, before)
         decoding = before.decoding
-        place = Place(decoding.tokens, decoding.length, decoding.limit, decoding.done)
-        return after, jax.vmap(record)(rows, place, accepted, logits)
+        progress = Progress(decoding.tokens, decoding.length, decoding.limit, decoding.done)
+        return after, jax.vmap(add_rows)(rows, progress, accepted, logits)
 
-    rows = Rows(jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool), nothing)
+    rows = Rows(jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool), last)
     return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].decoding.done), step, (state, rows))
 
 
-class Place(NamedTuple):
-    """Progress of texts: fields of a `DecodeState`."""
+class Progress(NamedTuple):
+    """Progress of texts: the fields of `DecodeState` that scoring needs."""
 
     tokens: Int[Array, "*texts slots"]
     length: Int[Array, "*texts"]
@@ -176,20 +187,20 @@ class Place(NamedTuple):
     done: Bool[Array, "*texts"]
 
 
-def record(rows: Rows, decoding: Place, accepted: Accepted, logits: Float[Array, "nodes vocab"]) -> Rows:
-    """Write one text's committed rows at their positions, and the whole distribution after its last token."""
+def add_rows(rows: Rows, progress: Progress, accepted: Accepted, logits: Float[Array, "nodes vocab"]) -> Rows:
+    """Write the scores of one text's committed rows, and the distribution after its last token."""
     step = jnp.arange(accepted.path.shape[0], dtype=jnp.int32)
-    position = decoding.length - 1 + step
-    counts = (step < accepted.count) & ~decoding.done
-    where = jnp.where(counts, position, decoding.tokens.shape[0])
-    along = logits[accepted.path]
-    log_p, best = score_rows(along, decoding.tokens[position + 1])
-    end = decoding.limit - 2 - position[0]
-    last = jax.nn.log_softmax(along[jnp.minimum(end, accepted.count - 1)])
+    position = progress.length - 1 + step
+    committed = (step < accepted.count) & ~progress.done
+    where = jnp.where(committed, position, progress.tokens.shape[0])
+    path_logits = logits[accepted.path]
+    log_p, best = score_rows(path_logits, progress.tokens[position + 1])
+    end = progress.limit - 2 - position[0]
+    last = jax.nn.log_softmax(path_logits[jnp.minimum(end, accepted.count - 1)])
     return Rows(
         jnp.asarray(rows.log_p).at[where].set(log_p, mode="drop"),
         jnp.asarray(rows.best).at[where].set(best, mode="drop"),
-        jnp.where((end < accepted.count) & ~decoding.done, last, rows.last),
+        jnp.where((end < accepted.count) & ~progress.done, last, rows.last),
     )
 
 

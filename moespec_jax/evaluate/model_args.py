@@ -1,4 +1,4 @@
-"""What `--model_args` of lm-evaluation-harness say: the flags of the commands here, without their dashes."""
+"""Model arguments of lm-evaluation-harness (`--model_args`): the flags of our commands, without dashes."""
 
 import argparse
 from typing import Any
@@ -7,18 +7,21 @@ from moespec_jax.cli.arguments import add_budget_flags, add_model_flags, add_pro
 from moespec_jax.cli.command import Parser
 from moespec_jax.errors import RequestError
 
-# What lm-eval passes to every model, and JAX decides by itself.
+# Arguments that lm-eval passes to every model, and that have no effect here.
 _IGNORED = ("device", "max_batch_size")
+# Arguments with a value "none", which lm-eval parses as None.
 _NONE = ("draft_model", "expert_budget", "budget_anchor", "compilation_cache")
 AUTO_BATCH = 16
 
 
 def read_model_args(given: dict[str, Any]) -> argparse.Namespace:
-    """Model arguments as a command line would give them. `pretrained` is `model`; `tree` is size/depth/top-k, or none
-    for plain decoding; of an `expert_budget` for each layer, slashes stand for commas, which lm-eval takes itself.
+    """Parse model arguments into the namespace of a command's flags.
+
+    `pretrained` is `model`; `tree` is size/depth/top-k, or none for plain decoding. In `expert_budget`, slashes
+    separate the numbers of layers, since commas separate model arguments.
 
     Raises:
-        RequestError: there is no such argument, or it has no such value.
+        RequestError: an argument is unknown or has an invalid value.
     """
     parser = Parser(prog="model_args", allow_abbrev=False, add_help=False)
     for add in (add_model_flags, add_tree_flags, add_budget_flags, add_profile_flag):
@@ -38,7 +41,6 @@ def read_model_args(given: dict[str, Any]) -> argparse.Namespace:
 def _flags(given: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in given.items():
-        # lm-eval reads `none` as a value of its own.
         value = "none" if value is None and name in _NONE else value
         flag = "--" + {"pretrained": "model"}.get(name, name).replace("_", "-")
         if name == "tree":

@@ -1,4 +1,4 @@
-"""The rows as tables for people, in Markdown."""
+"""Report of the rows in Markdown: a table for each set of texts and of questions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from moespec_jax.measure.markdown import markdown_table
 
 _TEXTS = (
-    "decoding", "output", "divergence", "same first choice", "perplexity", "bits a byte", "nats lost a token",
+    "decoding", "output", "divergence", "same first choice", "perplexity", "bits per byte", "nats lost per token",
     "tokens a round", "experts read (wanted)",
 )  # fmt: skip
-_ANSWERS = ("decoding", "output", "right", "accuracy", "lost, gained against plain", "p")
+_ANSWERS = ("decoding", "output", "correct", "accuracy", "lost, gained against plain", "p")
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """What was measured on what, a table for each set of texts and of questions, and how to read them."""
+    """Format model, device and budget rule, the tables, and notes on how to read them."""
     parts = [heading(rows[0])]
     parts += [f"Budgets by {rule_text(row['budget'])}." for row in rows if row["budget"] is not None][:1]
     for part in groups(rows):
@@ -27,27 +27,27 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def heading(row: dict[str, Any]) -> str:
-    """Model, device and versions."""
+    """Format model, device and versions."""
     head = "no draft head" if row["draft_model"] is None else f"draft head {row['draft_model']}"
     jax, own = row["versions"]["jax"], row["versions"]["moespec_jax"]
     return f"{row['model']} with {head}; {row['device']}, {row['dtype']}, jax {jax}, moespec_jax {own}"
 
 
 def rule_text(budget: dict[str, Any]) -> str:
-    """A rule, in the words of its flags."""
-    names = {"policy": "coverage"} | {name: name for name in ("score", "credit", "anchor", "size")}
-    said = [f"{flag} {budget[name]}" for flag, name in names.items()]
-    used = {
+    """Format the rule of a budget by the names of its flags; numbers that have no effect are omitted."""
+    names = [f"{name} {budget[name]}" for name in ("coverage", "score", "credit", "anchor", "size")]
+    effective = {
         "mass": budget["size"] == "mass",
-        "guarantee": budget["coverage"] == "guarantee",
-        "faithfulness": budget["faithfulness"] > 0,
-        "groups": budget.get("groups", 1) > 1,
+        "anchor_probability": budget["anchor"] == "likely",
+        "min_kept_weight": budget["min_kept_weight"] > 0,
+        "groups": budget["groups"] > 1,
     }
-    return ", ".join(said + [f"{name} {budget[name]:g}" for name in used if used[name]])
+    numbers = [f"{name.replace('_', ' ')} {budget[name]:g}" for name, used in effective.items() if used]
+    return ", ".join(names + numbers)
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows of one set each, in order."""
+    """Group rows by set, in order."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["measured"], row["set"], row["kind"]), []).append(row)
@@ -55,12 +55,12 @@ def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def output_word(row: dict[str, Any]) -> str:
-    """Whether what comes out is the model's own."""
+    """Describe the output: `exact` or `LOSSY`."""
     return "exact" if row["exact"] else "LOSSY"
 
 
 def text_cells(row: dict[str, Any]) -> list[str]:
-    """One line of a table of texts."""
+    """Format the cells of a row about texts."""
     bits = row["bits_per_byte"]
     return [
         row["way"],
@@ -76,7 +76,7 @@ def text_cells(row: dict[str, Any]) -> list[str]:
 
 
 def answer_cells(row: dict[str, Any]) -> list[str]:
-    """One line of a table of answers."""
+    """Format the cells of a row about answers."""
     against = "" if row["way"] == "plain" else f"{row['lost']}, {row['gained']}"
     p = "" if row["way"] == "plain" else f"{row['mcnemar_p']:.3f}"
     return [
@@ -90,7 +90,7 @@ def answer_cells(row: dict[str, Any]) -> list[str]:
 
 
 def within(row: dict[str, Any], name: str, form: str) -> str:
-    """`0.12 (0.10 to 0.14)`."""
+    """Format a value and its 95 % interval: `0.12 (0.10 to 0.14)`."""
     texts = [form.format(value) for value in (row[name], *row[f"{name}_95"])]
     texts = [text.lstrip("-") if not text.strip("-0.%") else text for text in texts]  # no -0.000
     return f"{texts[0]} ({texts[1]} to {texts[2]})"
@@ -99,20 +99,20 @@ def within(row: dict[str, Any], name: str, form: str) -> str:
 def _title(row: dict[str, Any]) -> str:
     if row["measured"] == "texts":
         return f"{row['set']}, {row['kind']}: {row['texts']} texts, {row['positions']} positions."
-    left = [f"{count} left out: {reason}" for reason, count in row["left_out"].items()]
-    return f"{row['set']}: " + "; ".join([f"{row['questions']} questions ({row['kind']})", *left]) + "."
+    left_out = [f"{count} left out: {reason}" for reason, count in row["left_out"].items()]
+    return f"{row['set']}: " + "; ".join([f"{row['questions']} questions ({row['kind']})", *left_out]) + "."
 
 
 _READING = {
     "texts": (
-        "Divergence: KL of the verified from the exact distribution of the next token, in nats, after the same text;"
-        " same first choice: how often greedy decoding would go on alike there. Nats lost: how much less likely a token"
-        " of the text is than by exact verification. Tokens a round: of the text, which greedy decoding would take"
-        " where it is the target's own. Experts: distinct ones a layer and round. In brackets 95 % of a bootstrap over"
-        " texts."
+        "Divergence: KL(exact || verified) of the distribution of the next token after the same text, in nats. Same"
+        " first choice: share of positions with the same most probable token. Nats lost: mean log-probability of the"
+        " text's tokens by exact verification, minus that of this row. Tokens a round: tokens of the text that a round"
+        " commits; on the target's own text those that greedy decoding would accept. Experts: distinct experts per"
+        " layer and round. In parentheses: 95 % bootstrap interval over texts."
     ),
     "answers": (
-        "Greedy answers. In brackets Wilson's 95 % interval. Lost and gained: questions that plain decoding alone"
-        " answers rightly, and that this way alone does; p: McNemar's exact test, that a coin decided them."
+        "Greedy answers. In parentheses: Wilson's 95 % interval. Lost: questions that plain decoding answers correctly"
+        " and this row does not; gained: the opposite; p: McNemar's exact test of their difference."
     ),
 }

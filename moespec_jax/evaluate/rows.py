@@ -1,4 +1,4 @@
-"""Rows of results, from the pieces of a ledger: one for each way and each set of texts or questions."""
+"""Rows of results from the tasks of a ledger: one for each spec and each set of texts or questions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,15 +17,14 @@ from moespec_jax.runtime.model import Model
 def text_rows(
     model: Model, sets: Sequence[TextSet], specs: Sequence[EvaluatedSpec], ledger: Ledger
 ) -> list[dict[str, Any]]:
-    """How far every way that drafts is from the exact target; first the one without a budget, that others are held
-    against text by text."""
+    """Make a row for each set and speculative spec. The first spec, without a budget, is compared with the others."""
     rows = []
     for texts in sets:
         sizes, exact = texts.scored_bytes(model), None
         for evaluated in specs:
             if evaluated.spec.tree is None:
                 continue
-            found = divergence.figures(ledger.get(divergence.task_name(texts, evaluated)), sizes)
+            found = divergence.text_columns(ledger.get(divergence.task_name(texts, evaluated)), sizes)
             exact = exact or found
             lost = np.array(found["nll_by_text"]) - np.array(exact["nll_by_text"])
             found |= {"nats_lost": round(float(lost.mean()), 6), "nats_lost_95": interval(lost)}
@@ -40,13 +39,13 @@ def answer_rows(
     batch: int,
     ledger: Ledger,
 ) -> list[dict[str, Any]]:
-    """How often every way answers rightly; first plain decoding, that others are held against question by question."""
+    """Make a row for each set and spec. The first spec, plain decoding, is compared with the others."""
     rows = []
-    for name, asked in sets.items():
-        kinds = sorted({"number" if question.trial is None else "code" for question in asked})
-        plain = accuracy.rights(ledger, name, specs[0], len(asked), batch)
+    for name, questions in sets.items():
+        kinds = sorted({"number" if question.trial is None else "code" for question in questions})
+        plain = accuracy.correctness(ledger, name, specs[0], len(questions), batch)
         for evaluated in specs:
-            right = accuracy.rights(ledger, name, evaluated, len(asked), batch)
+            right = accuracy.correctness(ledger, name, evaluated, len(questions), batch)
             about = {"measured": "answers", "set": name, "kind": " and ".join(kinds)} | evaluated.columns()
-            rows.append(about | accuracy.figures(right, plain) | {"left_out": dict(left_out[name])})
+            rows.append(about | accuracy.answer_columns(right, plain) | {"left_out": dict(left_out[name])})
     return rows

@@ -1,4 +1,4 @@
-"""Specs that are compared with each other: plain decoding, exact speculation, speculation under budgets."""
+"""Specs to compare: plain decoding, exact speculation, and speculation under budgets."""
 
 import dataclasses
 from typing import Any
@@ -44,7 +44,7 @@ def evaluated_spec(model: Model, spec: DecodingSpec) -> EvaluatedSpec:
         BudgetWarning: the budget is so tight that quality is likely to suffer.
 
     Raises:
-        RequestError: the model cannot decode so.
+        RequestError: the model cannot decode by this spec.
     """
     spec = model.resolve(spec)
     if spec.budget is None:
@@ -54,21 +54,23 @@ def evaluated_spec(model: Model, spec: DecodingSpec) -> EvaluatedSpec:
 
 
 def speculative_method(model: Model, evaluated: EvaluatedSpec, sampling: SamplingConfig) -> Speculative[Any, Any]:
-    """Speculative decoding in which every sequence is a batch of its own to the budget, so that a text does not depend
-    on its neighbours."""
+    """Make the speculative method of a spec; its budget chooses experts for each sequence separately.
+
+    So the output for a text does not depend on the other texts of its batch.
+    """
     method = model.speculative(evaluated.spec, sampling)
     return method if method.budget is None else dataclasses.replace(method, restrict=restrict_alone)
 
 
 def start_run(model: Model, evaluated: EvaluatedSpec, sampling: SamplingConfig, batch: Batch) -> Run[Any, Any, Any]:
-    """A run of one batch, before prefill."""
+    """Make the run of one batch, before prefill."""
     if evaluated.spec.tree is None:
         return Run(model.programs, model.autoregressive(sampling), model.params, batch)
     return Run(model.programs, speculative_method(model, evaluated, sampling), model.speculative_params, batch)
 
 
 def _experts(budget: BudgetConfig) -> str:
-    """Number of experts of a resolved budget, or those of each layer."""
+    """Format the experts of a resolved budget: one number, or those of all layers where they differ."""
     assert isinstance(budget.experts, tuple)
     same = len(set(budget.experts)) == 1
     return str(budget.experts[0]) if same else "/".join(map(str, budget.experts))

@@ -1,4 +1,4 @@
-"""Texts to follow: as people wrote them, or as the exact target itself goes on."""
+"""Texts for teacher forcing: written by people, or continued by the exact target."""
 
 import argparse
 import dataclasses
@@ -11,12 +11,20 @@ from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces, prompt_sets
 from moespec_jax.runtime.model import Model
 
+# Kinds of texts, in rows of results.
 WRITTEN, OWN = "as written", "the target's own"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSet:
-    """Texts as token ids: of each, the first `given` tokens are read as a prompt is, and the rest is followed."""
+    """A set of texts.
+
+    Fields:
+        name: name of the set.
+        kind: `WRITTEN` or `OWN`.
+        texts: token ids.
+        given: for each text the number of first tokens that are prefilled as a prompt.
+    """
 
     name: str
     kind: str
@@ -24,48 +32,54 @@ class TextSet:
     given: list[int]
 
     def scored_bytes(self, model: Model) -> list[int]:
-        """How many bytes of text the tokens are that following tells a probability of: all after the first root."""
+        """Count the bytes of the tokens of each text that receive a probability: all after the first root."""
         pairs = zip(self.texts, self.given, strict=True)
-        said = (model.decode(text[given + 1 :], after=text[: given + 1]) for text, given in pairs)
-        return [len((text or "").encode()) for text in said]
+        scored = (model.decode(text[given + 1 :], after=text[: given + 1]) for text, given in pairs)
+        return [len((text or "").encode()) for text in scored]
 
 
 def add_text_flags(group: argparse._ArgumentGroup, tokens: int) -> None:
-    """`--texts` and `--tokens`."""
+    """Add `--texts` and `--tokens`."""
     group.add_argument(
         "--texts",
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help=f"texts to follow as they are, after {PIECE} tokens (or half) of each: one a line, or JSON lines with"
-        " turns; repeatable",
+        help="texts, each teacher-forced as it is: a file with one text in each line, or JSON lines whose first item of"
+        f" turns is the text; its first {PIECE} tokens (at most half of it) are the prompt; repeatable",
     )
-    group.add_argument("--tokens", type=int, default=tokens, help=f"followed in each text ({tokens})")
+    group.add_argument(
+        "--tokens",
+        type=int,
+        default=tokens,
+        metavar="N",
+        help=f"tokens of each text after its prompt (default: {tokens})",
+    )
 
 
 def text_files(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """The texts of `--texts` by name; reads no model.
+    """Read the texts of `--texts`, by name of the set.
 
     Raises:
-        RequestError: a set has no name, or there is no such file.
+        RequestError: a set has no name, or that of another one, or its file cannot be read.
     """
     files: dict[str, list[str]] = {}
-    for given in arguments.texts:
-        name, _, file = given.partition("=")
+    for argument in arguments.texts:
+        name, _, file = argument.partition("=")
         if not name or not file or name in files:
-            raise RequestError(f"expected --texts as NAME=FILE, each of another name; got {given!r}")
+            raise RequestError(f"expected --texts as NAME=FILE, each of another name; got {argument!r}")
         files[name] = read_prompt_file(Path(file))[: arguments.count]
     return files
 
 
 def written_sets(model: Model, arguments: argparse.Namespace) -> list[TextSet]:
-    """What the flags ask for of texts as people wrote them: given ones, and pieces of held-out modules.
+    """Make the sets of texts that people wrote: those of `--texts`, and excerpts of held-out modules.
 
     Raises:
-        RequestError: a text is too short to be followed.
+        RequestError: a text is too short.
     """
     tokens, sets = arguments.tokens, []
-    if "held-out" in _asked_prompts(arguments):
+    if "held-out" in _requested_prompts(arguments):
         given = min(PIECE, arguments.longest_prompt)
         sets.append(TextSet(HELD_OUT, WRITTEN, held_out_pieces(model, arguments.count, given + tokens), []))
         sets[0].given.extend([given] * arguments.count)
@@ -83,36 +97,37 @@ def written_sets(model: Model, arguments: argparse.Namespace) -> list[TextSet]:
 def prompts_to_continue(
     model: Model, arguments: argparse.Namespace, as_chat: Callable[[str], str] | None
 ) -> dict[str, list[list[int]]]:
-    """Prompts whose own continuation is followed, as token ids.
+    """Read the prompts that the target continues, as token ids.
 
     Raises:
         RequestError: a set cannot be read.
     """
-    if not _asked_prompts(arguments):
+    if not _requested_prompts(arguments):
         return {}
     sets = prompt_sets(model, arguments, as_chat)
-    if HELD_OUT in sets:  # the beginnings of those as written
+    if HELD_OUT in sets:  # the same prompts as in `written_sets`
         length = len(sets[HELD_OUT][0])
-        pieces = held_out_pieces(model, arguments.count, length + arguments.tokens)
-        sets[HELD_OUT] = [piece[:length] for piece in pieces]
+        excerpts = held_out_pieces(model, arguments.count, length + arguments.tokens)
+        sets[HELD_OUT] = [excerpt[:length] for excerpt in excerpts]
     return sets
 
 
 def own_sets(
     model: Model, prompts: dict[str, list[list[int]]], tokens: int, batch: int, ledger: Ledger
 ) -> Iterator[TextSet]:
-    """Prompts with the exact target's greedy continuations, `batch` at a time, each a piece of the ledger."""
+    """Append the exact target's greedy continuations to prompts; each batch is a task of the ledger."""
     for name, ids in prompts.items():
         texts: list[list[int]] = []
         for start in range(0, len(ids), batch):
-            part, piece = ids[start : start + batch], f"{name}, continued, from {start}"
-            if piece not in ledger:
-                filled = [*part, *part[-1:] * (min(batch, len(ids)) - len(part))]  # a last batch compiles nothing
-                ledger.put(piece, continued(model, filled, tokens)[: len(part)])
-            texts += ledger.get(piece)
+            part, task = ids[start : start + batch], f"{name}, continued, from {start}"
+            if task not in ledger:
+                # A smaller last batch is filled, so that it runs the same program.
+                filled = [*part, *part[-1:] * (min(batch, len(ids)) - len(part))]
+                ledger.put(task, continued(model, filled, tokens)[: len(part)])
+            texts += ledger.get(task)
         yield TextSet(name, OWN, texts, [len(prompt) for prompt in ids])
 
 
-def _asked_prompts(arguments: argparse.Namespace) -> list[str]:
-    """Held-out modules where nothing is asked for."""
+def _requested_prompts(arguments: argparse.Namespace) -> list[str]:
+    """Values of `--prompts`; held-out modules if there are neither prompts nor texts nor answers."""
     return arguments.prompts or ([] if arguments.texts or arguments.answers else ["held-out"])

@@ -1,7 +1,7 @@
-"""Answers in code: the program that an answer makes, and whether it passes, in a process of its own with limits.
+"""Trials of answers that are code: the program of an answer runs in a separate process with resource limits.
 
-The limits keep an answer from using up the machine by mistake: seconds, memory, file sizes and, where the system
-grants it, processes. They are no prison: what runs may read what you may read, and use the network.
+The limits (time, memory, file size and, where the system supports it, number of processes) protect against programs
+that exhaust the machine by mistake. They are not a sandbox: a program can read the user's files and use the network.
 """
 
 import ast
@@ -21,13 +21,14 @@ from moespec_jax.errors import RequestError
 
 CPU_SECONDS, WALL_SECONDS, BYTES = 5, 15.0, 1 << 30
 _LIMITED = Path(__file__).with_name("limited.py")
-# Where a prompt's code begins, after words like "Complete the code I provided."
+# Start of the code in a prompt, after instructions such as "Complete the code I provided."
 _BEGIN = re.compile(r"^(?:from|import|def|class|async|@)\b", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async )?def (\w+)", re.MULTILINE)
 _FENCED = re.compile(r"```[^\n]*\n(.*?)(?:```|\Z)", re.DOTALL)
-# Prompts are handed around without their first imports, of which those from typing are missed at once.
+# Published prompts often lack their first imports. Names from typing are needed in signatures already.
 _ASSUMED = "from typing import *\n"
-# An example that expects nothing may also be a comparison that holds.
+# An example without expected output may also be a comparison that is true. The names are doctest's; a change of this
+# text changes the identity of questions in ledgers.
 _RUN_EXAMPLES = """import doctest as _doctest
 class _Checker(_doctest.OutputChecker):
     def check_output(self, want, got, flags):
@@ -39,8 +40,13 @@ assert _doctest.DocTestRunner(_Checker(), verbose=False).run(_found).failed == 0
 
 @dataclass(frozen=True)
 class Trial:
-    """What code must do to pass: `code` is what the prompt gives of it, `checks` a program that fails unless the
-    function `entry_point` does what it should."""
+    """A check of code.
+
+    Fields:
+        code: part of the program that is in the prompt.
+        entry_point: name of the function.
+        checks: program that runs after the answer, and fails unless the function is correct.
+    """
 
     code: str
     entry_point: str
@@ -48,8 +54,11 @@ class Trial:
 
 
 def read_trial(prompt: str, test: str | None, entry_point: str | None) -> Trial | None:
-    """The trial of a prompt for code: `test`, which defines `check` as HumanEval does, or without it the examples in
-    the docstring of the prompt's last function. None where the prompt holds no function, or nothing to check it by."""
+    """Make the trial of a prompt about code; None if it has no function, or no test of it.
+
+    The checks are `test`, which defines `check` as in HumanEval, or else the examples in the docstring of
+    `entry_point`, by default the last function of the prompt.
+    """
     begin = _BEGIN.search(prompt)
     code = "" if begin is None else prompt[begin.start() :]
     defined = _DEFINED.findall(code)
@@ -63,23 +72,26 @@ def read_trial(prompt: str, test: str | None, entry_point: str | None) -> Trial 
 
 
 def complete(trial: Trial, answer: str) -> str:
-    """The program that an answer makes: its first block of code in a chat's fences, or itself, where that defines the
-    function; else the prompt's code with the answer behind it, up to what is no longer part of the function."""
+    """Make the program of an answer.
+
+    The answer is its first fenced block of code, or its whole text. If it defines the function, it follows the imports
+    and helpers of the prompt; otherwise it continues the prompt's code, and is cut where the function ends.
+    """
     fenced = _FENCED.search(answer)
     whole = answer if fenced is None else fenced.group(1)
     if trial.entry_point in _DEFINED.findall(whole):
         return f"{_preamble(trial)}\n{whole}"
     lines = whole.split("\n")
-    first = trial.code.endswith("\n")  # else the answer begins inside a line, which may begin anywhere
+    first = trial.code.endswith("\n")  # otherwise the answer continues a line, whose indentation is in the prompt
     end = next((i for i, line in enumerate(lines) if (i or first) and line[:1].strip()), len(lines))
     return trial.code + "\n".join(lines[:end])
 
 
 def passes(trial: Trial, program: str) -> bool:
-    """Whether a program passes, in a process of its own.
+    """Test whether a program passes the trial, in a separate process.
 
     Raises:
-        RequestError: this system has no limits to run it under.
+        RequestError: the system has no resource limits.
     """
     if os.name != "posix":
         raise RequestError("expected a POSIX system for --run-code: there are no limits to run answers under here")
@@ -91,16 +103,16 @@ def passes(trial: Trial, program: str) -> bool:
             start_new_session=True,
         )  # fmt: skip
         try:
-            said, _ = process.communicate(f"{_ASSUMED}{program}\n\n{trial.checks}".encode(), timeout=WALL_SECONDS)
+            output, _ = process.communicate(f"{_ASSUMED}{program}\n\n{trial.checks}".encode(), timeout=WALL_SECONDS)
         except subprocess.TimeoutExpired:
-            said = b""
+            output = b""
         finally:
             _end(process)
-    return process.returncode == 0 and said.decode(errors="replace") == word
+    return process.returncode == 0 and output.decode(errors="replace") == word
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """It and whatever it started."""
+    """Kill a process and all processes of its group, and wait for it."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -109,28 +121,28 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _preamble(trial: Trial) -> str:
-    """What of the prompt's code comes before the function: imports and helpers."""
+    """Cut the prompt's code before the function: imports and helpers."""
     start = re.search(rf"^(?:async )?def {re.escape(trial.entry_point)}\b", trial.code, re.MULTILINE)
     return "" if start is None else trial.code[: start.start()]
 
 
 def _examples(code: str, name: str) -> str | None:
-    """A program that runs the examples of a function's docstring."""
+    """Make a program that runs the examples of a function's docstring; None without examples."""
     text = _docstring(code, name) or ""
     try:
-        found = doctest.DocTestParser().get_examples(text)
+        examples = doctest.DocTestParser().get_examples(text)
     except ValueError:
         return None
-    return _RUN_EXAMPLES.replace("TEXT", repr(text)) if found else None
+    return _RUN_EXAMPLES.replace("TEXT", repr(text)) if examples else None
 
 
 def _docstring(code: str, name: str) -> str | None:
-    """Of a function, whose last lines may break off anywhere."""
+    """Find the docstring of a function; the code may end within the function, and is cut to lines that parse."""
     lines = code.split("\n")
     for end in range(len(lines), 0, -1):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of somebody's backslashes
+                warnings.simplefilter("ignore")  # about invalid escapes in the prompt
                 nodes = ast.walk(ast.parse("\n".join(lines[:end])))
         except (SyntaxError, ValueError):
             continue

@@ -1,1 +1,1 @@
-"""Parts that the measuring commands share: timing, divergence, prompt sets, ledger, plots. Private."""
+"""Parts shared by the measuring commands: timing, divergence, prompt sets, ledger, plots. Private."""

@@ -1,7 +1,8 @@
-"""The demo's text: Python source and documentation that every installation has, and its byte-level BPE tokenizer.
+"""Text of the embedded pair: Python source that is part of every installation, and a byte-level BPE tokenizer.
 
-Training text is the standard library of the running interpreter with its tests and reference topics, and the sources
-of a few permissively licensed dependencies. Whole standard-library modules, and their tests, are held out.
+The training text is the standard library of the running interpreter, with its tests and reference topics, and the
+sources of a few permissively licensed dependencies. Some modules of the standard library, and all files named after
+them, are held out.
 """
 
 import importlib.metadata
@@ -20,29 +21,29 @@ HELD_OUT = (
     "mailbox", "pprint", "sched", "statistics", "textwrap", "zipfile",
 )  # fmt: skip
 DEPENDENCIES = ("jax", "numpy", "flax", "optax")
-# Tables of code points and generated parsers are not the kind of text a reader of Python would write.
+# Tables of code points and generated parsers are unlike code that people write.
 _SKIPPED_PARTS = {"site-packages", "encodings", "__pycache__", "lib2to3", "data", "bad_coding"}
 _LARGEST_FILE = 400_000
 
 
 def held_out_documents() -> list[str]:
-    """The text of the held-out modules, one string a file."""
+    """Read the held-out modules, one string for each file."""
     return [text for path, text in _stdlib_files() if _is_held_out(path)]
 
 
 def training_documents() -> list[str]:
-    """The standard library without held-out modules twice, each dependency once."""
+    """Read the training text: the standard library without held-out modules, twice, and each dependency once."""
     stdlib = [text for path, text in _stdlib_files() if not _mentions_held_out(path)]
     return stdlib * 2 + [text for name in DEPENDENCIES for text in _package_files(name)]
 
 
 def corpus_versions() -> dict[str, str]:
-    """What the corpus was made of, for the record."""
+    """Versions of Python and of the dependencies in the training text."""
     return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in DEPENDENCIES}}
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer: any byte sequence encodes, and decodes to itself."""
+    """Train a byte-level BPE tokenizer, which encodes any bytes without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +58,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """All documents as one stream of token ids, each opened by the end-of-text token."""
+    """Concatenate the token ids of all documents, with the end-of-text token before each."""
     start = tokenizer.token_to_id(END_OF_TEXT)
     stream: list[np.ndarray] = []
     for encoding in tokenizer.encode_batch(documents):
@@ -77,7 +78,7 @@ def _package_files(name: str) -> Iterator[str]:
 
 
 def _python_files(root: Path) -> Iterator[tuple[Path, str]]:
-    """Every readable UTF-8 Python file under `root`, in a fixed order, paths relative to `root`."""
+    """List the UTF-8 Python files under `root` in a fixed order, as relative path and text."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if _SKIPPED_PARTS & set(relative.parts) or path.stat().st_size > _LARGEST_FILE and path.name != "topics.py":
@@ -95,6 +96,6 @@ def _is_held_out(path: Path) -> bool:
 
 
 def _mentions_held_out(path: Path) -> bool:
-    """A held-out module itself, or a file anywhere that is named after one (its tests, its benchmarks)."""
+    """Test whether a path belongs to a held-out module, or to a file named after one, such as its tests."""
     names = {part.removesuffix(".py").removeprefix("test_") for part in path.parts}
     return bool(names & set(HELD_OUT))

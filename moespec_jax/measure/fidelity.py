@@ -1,4 +1,4 @@
-"""Fidelity: how close verification under a budget stays to the exact target, over texts, with confidence intervals."""
+"""Fidelity of verification under a budget: its divergence from the exact target over texts, with intervals."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ DRAWS = 2000
 
 
 class Texts:
-    """Texts to teacher-force with one tree, each from the end of its prompt on.
+    """Texts that are teacher-forced with one tree, each from the end of its prompt.
 
     Args:
         model: target and draft head.
         tree: shape of the draft tree.
-        texts: token ids, each longer than its prompt by at least two.
-        prompts: number of first tokens of each text that are prefilled, exactly.
-        batch: number of texts that run at once, which bounds the memory; None is all of them. To a budget each is a
-            batch of its own all the same, except that score `depth` counts what the others commit.
+        texts: token ids; a text has at least two tokens more than its prompt.
+        prompts: length of the prompt of each text, which is prefilled exactly.
+        batch: number of texts that run at once, which bounds the memory; None runs all. It does not change the experts
+            that a budget chooses for a text, except by score `depth`, which counts what other texts committed.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class Texts:
         self._parts = [self._begun(texts[part], prompts[part], longest) for part in parts]
 
     def teacher_force(self, budget: BudgetConfig | None = None, most: int | None = None) -> ForcedStats:
-        """Run all texts to their ends: exactly, or under a budget, which `most` lowers to so many experts.
+        """Run all texts to their ends, exactly or under a budget; `most` lowers the budget to that number of experts.
 
-        One program serves all values of `most`: give a budget of all experts to sweep it.
+        One program serves all values of `most`: to sweep it, use a budget of all experts.
         """
         resolved = None if budget is None else resolve(budget, self.model.config)
         method = dataclasses.replace(self._method, budget=resolved)
@@ -64,7 +64,7 @@ class Texts:
     def _begun(
         self, texts: Sequence[Sequence[int]], prompts: Sequence[int], longest: int
     ) -> tuple[SpeculationState[Any], Array]:
-        """State after prefill, and the log-probabilities of a plain pass."""
+        """Prefill the prompts; also compute the exact log-probabilities of the texts in one plain pass."""
         begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
         batch = Batch(begun, [longest] * len(texts), (), 0)
         run = Run(self.model.programs, self._method, self.model.speculative_params, batch)
@@ -74,8 +74,11 @@ class Texts:
 
 
 def summary(stats: ForcedStats) -> dict[str, Any]:
-    """Average over the positions of each text, then over texts, with 95 % bootstrap intervals over texts; `..._by_text`
-    holds the texts' own means, for paired comparison. `perplexity` is that of all positions together."""
+    """Average measurements over the positions of each text, then over texts.
+
+    `..._95` are 95 % bootstrap intervals over texts, `..._by_text` the means of each text, for paired comparisons.
+    `perplexity` is that of all positions together.
+    """
     rounds = stats.rounds.sum()
     found: dict[str, Any] = {}
     for name, values in {"kl": stats.kl, "top1": stats.same, "nll": -stats.log_probability}.items():
@@ -97,7 +100,7 @@ def summary(stats: ForcedStats) -> dict[str, Any]:
 
 
 def interval(by_text: np.ndarray, share: float = 0.95) -> list[float]:
-    """Bootstrap interval of the mean over texts, with the same draws in every call."""
+    """Compute a bootstrap interval of the mean over texts, with the same draws in every call."""
     drawn = np.random.default_rng(0).integers(0, len(by_text), (DRAWS, len(by_text)))
     outside = 50 * (1 - share)
     return np.percentile(by_text[drawn].mean(axis=1), [outside, 100 - outside]).round(6).tolist()
@@ -106,7 +109,7 @@ def interval(by_text: np.ndarray, share: float = 0.95) -> list[float]:
 def with_texts(
     state: SpeculationState[Any], texts: Sequence[Sequence[int]], prompts: Sequence[int]
 ) -> SpeculationState[Any]:
-    """Replace the drawn token of a state after prefill by the text's next one, and append the rest of the text."""
+    """Replace the token drawn after prefill by the text's own, and append the rest of the text."""
     tokens = np.zeros(state.decoding.tokens.shape, np.int32)
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text

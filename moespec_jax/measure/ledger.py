@@ -11,22 +11,20 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text, writing
 
 Value = TypeVar("Value")
-# Keys of ledgers from before 0.2.
-_RENAMED = {"experts_loaded": "experts_read", "piece": "task"}
 
 
 class Ledger:
-    """JSON lines: the request, then one line for every finished task, on disk before the next begins.
+    """JSON lines: the request, then one line for each finished task, written to disk before the next task begins.
 
-    An incomplete last line is dropped. Values must be JSON, and are returned as JSON reads them even in the run that
-    made them, so that a continued run computes with the same values as an uninterrupted one.
+    An incomplete last line is dropped. Values must be JSON. They are returned as JSON reads them, even in the run that
+    computed them, so that a continued run uses the same values as an uninterrupted one.
 
     Args:
-        path: the file, which is made if there is none.
-        request: everything that the values depend on.
+        path: the file, which is created if missing.
+        request: all inputs that the values depend on.
 
     Raises:
-        RequestError: the file is of another request, or is not a ledger.
+        RequestError: the file has another request, or is not a ledger.
     """
 
     def __init__(self, path: Path, request: dict[str, Any]):
@@ -39,14 +37,14 @@ class Ledger:
             write_text(path, json.dumps({"asked": request}) + "\n")
             return
         if not all(isinstance(line.get("task", ""), str) and ("task" in line) == ("value" in line) for line in lines):
-            raise RequestError(f"expected {path} to be of this very command, or not to exist; it has other lines")
+            raise RequestError(f"expected {path} to be of the same command, or not to exist; it has other lines")
         before = lines[0].get("asked")
         if before != request:
             raise RequestError(
-                f"expected {path} to be of this very command, or not to exist; {_difference(before, request)}"
+                f"expected {path} to be of the same command, or not to exist; {_difference(before, request)}"
             )
         self._tasks = {line["task"]: line["value"] for line in lines[1:] if "task" in line}
-        # Without an incomplete last line, to which the next would be appended.
+        # Drop an incomplete last line, to which the next one would be appended.
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def __contains__(self, name: str) -> bool:
@@ -70,7 +68,7 @@ class Ledger:
         return self._tasks[name]
 
     def task(self, name: str, run: Callable[[], Value]) -> Value:
-        """Value of a task, which is run if it is not finished."""
+        """Value of a task; runs it if it is not finished."""
         return self._tasks[name] if name in self._tasks else self.put(name, run())
 
 
@@ -86,16 +84,19 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         raise RequestError(f"expected {path} to hold JSON lines; {error}") from None
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")
-    return [_current_keys(line) for line in lines]
+    # Before 0.2 a task was a piece.
+    return [
+        {"task" if name == "piece" else name: _current_keys(value) for name, value in line.items()} for line in lines
+    ]
 
 
 def _current_keys(value: Any) -> Any:
-    """Rename the keys that ledgers had before 0.2."""
+    """Rename the keys that values and budgets had before 0.2."""
     if isinstance(value, list):
         return [_current_keys(item) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {_RENAMED.get(name, name): _current_keys(item) for name, item in value.items()}
+    value = {"experts_read" if name == "experts_loaded" else name: _current_keys(v) for name, v in value.items()}
     return current_fields(value) if "coverage" in value else value
 
 

@@ -1,4 +1,4 @@
-"""Sets of prompts and texts to measure on: files of them, or pieces of Python that no model here was trained on."""
+"""Sets of prompts to measure on: files, or excerpts of Python modules that the embedded pair was not trained on."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -11,33 +11,35 @@ from moespec_jax.errors import RequestError
 from moespec_jax.measure import corpus
 from moespec_jax.runtime.model import Model
 
+# Name of the set of excerpts, and their default length in tokens.
 HELD_OUT, PIECE = "held-out modules", 64
 
 
 def add_prompt_set_flags(group: argparse._ArgumentGroup, count: int, longest: int = 256) -> None:
-    """`--prompts`, `--count` and `--longest-prompt`, with their defaults."""
+    """Add `--prompts`, `--count` and `--longest-prompt`, with their defaults."""
     group.add_argument(
         "--prompts",
         action="append",
         metavar="NAME=FILE",
-        help="a set of prompts, one a line or JSON lines with turns; repeatable; held-out is pieces of the standard"
-        " library's modules that the embedded pair was not trained on (default)",
+        help="set of prompts: a file with one prompt in each line, or JSON lines whose first item of turns is the"
+        " prompt; held-out: excerpts of standard-library modules that the embedded pair was not trained on (default);"
+        " repeatable",
     )
-    group.add_argument("--count", type=int, default=count, help=f"prompts of each set ({count})")
+    group.add_argument("--count", type=int, default=count, metavar="N", help=f"prompts of each set (default: {count})")
     group.add_argument(
         "--longest-prompt",
         type=int,
         default=longest,
         metavar="N",
-        help=f"prompts are cut to their last N tokens ({longest})",
+        help=f"keep only the last N tokens of each prompt (default: {longest})",
     )
 
 
 def check_prompt_sets(arguments: argparse.Namespace) -> None:
-    """Refuse sets that cannot be, before a model is loaded.
+    """Check the sets of the flags, before a model is loaded.
 
     Raises:
-        RequestError: a set has no name or no such file, or a number is out of range.
+        RequestError: a set has no name or its file cannot be read, two have the same name, or a number is out of range.
     """
     if arguments.count < 1 or arguments.longest_prompt < 1:
         raise RequestError(
@@ -54,8 +56,13 @@ def check_prompt_sets(arguments: argparse.Namespace) -> None:
 def prompt_sets(
     model: Model, arguments: argparse.Namespace, as_chat: Callable[[str], str] | None = None, piece: int = PIECE
 ) -> dict[str, list[list[int]]]:
-    """Token ids of the prompts of every set that the flags name, cut to their last `longest_prompt` tokens; of held-out
-    modules, pieces of `piece` tokens. `as_chat` puts a text into the model's chat template.
+    """Read the prompts of every set of the flags as token ids, cut to their last `longest_prompt` tokens.
+
+    Args:
+        model: its tokenizer encodes the prompts.
+        arguments: with the flags of `add_prompt_set_flags`.
+        as_chat: applies a chat template to a text; it does not apply to held-out modules.
+        piece: largest length of an excerpt of held-out modules, in tokens.
 
     Raises:
         RequestError: a file cannot be read, or holds an empty prompt.
@@ -72,7 +79,7 @@ def prompt_sets(
 
 
 def held_out_pieces(model: Model, count: int, length: int = PIECE) -> list[list[int]]:
-    """`count` evenly spaced pieces of the held-out modules, of `length` tokens each.
+    """Cut `count` evenly spaced excerpts of `length` tokens each from the held-out modules.
 
     Raises:
         RequestError: the model has no tokenizer.
@@ -89,20 +96,20 @@ def held_out_pieces(model: Model, count: int, length: int = PIECE) -> list[list[
 
 
 def continued(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Prompts with what the model itself continues them by, exactly and greedily, `tokens` of them."""
+    """Append to each prompt the model's own greedy continuation of `tokens` tokens, by plain decoding."""
     result = model.generate(prompts, tree=None, max_new_tokens=tokens, ignore_eos=True)
     return [[*prompt, *r.token_ids] for prompt, r in zip(prompts, result.prompts, strict=True)]
 
 
 def _named(arguments: argparse.Namespace) -> list[tuple[str, Path | None]]:
-    """Names of sets and their files; None for held-out modules."""
+    """Parse the sets of the flags into names and files; the file of held-out modules is None."""
     sets: list[tuple[str, Path | None]] = []
-    for given in arguments.prompts or ["held-out"]:
-        name, equals, file = given.partition("=")
-        if given == "held-out":
+    for text in arguments.prompts or ["held-out"]:
+        name, equals, file = text.partition("=")
+        if text == "held-out":
             sets.append((HELD_OUT, None))
         elif equals and name and file:
             sets.append((name, Path(file)))
         else:
-            raise RequestError(f"expected --prompts as NAME=FILE or held-out; got {given!r}")
+            raise RequestError(f"expected --prompts as NAME=FILE or held-out; got {text!r}")
     return sets

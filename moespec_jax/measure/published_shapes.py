@@ -1,4 +1,4 @@
-"""Shapes of published checkpoints, and of EAGLE-3 heads as they are published for them."""
+"""Shapes of published checkpoints and of EAGLE-3 heads for them."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Qwen3's as SpecForge configures it; the others' widths are assumed, their published heads were not at hand.
+# Qwen3's are as in SpecForge's configuration; the widths of the others are assumed, their heads were not available.
 HEADS: dict[str, dict[str, Any]] = {
     "OLMoE-1B-7B": {"intermediate_size": 8192, "boundaries": (2, 8, 15)},
     "Qwen3-30B-A3B": {"intermediate_size": 12288, "boundaries": (2, 24, 45)},
@@ -81,8 +81,14 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def draft_config(model: str, target: DecoderConfig, **changes: Any) -> DraftConfig:
-    """A head of the target's own width and heads, for a model or for a cut of it. For one that is not in `HEADS`, as
-    speculators makes them, over EAGLE-3's boundaries."""
+    """Configure a head with the target's hidden size and attention heads.
+
+    Args:
+        model: key of `HEADS`; for any other name, the head has the width of speculators' heads and EAGLE-3's
+            boundaries.
+        target: config of the target, which may have fewer layers than the published one.
+        **changes: fields of `DraftConfig` that replace these.
+    """
     fields: dict[str, Any] = dict(
         vocab_size=target.vocab_size,
         draft_vocab_size=min(32000, target.vocab_size),

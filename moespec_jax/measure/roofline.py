@@ -1,4 +1,4 @@
-"""How fast a verification could be: the bytes that it must read over what this device copies in a second."""
+"""Roofline of a verification: the bytes that it must read, over the copy bandwidth of the device."""
 
 import time
 from typing import Any
@@ -11,17 +11,20 @@ from moespec_jax.nn.decoder import Decoder
 
 
 def verification_bytes(config: DecoderConfig, target: Decoder, experts_read: float) -> float:
-    """Bytes that a forward pass over a few tokens cannot do without: the weights of `experts_read` experts of every
-    sparse layer, and all other weights but those of an embedding that is only looked up."""
+    """Compute the bytes that a forward pass over a few tokens must read.
+
+    They are the weights of `experts_read` experts of every sparse layer and all other weights, without an embedding
+    that is not the output head: few of its rows are read.
+    """
     embedding = 0 if target.lm_head is None else _bytes(target.embed)
     others = _bytes(target) - _bytes(target.experts) - embedding
     return others + _bytes(target.experts) * experts_read / max(config.num_experts, 1)
 
 
 def copy_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
-    """Bytes a second, read and written, of changing a large array on this device: the best of `repeats`.
+    """Measure the bytes per second, read and written, at which a large array is updated: the best of `repeats`.
 
-    In place: on CPUs a new array of this size costs ten times as much, for pages that were never touched.
+    The update is in place: on CPUs, the first write to the pages of a new array takes ten times as long.
     """
     array = jnp.ones((megabytes << 18,), jnp.float32)
     add = jax.jit(lambda a: a + 1.0, donate_argnums=0)

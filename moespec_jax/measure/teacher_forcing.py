@@ -35,8 +35,8 @@ from moespec_jax.nn.routing import Restricted, Routing
 
 
 class ForcedStats(NamedTuple):
-    """Measurements of teacher-forced verification. Position p sees the text up to token p; values are NaN where there
-    was no round.
+    """Measurements of teacher-forced verification. Values at position p are those of the prediction after token p, NaN
+    where there was no round.
 
     Fields:
         kl: KL(exact || verified) of the next token's distribution, in nats.
@@ -59,7 +59,7 @@ class ForcedStats(NamedTuple):
     replaced: Float[Array, " texts"]
 
 
-# Of whatever drafter.
+# The drafter may be of any kind.
 Method = Speculative[Any, Any]
 State = SpeculationState[Any]
 
@@ -73,7 +73,7 @@ def teacher_force(
 ) -> ForcedStats:
     """Run every text of `state` (its tokens up to `limit`) to its end.
 
-    Under a budget a layer reads at most `most` experts for a text; `exact` are the log-probabilities of a plain pass.
+    Under a budget a layer reads at most `most` experts for a text. `exact` are the `log_probabilities` of the texts.
     """
     method = dataclasses.replace(method, restrict=partial(restrict_each, most))
 
@@ -90,8 +90,10 @@ def teacher_force(
 def forced_round(
     method: Method, params: SpeculativeParams[Any], state: State
 ) -> tuple[Accepted, Float[Array, "texts nodes vocab"], ForwardInfo, State]:
-    """Run `Speculative.round`, but commit the path that the text takes: the tokens of `state`, up to its limit. Also
-    the logits of all nodes, and the intermediate results of the verification."""
+    """Run `Speculative.round`, but commit the path that the text takes: the tokens of `state`, up to its limit.
+
+    Also returns the logits of all nodes and the intermediate results of the verification.
+    """
     trees, state = method.propose(params, state)
     logits, cache, info = method.verify(params, state, trees)
     decoding = state.decoding
@@ -110,7 +112,7 @@ def forced_round(
 
 
 def empty_stats(method: Method, exact: Float[Array, "texts positions vocab"]) -> ForcedStats:
-    """Stats before the first round."""
+    """Make the stats before the first round: NaN at all positions, sums of 0."""
     unknown, zero = jnp.full(exact.shape[:2], jnp.nan), jnp.zeros(exact.shape[0])
     committed = jnp.zeros((exact.shape[0], method.tree.longest_path - 1))
     return ForcedStats(unknown, unknown, unknown, zero, committed, zero, zero, zero)
@@ -119,7 +121,7 @@ def empty_stats(method: Method, exact: Float[Array, "texts positions vocab"]) ->
 def take_path(
     longest: int, tree: Tree, text: Int[Array, " tokens"], index: Int[Array, ""], limit: Int[Array, ""]
 ) -> Accepted:
-    """Find the nodes that the text takes from position `index` on, up to `limit`, and the token after them."""
+    """Find the path of the text from position `index`, up to `limit`; the bonus token is the text's token after it."""
 
     def step(carry: tuple[Array, Array], level: Array) -> tuple[tuple[Array, Array], Array]:
         node, count = carry
@@ -162,12 +164,12 @@ def _add_rows(
 ) -> tuple[Array, ...]:
     step = jnp.arange(longest, dtype=jnp.int32)
     position = length - 1 + step
-    # Nothing follows a text's last token.
+    # The last token of a text has no next token to compare.
     where = jnp.where((step < accepted.count) & (position < limit - 1), position, exact.shape[0])
     position = jnp.minimum(position, exact.shape[0] - 1)
-    verified, own = jax.nn.log_softmax(logits[accepted.path], axis=-1), exact[position]
-    divergence = jnp.sum(jnp.exp(own) * (own - verified), axis=-1)
-    same = (jnp.argmax(own, axis=-1) == jnp.argmax(verified, axis=-1)).astype(jnp.float32)
+    verified, log_p = jax.nn.log_softmax(logits[accepted.path], axis=-1), exact[position]
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - verified), axis=-1)
+    same = (jnp.argmax(log_p, axis=-1) == jnp.argmax(verified, axis=-1)).astype(jnp.float32)
     next_token = jnp.take_along_axis(verified, text[position + 1][:, None], axis=-1)[:, 0]
     rows = zip(before, (divergence, same, next_token), strict=True)
     return tuple(old.at[where].set(new, mode="drop") for old, new in rows)
@@ -195,8 +197,10 @@ def restrict_each(
     most: Int[Array, ""], budget: BudgetConfig, nodes: Nodes, norm_topk_prob: bool, layer: int | Array,
     probabilities: Array, natural: Routing, valid: Array,
 ) -> Restricted:  # fmt: skip
-    """As `budget.restrict`, with a shortlist for every sequence's tree, as each would have as a batch of one. A layer's
-    own number of experts is lowered to `most`. `shortlist` of the result is the first tree's."""
+    """Restrict a layer as `budget.restrict` does, but with a shortlist for each sequence, as in a batch of one.
+
+    The layer's number of experts is lowered to `most`. `shortlist` of the result is that of the first sequence.
+    """
     assert isinstance(budget.experts, tuple)
     most = jnp.minimum(most, jnp.asarray(budget.experts, jnp.int32)[layer])
     trees, size = nodes.depth.shape
@@ -222,7 +226,7 @@ def restrict_alone(
     budget: BudgetConfig, nodes: Nodes, norm_topk_prob: bool, layer: int | Array,
     probabilities: Array, natural: Routing, valid: Array,
 ) -> Restricted:  # fmt: skip
-    """As `budget.restrict`, with every sequence a batch of its own."""
+    """Restrict a layer by `restrict_each`, with the budget's own number of experts."""
     every = jnp.int32(probabilities.shape[-1])
     return restrict_each(every, budget, nodes, norm_topk_prob, layer, probabilities, natural, valid)
 
@@ -230,7 +234,7 @@ def restrict_alone(
 def log_probabilities(
     target: Autoregressive, params: Decoder, texts: Int[Array, "texts tokens"]
 ) -> Float[Array, "texts positions vocab"]:
-    """Compute the exact target's log-probabilities of every next token, except after the last, in one plain pass."""
+    """Compute the exact target's log-probabilities after every token but the last, in one forward pass."""
     ids, config = texts[:, :-1], target.config
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
     mask = causal_mask(positions, ids.shape[1])

@@ -1,4 +1,4 @@
-"""Decoding methods timed by turns on the same prompts in one process, so that ratios within a turn share conditions."""
+"""Timing of decoding methods in turns: every method on the same prompts in one process, so that ratios are fair."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +15,13 @@ from moespec_jax.runtime.model import Model
 
 
 class TimingCase(NamedTuple):
-    """A way to decode, and the number of prompts in a batch."""
+    """A decoding spec, and the number of prompts in a batch."""
 
     spec: DecodingSpec = DecodingSpec()
     batch: int = 1
 
 
-# Decodes all prompts once: (model, prompts, case, new tokens) -> the stats of `decode_once`, or more.
+# Decode all prompts once: (model, prompts, case, new tokens) -> the stats of `decode_once`, or more.
 DecodeOnce = Callable[[Model, Sequence[Sequence[int]], TimingCase, int], dict[str, Any]]
 
 
@@ -29,7 +29,7 @@ def parse_tree(text: str) -> TreeConfig | None:
     """Parse a tree from `SIZE/DEPTH/TOP-K`, as `TreeConfig.name` writes it; None from `plain`.
 
     Raises:
-        RequestError: there is no such tree.
+        RequestError: the tree is invalid.
     """
     if text == "plain":
         return None
@@ -56,15 +56,14 @@ def time_interleaved(
         model: target and draft head.
         prompts: token ids.
         cases: by name.
-        new_tokens: of each prompt.
+        new_tokens: number of new tokens for each prompt.
         repeats: number of turns.
-        ledger: turns that it holds under `label` are not measured again.
+        ledger: turns that it contains under `label` are not measured again.
         once: measurement of one case, `decode_once` by default.
         label: distinguishes sets of prompts in the ledger.
 
     Returns:
-        For each turn a mapping from names to the stats of `once`, with the seconds of the first turn's compilation
-        under `compile_s`.
+        For each turn a mapping from names to the stats of `once`; `compile_s` is the compilation of the first turn.
     """
     once = once or decode_once
     turns: list[dict[str, dict[str, Any]]] = []
@@ -93,8 +92,8 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase
     """Decode all prompts, `case.batch` at a time.
 
     Returns:
-        Seconds of decoding, prefill and compilation; tokens after each prompt's first; rounds, which are forward
-        passes; and, as means over rounds, tokens and experts.
+        Seconds of decoding, prefill and compilation; `tokens`, those after the first of each prompt; `rounds`, the
+        target's forward passes; means over rounds of tokens gained and experts; and `token_ids`.
     """
     batches = [prompts[i : i + case.batch] for i in range(0, len(prompts), case.batch)]
     spec = case.spec
@@ -129,10 +128,10 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
+    """Compute median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def tokens_per_second(stats: Mapping[str, Any]) -> float:
-    """Speed of decoding alone."""
+    """Compute tokens per second of decoding, without prefill and compilation."""
     return stats["tokens"] / stats["decode_s"]

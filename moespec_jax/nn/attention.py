@@ -1,4 +1,4 @@
-"""Grouped-query attention under an explicit mask. Knows neither "causal" nor "tree": whoever calls decides."""
+"""Grouped-query attention under an explicit mask, and masks of causal decoding, draft trees and sliding windows."""
 
 from collections.abc import Callable
 
@@ -15,31 +15,42 @@ from moespec_jax.parallel.mesh import Axes
 
 @struct.dataclass
 class Attention:
-    """Projection weights. q, k, v are `[out, in]` as published: stacked over layers in any other order, the TPU
-    compiler copies them once per call. o is `[in, out]`. Biases and norms are None where the family has none."""
+    """Projection weights of one layer; stacked layers have a leading axis.
 
-    q: Float[Array, "q_out model"]
-    k: Float[Array, "kv_out model"]
-    v: Float[Array, "kv_out model"]
-    o: Float[Array, "q_out model"]
-    q_bias: Float[Array, " q_out"] | None = None
-    k_bias: Float[Array, " kv_out"] | None = None
-    v_bias: Float[Array, " kv_out"] | None = None
-    o_bias: Float[Array, " model"] | None = None
-    q_norm: Float[Array, " norm"] | None = None
-    k_norm: Float[Array, " norm"] | None = None
+    `inputs` is the width of the residual stream (`model`), and twice that in the first layer of a draft head.
+
+    Fields:
+        q, k, v: `[out, in]`, as published: the TPU compiler copies a stack in the other order once per call.
+        o: `[in, out]`.
+        q_bias, k_bias, v_bias, o_bias: None where the family has none.
+        q_norm, k_norm: RMS norm weights, over each head or over all heads (`qk_norm`); None where there is none.
+    """
+
+    q: Float[Array, "*stack q_out inputs"]
+    k: Float[Array, "*stack kv_out inputs"]
+    v: Float[Array, "*stack kv_out inputs"]
+    o: Float[Array, "*stack q_out model"]
+    q_bias: Float[Array, "*stack q_out"] | None = None
+    k_bias: Float[Array, "*stack kv_out"] | None = None
+    v_bias: Float[Array, "*stack kv_out"] | None = None
+    o_bias: Float[Array, "*stack model"] | None = None
+    q_norm: Float[Array, "*stack q_norm"] | None = None
+    k_norm: Float[Array, "*stack k_norm"] | None = None
 
 
 def project_qkv(
     config: AttentionConfig,
     weights: Attention,
-    x: Float[Array, "batch tokens model"],
-    cos: Array,
-    sin: Array,
+    x: Float[Array, "batch tokens inputs"],
+    cos: Float[Array, "batch tokens half"],
+    sin: Float[Array, "batch tokens half"],
     axes: Axes = (),
-) -> tuple[Array, Array, Array]:
-    """Rotated queries `[batch, tokens, heads, head]`, rotated keys and plain values `[batch, tokens, kv_heads, head]`.
-    Where heads are split over `axes` of a mesh, this device's.
+) -> tuple[
+    Float[Array, "batch tokens heads head"],
+    Float[Array, "batch tokens kv_heads head"],
+    Float[Array, "batch tokens kv_heads head"],
+]:
+    """Compute rotated queries, rotated keys and values; where heads are sharded over `axes`, those of this device.
 
     Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate.
     """
@@ -65,7 +76,8 @@ def project_qkv(
 
 
 def _barrier_on_tpu(x: Array) -> Array:
-    """The same. Left alone, the TPU compiler splits the weight into heads instead of the product, and copies it."""
+    """Return `x`. Without the barrier, the TPU compiler splits the weight into heads instead of the product, and
+    copies the weight."""
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
@@ -75,13 +87,14 @@ def attend(
     v: Float[Array, "batch kv_heads slots head"],
     mask: Bool[Array, "batch tokens slots"],
 ) -> Float[Array, "batch tokens q_out"]:
-    """Softmax attention in float32; each group of `heads / kv_heads` queries shares one key/value head.
+    """Compute softmax(q kᵀ / √head) v, with scores and softmax in float32; each group of `heads / kv_heads` query
+    heads shares one key/value head.
 
-    A row that sees nothing (a padding token) averages over all slots, which is finite and never read.
+    A row whose mask is false everywhere (a padding token) averages over all slots: a finite result that is never read.
     """
     batch, tokens, heads, head = q.shape
     groups = k.shape[1]
-    # One batch of plain matrix products: left to itself, XLA:CPU transposes the whole cache for every step.
+    # As one batch of matrix products: from an einsum over all axes, XLA:CPU transposes the whole cache in every step.
     grouped = q.reshape(batch, tokens, groups, heads // groups, head).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, groups, -1, head)
     scores = jnp.einsum("bgqh,bgsh->bgqs", grouped, k, preferred_element_type=jnp.float32) * head**-0.5
@@ -92,7 +105,7 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head)
 
 
-# Attends over one layer of a stacked cache, with `attend_layer`'s signature.
+# Attention over one layer of a stacked cache; signature of `attend_layer`.
 LayerAttention = Callable[[Array, Array, Array, Array, Array], Array]
 
 
@@ -103,37 +116,39 @@ def attend_layer(
     layer: Int[Array, ""],
     mask: Bool[Array, "batch tokens slots"],
 ) -> Float[Array, "batch tokens q_out"]:
-    """`attend` over one layer of the cache of all."""
+    """Apply `attend` to one layer of a stacked cache."""
     return attend(q, k[layer], v[layer], mask)
 
 
 def output_projection(
     weights: Attention, x: Float[Array, "batch tokens q_out"], axes: Axes = ()
 ) -> Float[Array, "batch tokens model"]:
-    """Mix the heads back into the residual stream; all of them, where they are split over `axes` of a mesh."""
+    """Project the heads' outputs to the residual stream, summed over the shards of the heads."""
     y = psum(x @ weights.o, axes)
     return y if weights.o_bias is None else y + weights.o_bias[None, None, :]
 
 
 def causal_mask(positions: Int[Array, "batch tokens"], slots: int) -> Bool[Array, "batch tokens slots"]:
-    """True where slot <= position: the mask of ordinary decoding, whose token at position p lives in slot p."""
+    """Build the mask of causal attention, true where slot <= position: the token at position p is in slot p."""
     return jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
 
 
 def tree_mask(
-    own: Bool[Array, "batch tokens nodes"], start: Int[Array, " batch"], slots: int
+    ancestors: Bool[Array, "batch tokens nodes"], start: Int[Array, " batch"], slots: int
 ) -> Bool[Array, "batch tokens slots"]:
-    """True for every slot before `start[b]`, and for slot `start[b] + i` where `own[b, t, i]`."""
+    """Build the mask of tree attention, true at every slot before `start[b]`, and at slot `start[b] + i` where
+    `ancestors[b, t, i]`."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None, :] - start[:, None]
-    # A product with a one-hot matrix: indexing `own` by slot would be a gather, which is slow on accelerators.
-    place = jax.nn.one_hot(slot, own.shape[-1], axis=1, dtype=jnp.float32)
-    seen = jnp.einsum("btn,bns->bts", own.astype(jnp.float32), place)
-    return (slot < 0)[:, None, :] | (seen > 0)
+    # A product with a one-hot matrix: indexing `ancestors` by slot would be a gather, which is slow on accelerators.
+    node_slots = jax.nn.one_hot(slot, ancestors.shape[-1], axis=1, dtype=jnp.float32)
+    attended = jnp.einsum("btn,bns->bts", ancestors.astype(jnp.float32), node_slots)
+    return (slot < 0)[:, None, :] | (attended > 0)
 
 
 def within_window(
     positions: Int[Array, "batch tokens"], slot_positions: Int[Array, "batch slots"], window: int | Array
 ) -> Bool[Array, "batch tokens slots"]:
-    """True where a slot's token is less than `window` positions back; a window of 0 hides nothing."""
+    """Build the mask of sliding-window attention, true where a slot's token is less than `window` positions back; a
+    window of 0 masks nothing."""
     distance = positions[:, :, None] - slot_positions[:, None, :]
     return (distance < window) | (jnp.asarray(window) == 0)

@@ -1,11 +1,10 @@
-"""The key/value cache: a fixed number of slots per sequence, filled from the left.
+"""The key/value cache: a fixed number of slots for each sequence, filled from the left.
 
-Slot p of a sequence holds the token at position p. Everything from `length` on is free, whatever finite
-numbers lie there.
+Slot p of a sequence holds the token at position p. Slots from `length` on are free; they contain arbitrary finite
+numbers.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +19,26 @@ from moespec_jax.config import DecoderConfig
 
 @struct.dataclass
 class Cache:
-    """Keys and values of all layers and the number of tokens each sequence has committed.
+    """Keys and values of all layers.
 
-    `k`, `v` are one array `[layers, batch, kv_heads, slots, head]` where layers are scanned, a tuple of
-    `[batch, kv_heads, slots, head]` where they are unrolled (a static slice of a stacked array is a copy on CPU).
+    Fields:
+        k, v: one array with a leading axis over layers where layers are scanned; a tuple of one array for each layer
+            where they are unrolled (on CPU a static slice of a stacked array is a copy).
+        length: number of committed tokens of each sequence.
     """
 
-    k: Array | tuple[Array, ...]
-    v: Array | tuple[Array, ...]
+    k: Float[Array, "layers batch kv_heads slots head"] | tuple[Float[Array, "batch kv_heads slots head"], ...]
+    v: Float[Array, "layers batch kv_heads slots head"] | tuple[Float[Array, "batch kv_heads slots head"], ...]
     length: Int[Array, " batch"]
 
     @property
     def slots(self) -> int:
-        """Capacity per sequence in tokens."""
+        """Capacity of a sequence in tokens."""
         return jax.tree.leaves(self.k)[0].shape[-2]
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, *, stacked: bool) -> Cache:
-    """A cache of `slots` tokens per sequence, all free."""
+    """Allocate a cache of `slots` tokens for each sequence, all free."""
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
 
     def zeros() -> Array | tuple[Array, ...]:
@@ -54,41 +55,42 @@ def write_rows(
     start: Int[Array, " batch"],
     layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "*layers batch kv_heads slots head"]:
-    """Put each sequence's new rows at its own slot `start[b]`: in place where `store` is donated, never a scatter.
+    """Write each sequence's new rows from slot `start[b]` on, in place where `store` is donated, without a scatter.
 
-    With `layer`, `store` holds all layers and that one's rows are written.
+    With `layer`, `store` has a leading axis over layers, of which that one is written.
     """
     rows = rows.swapaxes(1, 2).astype(store.dtype)
     zero = jnp.zeros((), jnp.int32)
     batch = rows.shape[0]
 
-    def write(b: Array, store: Array) -> Array:
-        place, block = (jnp.asarray(b, jnp.int32), zero, start[b], zero), jax.lax.dynamic_slice_in_dim(rows, b, 1)
+    def write(b: int | Array, store: Array) -> Array:
+        corner, block = (jnp.asarray(b, jnp.int32), zero, start[b], zero), jax.lax.dynamic_slice_in_dim(rows, b, 1)
         if layer is not None:
-            place, block = (layer, *place), block[None]
-        return jax.lax.dynamic_update_slice(store, block, place)
+            corner, block = (layer, *corner), block[None]
+        return jax.lax.dynamic_update_slice(store, block, corner)
 
     store = _for_each_sequence(batch, write, store)
     return store if layer is None else in_rows(store)
 
 
 def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch kept"], window: int) -> Cache:
-    """Of the `window` rows from slot `start[b]` on, put rows `rows[b]`, counted from there, first and in that order.
+    """Move rows `rows[b]` of the `window` rows from slot `start[b]` on to the first of these slots, in that order.
 
-    A product with a one-hot matrix over the window: taken by index along the slots, the TPU compiler copies the cache.
+    Computed as a product with a one-hot matrix over the window: for a gather along the slots, the TPU compiler copies
+    the cache.
     """
-    pick = jax.nn.one_hot(rows, window, dtype=jax.tree.leaves(cache.k)[0].dtype)
+    selection = jax.nn.one_hot(rows, window, dtype=jax.tree.leaves(cache.k)[0].dtype)
 
     def keep(store: Array) -> Array:
         lead = store.ndim - 4
         zero = jnp.zeros((), jnp.int32)
 
-        def move(b: Array, store: Array) -> Array:
-            place = (*(zero,) * lead, jnp.asarray(b, jnp.int32), zero, start[b], zero)
+        def move(b: int | Array, store: Array) -> Array:
+            corner = (*(zero,) * lead, jnp.asarray(b, jnp.int32), zero, start[b], zero)
             size = (*store.shape[:lead], 1, store.shape[-3], window, store.shape[-1])
-            old = jax.lax.dynamic_slice(store, place, size)
-            new = jnp.einsum("pw,...wh->...ph", pick[b], old, precision=jax.lax.Precision.HIGHEST)
-            return jax.lax.dynamic_update_slice(store, new, place)
+            old = jax.lax.dynamic_slice(store, corner, size)
+            new = jnp.einsum("pw,...wh->...ph", selection[b], old, precision=jax.lax.Precision.HIGHEST)
+            return jax.lax.dynamic_update_slice(store, new, corner)
 
         store = _for_each_sequence(rows.shape[0], move, store)
         return store if lead == 0 else in_rows(store)
@@ -97,19 +99,20 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
 
 
 def in_rows(store: Array) -> Array:
-    """The same, held to be laid out row by row, as its caller's loop gets it; for use inside a loop.
+    """Constrain `store` to row-major layout, that of the caller's operand; for use inside a loop.
 
-    Left alone, the TPU compiler transposes the whole cache at either end of a loop that writes single rows. Where the
-    compiler distributes the program over a mesh (`jax.set_mesh`, axes of type Auto) nothing is held: a constraint
-    cannot be partitioned, and every chip would gather the whole cache to apply it.
+    Without the constraint, the TPU compiler transposes the whole cache before and after a loop that writes single
+    rows. Where the compiler partitions the program over a mesh (`jax.set_mesh`, axes of type Auto) there is no
+    constraint: it cannot be partitioned, and every device would gather the whole cache to apply it.
     """
     if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
         return store
     return with_layout_constraint(store, Layout(major_to_minor=tuple(range(store.ndim))))
 
 
-def _for_each_sequence(batch: int, body: Callable[[Any, Array], Array], store: Array) -> Array:
-    """Small batches are unrolled; the program of a large one must not grow with it."""
+def _for_each_sequence(batch: int, body: Callable[[int | Array, Array], Array], store: Array) -> Array:
+    """Apply `body` to every sequence in turn: unrolled for small batches, in a loop for large ones, whose program must
+    not grow with the batch."""
     if batch > 8:
         return jax.lax.fori_loop(0, batch, body, store)
     for b in range(batch):

@@ -59,7 +59,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     experts: object
     norm: Float[Array, " model"]
-    lm_head: Float[Array, "vocab model"] | None
+    lm_head: Float[Array, "vocab_shard model"] | None
     stacked: bool = struct.field(pytree_node=False, default=False)
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
 
@@ -69,8 +69,7 @@ class ForwardInfo(NamedTuple):
 
     Fields:
         routers: routing of every sparse layer, in order of depth.
-        aux_hidden_states: hidden states at the `boundaries` that were asked for, concatenated in their order; None
-            without any.
+        aux_hidden_states: hidden states at the requested `boundaries`, concatenated in their order; None without any.
     """
 
     routers: tuple[RouterInfo, ...]

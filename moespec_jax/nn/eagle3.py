@@ -1,7 +1,8 @@
-"""The EAGLE-3 draft head as pure functions (arXiv:2503.01840): tapped states of the target in, draft logits out.
+"""The EAGLE-3 draft head (arXiv:2503.01840) as pure functions of parameters, features, mask and cache.
 
-Pair t is the target's feature of token t beside the embedding of token t + 1, at position t, and predicts token t + 2.
-The state that a step hands to the next is the output of the layer before the last norm.
+Pair t is the feature of token t, which `fuse_aux` computes from the target's auxiliary hidden states, concatenated
+with the embedding of token t + 1. It has position t and predicts token t + 2. Where the target has not computed token
+t yet, the head's output at pair t - 1 takes the place of the feature (`next_features`).
 """
 
 import dataclasses
@@ -21,8 +22,13 @@ from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 @struct.dataclass
 class DraftLayer:
-    """One layer. The first reads embedding and feature side by side, each with its norm; `hidden_norm` is the
-    feature's and None in later layers, which are ordinary ones."""
+    """One layer of a draft head. The first reads the normed embedding and the normed feature, concatenated; later ones
+    are ordinary pre-norm layers.
+
+    Fields:
+        input_norm: norm of the embedding in the first layer, of the residual stream in later ones.
+        hidden_norm: norm of the feature; None in later layers.
+    """
 
     input_norm: Float[Array, " model"]
     hidden_norm: Float[Array, " model"] | None
@@ -33,16 +39,25 @@ class DraftLayer:
 
 @struct.dataclass
 class DraftHead:
-    """All parameters of a draft head; what a variant lacks is None.
+    """All parameters of a draft head.
 
-    `fc` is `[in, out]`. `fc_norms` holds one norm over all tapped states (`norm_before_fc`) or one each (`fc_norm`).
-    `target_ids` maps the head's tokens to the target's, ascending. `embed` is None where the target's is shared.
+    Fields:
+        fc: projection of the auxiliary hidden states to a feature, `[in, out]`.
+        layers: layers in order of depth.
+        norm: last norm.
+        lm_head: output matrix; on a mesh, a device's shard of its rows.
+        target_ids: id in the target's vocabulary of each token of the draft vocabulary, ascending.
+        fc_bias: None where the variant has none.
+        fc_norms: norms before `fc`: one over all auxiliary hidden states (`norm_before_fc`), or one for each
+            (`fc_norm`).
+        embed: input embedding; None where it is the target's.
+        sharding: which parts are split over which axes of a mesh, where the program runs on every device of one.
     """
 
     fc: Float[Array, "aux model"]
     layers: tuple[DraftLayer, ...]
     norm: Float[Array, " model"]
-    lm_head: Float[Array, "draft_vocab model"]
+    lm_head: Float[Array, "draft_vocab_shard model"]
     target_ids: Int[Array, " draft_vocab"]
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
@@ -51,7 +66,8 @@ class DraftHead:
 
 
 def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """A cache of `slots` pairs per sequence, all free; never stacked: there is seldom more than one layer."""
+    """Allocate a cache of `slots` pairs for each sequence, all free; layers are not stacked, since most heads have
+    one."""
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in "kv")
     return Cache(k, v, jnp.zeros((batch,), jnp.int32))
@@ -60,7 +76,7 @@ def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeL
 def fuse_aux(
     config: DraftConfig, head: DraftHead, aux: Float[Array, "batch tokens aux"]
 ) -> Float[Array, "batch tokens model"]:
-    """The target's tapped states, side by side from low to high, as one feature a token."""
+    """Compute every token's feature from the target's auxiliary hidden states, concatenated by ascending boundary."""
     if config.norm_before_fc:
         aux = rms_norm(aux, head.fc_norms[0], config.rms_norm_eps)
     if config.fc_norm:
@@ -80,12 +96,22 @@ def draft_forward(
     mask: Bool[Array, "batch tokens slots"],
     cache: Cache,
 ) -> tuple[Float[Array, "batch tokens model"], Cache]:
-    """Outputs before the last norm, and the cache with this pass's rows written from `cache.length[b]` on.
+    """Run the head over some pairs of every sequence.
 
-    `embedded` are the embeddings of the next tokens; `features` come from `fuse_aux` or from `next_features`.
-    `length` itself is left to the caller, who knows how many rows count.
+    Args:
+        config: the head's settings.
+        head: its parameters.
+        embedded: embedding of each pair's second token.
+        features: feature of each pair's first token, from `fuse_aux` or `next_features`.
+        positions: position of every pair.
+        mask: `mask[b, t, s]` is true where pair t of sequence b attends to cache slot s.
+        cache: KV cache; this pass writes the rows of its pairs from slot `cache.length[b]` on. `length` itself stays:
+            the caller decides how many of the rows to keep.
+
+    Returns:
+        Outputs before the last norm, and the cache with the new rows.
     """
-    # Angles are made for the positions at hand: whatever context the head was trained on, there is no table to leave.
+    # Angles are computed for the given positions, which may exceed `max_position_embeddings`.
     longest = pmax(jnp.max(positions) + 1, data_axes())
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, longest)
     x, keys, values = features, [], []
@@ -98,8 +124,16 @@ def draft_forward(
     return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 
-def layer_input(config: DraftConfig, layer: DraftLayer, embedded: Array, x: Array) -> tuple[Array, Array]:
-    """What a layer's attention reads, and the residual stream it adds to."""
+def layer_input(
+    config: DraftConfig,
+    layer: DraftLayer,
+    embedded: Float[Array, "batch tokens model"],
+    x: Float[Array, "batch tokens model"],
+) -> tuple[Float[Array, "batch tokens inputs"], Float[Array, "batch tokens model"]]:
+    """Compute the input of a layer's attention, and the residual stream to which the layer adds.
+
+    `inputs` is `2 * model` in the first layer, `model` in later ones.
+    """
     if layer.hidden_norm is None:
         return rms_norm(x, layer.input_norm, config.rms_norm_eps), x
     hidden = rms_norm(x, layer.hidden_norm, config.rms_norm_eps)
@@ -108,23 +142,29 @@ def layer_input(config: DraftConfig, layer: DraftLayer, embedded: Array, x: Arra
 
 
 def finish_layer(
-    config: DraftConfig, layer: DraftLayer, x: Array, attended: Array, sharding: ShardingPlan = REPLICATED
-) -> Array:
-    """The residual stream after attention's output and the MLP."""
+    config: DraftConfig,
+    layer: DraftLayer,
+    x: Float[Array, "batch tokens model"],
+    attended: Float[Array, "batch tokens q_out"],
+    sharding: ShardingPlan = REPLICATED,
+) -> Float[Array, "batch tokens model"]:
+    """Add the projected output of attention, then the MLP, to the residual stream `x`."""
     x = x + output_projection(layer.attention, attended, sharding.heads)
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
     return x + psum(gated_mlp(rows, layer.mlp, config.hidden_act), sharding.ffn).reshape(x.shape)
 
 
-def next_features(config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]) -> Array:
-    """What the next draft step takes in place of a true feature."""
+def next_features(
+    config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]
+) -> Float[Array, "*batch model"]:
+    """Compute the features that the next draft step reads in place of the target's."""
     return rms_norm(outputs, head.norm, config.rms_norm_eps) if config.norm_output else outputs
 
 
 def draft_logits(
     config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]
 ) -> Float[Array, "*batch draft_vocab"]:
-    """Logits over the draft vocabulary, float32."""
+    """Compute float32 logits over the draft vocabulary."""
     hidden = rms_norm(outputs, head.norm, config.rms_norm_eps)
     logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
     return all_gather(logits, head.sharding.vocabulary)

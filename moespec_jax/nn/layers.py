@@ -1,4 +1,4 @@
-"""The small parts every decoder is made of: RMS norm, rotary embedding, gated MLP."""
+"""Layers that all decoders share: RMS norm, rotary position embedding (RoPE) and gated MLP."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import RopeConfig
-from moespec_jax.nn.quantization import Matrix, Quantized, product
+from moespec_jax.nn.quantization import Quantized, product
 from moespec_jax.parallel.collectives import pmean
 from moespec_jax.parallel.mesh import Axes
 
@@ -25,31 +25,37 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @struct.dataclass
 class GatedMlp:
-    """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`."""
+    """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`; stacked layers have a leading axis."""
 
-    gate: Float[Matrix, "model ffn"]
-    up: Float[Matrix, "model ffn"]
-    down: Float[Matrix, "ffn model"]
+    gate: Float[Array, "*stack model ffn"] | Quantized
+    up: Float[Array, "*stack model ffn"] | Quantized
+    down: Float[Array, "*stack ffn model"] | Quantized
 
 
-def rms_norm(x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float, axes: Axes = ()) -> Array:
-    """Root-mean-square norm in float32, scaled in the dtype of `x` (Zhang & Sennrich, arXiv:1910.07467). `axes` say
-    over which axes of a mesh `x` is split, in equal parts."""
+def rms_norm(
+    x: Float[Array, "*batch model"], weight: Float[Array, " model"], eps: float, axes: Axes = ()
+) -> Float[Array, "*batch model"]:
+    """Compute x / √(mean(x²) + eps) · weight (RMS norm, arXiv:1910.07467): the mean and the quotient in float32, the
+    product with `weight` in the dtype of `x`. Where `model` is sharded over `axes`, the mean is that of all shards."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(pmean(jnp.mean(wide * wide, axis=-1, keepdims=True), axes) + eps)
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
-    """The dense feed-forward block (and the shared expert): SwiGLU where `activation` is silu."""
+    """Compute `down(act(gate(x)) * up(x))`: SwiGLU (arXiv:2002.05202) where `activation` is silu."""
     if isinstance(mlp.gate, Quantized) or isinstance(mlp.up, Quantized) or isinstance(mlp.down, Quantized):
         hidden = ACTIVATIONS[activation](product(x, mlp.gate)) * product(x, mlp.up)
         return product(hidden.astype(x.dtype), mlp.down).astype(x.dtype)
     return (ACTIVATIONS[activation](x @ mlp.gate) * (x @ mlp.up)) @ mlp.down
 
 
-def apply_rope(x: Float[Array, "batch tokens heads head"], cos: Array, sin: Array) -> Array:
-    """Rotate the two halves of each head; `cos`, `sin` are `[batch, tokens, head / 2]` float32."""
+def apply_rope(
+    x: Float[Array, "batch tokens heads head"],
+    cos: Float[Array, "batch tokens half"],
+    sin: Float[Array, "batch tokens half"],
+) -> Float[Array, "batch tokens heads head"]:
+    """Rotate the pairs (x_i, x_{i + half}) of each head, in the dtype of `x` (RoPE, arXiv:2104.09864)."""
     a, b = jnp.split(x, 2, axis=-1)
     c, s = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
     return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
@@ -60,16 +66,16 @@ def rope_angles(
     head_dim: int,
     max_position_embeddings: int,
     positions: Int[Array, "batch tokens"],
-    longest: Int[Array, "*rows"],
+    length: Int[Array, ""] | Int[Array, "batch tokens"],
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
-    """Cosine and sine of every position's angles, float32.
+    """Compute cosine and sine of the angles of every position, float32.
 
-    `dynamic` scaling depends on the sequence length: rows are rotated by the base that suits `longest`, the length of
-    the longest sequence (transformers' way), or, where `longest` is `[batch, tokens]`, of each row's own: so a sequence
-    does not depend on its neighbours, nor a node of a draft tree, which stands for a pass of its own, on the tree.
+    `length` is the sequence length in tokens for `dynamic` scaling, whose base depends on it: that of the longest
+    sequence, as in transformers, or one for each row. With one for each row, the angles of a sequence do not depend on
+    the rest of the batch, and those of a node, which replaces a forward pass of plain decoding, not on its tree.
     """
     if rope.rope_type == "dynamic":
-        inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, longest)
+        inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, length)
         scale = 1.0
     else:
         inverse, scale = rope_frequencies(rope, head_dim, max_position_embeddings)
@@ -79,7 +85,8 @@ def rope_angles(
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies `[head_dim / 2]` float32 and the factor on cosine and sine, for the static scalings."""
+    """Compute the angular frequencies θ^(-2i / head_dim), `[head_dim / 2]` float32, under a static scaling, and the
+    factor on cosine and sine."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = (1.0 / np.float32(rope.rope_theta) ** exponents).astype(np.float32)
     if rope.rope_type == "linear":
@@ -92,7 +99,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: i
 
 
 def _dynamic_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: int, length: Array) -> Array:
-    """NTK-aware scaling whose base grows with the sequence once it passes the trained context."""
+    """Compute frequencies of dynamic NTK scaling, whose base grows with the sequence beyond the trained context."""
     length = jnp.maximum(length, max_position_embeddings).astype(jnp.float32)
     stretch = rope.factor * length / max_position_embeddings - (rope.factor - 1.0)
     base = rope.rope_theta * stretch ** (head_dim / (head_dim - 2))
@@ -101,7 +108,7 @@ def _dynamic_frequencies(rope: RopeConfig, head_dim: int, max_position_embedding
 
 
 def _llama3_frequencies(rope: RopeConfig, inverse: np.ndarray, max_position_embeddings: int) -> np.ndarray:
-    """Low frequencies are divided by `factor`, high ones kept, those between interpolated (Llama 3.1)."""
+    """Divide low frequencies by `factor`, keep high ones, and interpolate between (Llama 3.1)."""
     context = rope.original_max_position_embeddings or max_position_embeddings
     wavelength = 2 * np.pi / inverse
     low, high = context / rope.low_freq_factor, context / rope.high_freq_factor
@@ -114,11 +121,12 @@ def _llama3_frequencies(rope: RopeConfig, inverse: np.ndarray, max_position_embe
 def _yarn_frequencies(
     rope: RopeConfig, head_dim: int, inverse: np.ndarray, max_position_embeddings: int
 ) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv:2309.00071): interpolate slow dimensions, keep fast ones, and sharpen the attention."""
+    """Compute frequencies and attention factor of YaRN (arXiv:2309.00071): low frequencies are divided by `factor`,
+    high ones kept, with a linear ramp between."""
     context = rope.original_max_position_embeddings or max_position_embeddings
 
     def dimension(rotations: float) -> float:
-        """The (fractional) dimension that turns `rotations` times over the trained context."""
+        """Compute the (fractional) dimension of the frequency that rotates so often over the trained context."""
         return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)

@@ -1,7 +1,7 @@
-"""int8 weights: each output channel of a matrix as whole numbers of a step of its own, which halves the bytes of bf16.
+"""Weight-only int8 quantization, symmetric, with one scale for each output channel: half the bytes of bfloat16.
 
-The step is the largest weight of the channel over 127 (symmetric, rounded to nearest). Products multiply by the step
-after they are summed, so that the matrix itself is never there in a wider type but in what a kernel works on.
+Weights w of a channel are stored as q = round(w / s), with scale s = max |w| / 127. Products are summed over q and
+then multiplied by s, so that a wider copy of a matrix exists only inside a kernel.
 """
 
 from typing import Literal
@@ -18,8 +18,13 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("int8",)
 
 @struct.dataclass
 class Quantized:
-    """Matrices `[..., in, out]` as int8, with a float32 step for each output channel, kept as one row: reshaped to one
-    inside a loop over layers, all of them would be copied in every layer on TPU."""
+    """Quantized matrices, stored `[in, out]`; `values * scale` approximates them.
+
+    Fields:
+        values: integers from -127 to 127.
+        scale: scale of each output channel, stored as a row: where a loop over layers reshapes scales to rows, the TPU
+            compiler copies those of all layers in every iteration.
+    """
 
     values: Int8[Array, "*stack in out"]
     scale: Float[Array, "*stack 1 out"]
@@ -30,7 +35,7 @@ Matrix = Array | Quantized
 
 
 def quantize_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`[out, in]`, as published, in whole numbers from -127 to 127, and the step of each row, float32.
+    """Quantize a matrix `[out, in]`, as published: int8 values, and a float32 scale for each row.
 
     Raises:
         ValueError: a weight is not finite.
@@ -44,19 +49,19 @@ def quantize_rows(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row_of(matrices: Matrix, row: Array) -> Matrix:
-    """One matrix of a stack, indexed inside the load."""
+    """Index one matrix of a stack; the compiler fuses the index into the load."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, axis=0, keepdims=False), matrices)
 
 
 def product(x: Float[Array, "tokens in"], matrix: Matrix) -> Float[Array, "tokens out"]:
-    """`x @ matrix`, summed in float32."""
+    """Compute `x @ matrix`, accumulated in float32."""
     if isinstance(matrix, Quantized):
         return product(x, matrix.values.astype(x.dtype)) * matrix.scale
     return jnp.dot(x, matrix, preferred_element_type=jnp.float32)
 
 
 def widened(matrices: Matrix, dtype: jnp.dtype) -> Array:
-    """The matrices themselves: for references, which may copy."""
+    """Dequantize matrices to `dtype`, for reference implementations; others are returned as they are."""
     if not isinstance(matrices, Quantized):
         return matrices
     return (matrices.values.astype(jnp.float32) * matrices.scale).astype(dtype)

@@ -13,7 +13,8 @@ from moespec_jax.parallel.mesh import EXPERT
 
 @struct.dataclass
 class Routing:
-    """Experts of every token, with their combine weights. Expert id `num_experts` stands for none.
+    """Experts of every token, with their combine weights. Expert id `num_experts` stands for none. Routings of several
+    layers have a leading axis.
 
     Fields:
         experts: expert ids.
@@ -24,8 +25,8 @@ class Routing:
         sharded: whether other devices may hold some of the tokens' experts.
     """
 
-    experts: Int[Array, "tokens active"]
-    weights: Float[Array, "tokens active"]
+    experts: Int[Array, "*stack tokens active"]
+    weights: Float[Array, "*stack tokens active"]
     max_distinct: int | None = struct.field(pytree_node=False, default=None)
     groups: int = struct.field(pytree_node=False, default=1)
     sharded: bool = struct.field(pytree_node=False, default=False)

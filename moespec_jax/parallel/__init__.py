@@ -1,1 +1,1 @@
-"""Meshes, collectives inside a program on every device, and several processes as one program. Private."""
+"""Meshes, collectives inside a program that runs on every device, and programs of several processes. Private."""

@@ -1,6 +1,6 @@
 """Collectives inside a program that runs on every device of a mesh (`jax.shard_map`), by their names in `jax.lax`.
 
-Each takes the mesh axes to communicate over; over no axes it returns its argument.
+`axes` are the mesh axes over which to communicate; without any, a collective returns its argument.
 """
 
 import jax
@@ -21,28 +21,28 @@ def pmean(x: Array, axes: Axes) -> Array:
 
 
 def pmax(x: Array, axes: Axes) -> Array:
-    """All-reduce to the maximum; of booleans, to whether any is true."""
+    """All-reduce to the maximum; for booleans, to the logical or."""
     if not axes:
         return x
     return jax.lax.pmax(x.astype(np.int32), axes) > 0 if x.dtype == bool else jax.lax.pmax(x, axes)
 
 
 def all_gather(x: Array, axes: Axes) -> Array:
-    """Concatenate the devices' parts of the last dimension."""
+    """Concatenate the devices' shards along the last dimension."""
     return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
 
 
 def axis_index(axes: Axes) -> Array | int:
-    """Index of this device's part of a dimension that is split over `axes`."""
+    """Return the index of this device's shard of a dimension that is sharded over `axes`; 0 without axes."""
     return jax.lax.axis_index(axes) if axes else 0
 
 
 def data_axes() -> Axes:
-    """Axes that split the sequences of a batch, in the program that is being traced."""
+    """Return the axes over which the batch is sharded in the program being traced."""
     return (DATA,) if DATA in jax.sharding.get_abstract_mesh().manual_axes else ()
 
 
 def first_sequence(batch: int) -> Array | int:
-    """Index, in the whole batch, of the first of this device's `batch` sequences."""
+    """Return the index, in the whole batch, of the first of this device's `batch` sequences."""
     axes = data_axes()
     return jax.lax.axis_index(axes) * batch if axes else 0

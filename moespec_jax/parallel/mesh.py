@@ -1,14 +1,14 @@
-"""Meshes of devices: how many in each direction, what of a model is split over which, and what crosses between them.
+"""Meshes of devices, and the axes over which the parts of a model are sharded.
 
-A program runs on every device of a mesh at once, on its share of everything (`jax.shard_map`), and exchanges in the
-few places that call the functions at the end of this file. `data` splits the sequences of a batch; `expert` the experts
-of every layer; `tensor` every expert's ffn dimension. Attention heads, dense MLPs and the output head are split over
-`expert` and `tensor` together where they can be, for each device reads its share of them in every pass.
+A program runs on every device of a mesh, on its shards (`jax.shard_map`), and communicates in the functions of
+`collectives.py`. The sequences of a batch are sharded over `data`, the experts of every layer over `expert`, and every
+expert's ffn dimension over `tensor`. Attention heads, dense MLPs and the output head, which every pass reads, are
+sharded over `expert` and `tensor` together where they divide evenly, else over `tensor`.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,18 @@ from moespec_jax.config import AttentionConfig, DecoderConfig, DraftConfig
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 Axes = tuple[str, ...]
-# How many numbers a TPU keeps side by side: a narrower matrix is padded to it.
+# Width of a TPU's vector registers in numbers: a narrower matrix is padded to it.
 LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices there are in each direction of a mesh.
+    """Number of devices along each axis of a mesh.
+
+    Fields:
+        data: shards of a batch.
+        expert: shards of the experts of a layer.
+        tensor: shards of an expert's ffn dimension.
 
     Raises:
         ValueError: a number is below 1.
@@ -37,16 +42,16 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         if min(self.shape) < 1:
-            raise ValueError(f"expected a mesh of at least one device in each direction; got {self}")
+            raise ValueError(f"expected a mesh of at least one device along each axis; got {self}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """In the order of `AXES`."""
+        """Sizes in the order of `AXES`."""
         return self.data, self.expert, self.tensor
 
     @property
     def devices(self) -> int:
-        """How many there are in all."""
+        """Number of devices of the mesh."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -55,11 +60,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ShardingPlan:
-    """Over which axes of a mesh the parts of some parameters are split; without any, they are whole on every device.
+    """Mesh axes over which the parts of a model are sharded; a part without axes is replicated.
 
-    `heads` is about attention, queries and keys alike; `vocabulary` about the output head (an embedding is whole on
-    every device: its rows are looked up, not read); `ffn` about dense MLPs and shared experts. Each layer's experts are
-    in `experts` shards, and each expert's ffn dimension is split over `expert_ffn`.
+    Fields:
+        heads: axes of the attention heads, of queries and of keys and values.
+        vocabulary: axes of the output head. An embedding is replicated: a look-up does not read all of it.
+        ffn: axes of the ffn dimension of dense MLPs and shared experts.
+        experts: number of shards of the experts of each layer.
+        expert_ffn: axes of the ffn dimension of routed experts.
     """
 
     heads: Axes = ()
@@ -70,7 +78,7 @@ class ShardingPlan:
 
     @property
     def routed(self) -> Axes:
-        """Over which axes the outputs of routed experts are summed."""
+        """Axes over which the outputs of routed experts are summed."""
         return ((EXPERT,) if self.experts > 1 else ()) + self.expert_ffn
 
 
@@ -78,10 +86,10 @@ REPLICATED = ShardingPlan()
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """`data=2,expert=4`: what is not named is 1.
+    """Parse a mesh such as `data=2,expert=4`; axes that are not listed have size 1.
 
     Raises:
-        ValueError: it is not such a list.
+        ValueError: `text` is not such a list.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -93,40 +101,42 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def best_mesh(config: DecoderConfig, devices: int) -> MeshConfig:
-    """A mesh of that many devices for one sequence or few: as many as can share every expert's width, for they read
-    alike whatever is routed, as long as each has whole lanes of it; the others share the experts.
+    """Choose a mesh of `devices` devices for one sequence or few.
+
+    `tensor` is the largest size with which each shard of an expert's ffn dimension is a multiple of `LANES`: shards of
+    this dimension are read equally by every routing. The remaining devices shard the experts.
 
     Raises:
-        ValueError: the model cannot be split so many ways.
+        ValueError: the model does not divide evenly over so many devices.
     """
     for tensor in range(devices, 0, -1):
         mesh = MeshConfig(1, devices // tensor, tensor)
-        whole = tensor == 1 or config.moe_intermediate_size % (LANES * tensor) == 0
-        shared = devices == 1 or bool(_heads(config, mesh))
-        if devices % tensor == 0 and whole and config.num_experts % mesh.expert == 0 and shared:
+        whole_lanes = tensor == 1 or config.moe_intermediate_size % (LANES * tensor) == 0
+        heads_divide = devices == 1 or bool(_heads(config, mesh))
+        if devices % tensor == 0 and whole_lanes and config.num_experts % mesh.expert == 0 and heads_divide:
             return mesh
     raise ValueError(f"expected a number of devices that share the model's heads and experts evenly; got {devices}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The first devices there are, or those given, as a mesh.
+    """Arrange the first of `devices` (default: all) as a mesh.
 
     Raises:
-        ValueError: there are too few, or one of several processes has none of them.
+        ValueError: there are too few devices, or one of several processes has no device of the mesh.
     """
-    there = jax.devices() if devices is None else list(devices)
-    if len(there) < config.devices:
-        raise ValueError(f"expected {config.devices} devices for a mesh of {config}; there are {len(there)}")
-    if devices is None and len({device.process_index for device in there[: config.devices]}) < jax.process_count():
+    available = jax.devices() if devices is None else list(devices)
+    if len(available) < config.devices:
+        raise ValueError(f"expected {config.devices} devices for a mesh of {config}; there are {len(available)}")
+    if devices is None and len({device.process_index for device in available[: config.devices]}) < jax.process_count():
         raise ValueError(f"expected a mesh with devices of all {jax.process_count()} processes; got {config}")
-    return Mesh(np.array(there[: config.devices]).reshape(config.shape), AXES)
+    return Mesh(np.array(available[: config.devices]).reshape(config.shape), AXES)
 
 
 def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
-    """How a decoder lies on a mesh.
+    """Plan the sharding of a decoder on a mesh.
 
     Raises:
-        ValueError: its experts or its heads cannot be split so many ways.
+        ValueError: its experts do not divide evenly over `expert`, or its heads over `tensor`.
     """
     if config.num_experts % mesh.expert:
         raise ValueError(f"expected expert= to divide the model's {config.num_experts} experts; got {mesh.expert}")
@@ -139,48 +149,52 @@ def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
     dense = [config.shared_expert_intermediate_size, *(() if all(config.sparse_layers) else [config.intermediate_size])]
     return ShardingPlan(
         heads=heads,
-        vocabulary=_widest(mesh, config.vocab_size),
-        ffn=_widest(mesh, *dense),
+        vocabulary=_most_shards(mesh, config.vocab_size),
+        ffn=_most_shards(mesh, *dense),
         experts=mesh.expert,
         expert_ffn=(TENSOR,) if mesh.tensor > 1 and config.moe_intermediate_size % mesh.tensor == 0 else (),
     )
 
 
 def shard_head(config: DraftConfig, mesh: MeshConfig) -> ShardingPlan:
-    """How a draft head lies on a mesh: as much of it as can be over all devices that share a sequence. It is read once
-    for every level of a tree."""
+    """Plan the sharding of a draft head on a mesh: each part over `expert` and `tensor` where it divides evenly, since
+    a round reads the head once for every level of the tree."""
     return ShardingPlan(
         heads=_heads(config, mesh),
-        vocabulary=_widest(mesh, config.draft_vocab_size),
-        ffn=_widest(mesh, config.intermediate_size),
+        vocabulary=_most_shards(mesh, config.draft_vocab_size),
+        ffn=_most_shards(mesh, config.intermediate_size),
     )
 
 
 def ways(mesh: MeshConfig, axes: Axes) -> int:
-    """In how many parts these axes split something."""
+    """Compute the number of shards of a dimension that is sharded over `axes`."""
     return math.prod(getattr(mesh, axis) for axis in axes)
 
 
 def repeated_heads(config: AttentionConfig, mesh: MeshConfig, plan: ShardingPlan) -> int:
-    """How many times each key/value head is kept, so that every device has those that its queries share."""
+    """Compute how many devices have a copy of each key/value head: more than one where there are more shards than
+    key/value heads, as every device needs those of its query heads."""
     return max(ways(mesh, plan.heads) // config.num_key_value_heads, 1)
 
 
 def _heads(config: AttentionConfig, mesh: MeshConfig) -> Axes:
-    def fits(count: int) -> bool:
+    """Choose the axes of the attention heads: key/value heads divide evenly, or are repeated evenly."""
+
+    def divides(shards: int) -> bool:
         kv = config.num_key_value_heads
-        return config.num_attention_heads % count == 0 and (kv % count == 0 or count % kv == 0)
+        return config.num_attention_heads % shards == 0 and (kv % shards == 0 or shards % kv == 0)
 
-    return _first(mesh, fits)
-
-
-def _widest(mesh: MeshConfig, *sizes: int) -> Axes:
-    return _first(mesh, lambda count: all(size % count == 0 for size in sizes))
+    return _first(mesh, divides)
 
 
-def _first(mesh: MeshConfig, fits: Any) -> Axes:
-    """The axes that split into most parts and fit; none where there is nothing to split."""
+def _most_shards(mesh: MeshConfig, *sizes: int) -> Axes:
+    """Choose the axes over which dimensions of all these sizes divide evenly."""
+    return _first(mesh, lambda shards: all(size % shards == 0 for size in sizes))
+
+
+def _first(mesh: MeshConfig, divides: Callable[[int], bool]) -> Axes:
+    """Choose the first of (expert, tensor) and (tensor) that has more than one shard and `divides`; else no axes."""
     for axes in ((EXPERT, TENSOR), (TENSOR,)):
-        if ways(mesh, axes) > 1 and fits(ways(mesh, axes)):
+        if ways(mesh, axes) > 1 and divides(ways(mesh, axes)):
             return axes
     return ()

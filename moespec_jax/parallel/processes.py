@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, as one program: every one runs the same, and the first speaks for all."""
+"""Programs of several processes, on one host or many: all run the same computation, the first writes the output."""
 
 import contextlib
 import hashlib
@@ -14,16 +14,17 @@ from moespec_jax.errors import CheckpointError
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all: prints, and writes what is not written in parallel."""
+    """Test whether this is the process that prints, and that writes files which are not written in parallel."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """What each process does by itself, or the first alone, in this block: all go on after it, or none does.
+    """Synchronise all processes after the block, which each runs separately or the first alone; where it fails in one,
+    all raise.
 
     Raises:
-        CheckpointError: another process failed, and says why.
+        CheckpointError: another process failed; the reason is in its own output.
     """
     failure: Exception | None = None
     try:
@@ -31,15 +32,15 @@ def all_or_none() -> Iterator[None]:
     except Exception as error:
         failure = error
     if jax.process_count() > 1:
-        fine = bool(np.all(multihost_utils.process_allgather(np.array([failure is None]))))
-        if failure is None and not fine:
+        all_succeeded = bool(np.all(multihost_utils.process_allgather(np.array([failure is None]))))
+        if failure is None and not all_succeeded:
             raise CheckpointError("expected all processes to go on; another one failed, and says why")
     if failure is not None:
         raise failure
 
 
 def same_everywhere(text: str) -> bool:
-    """Whether all processes give the same text."""
+    """Test whether `text` is the same in all processes."""
     if jax.process_count() == 1:
         return True
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -47,21 +48,21 @@ def same_everywhere(text: str) -> bool:
 
 
 def broadcast_from_first(number: int) -> int:
-    """What the first process says, on every process: clocks and disks differ, and programs must be called alike."""
+    """Broadcast an int32 from the first process, for decisions from clocks and disks, on which all must agree."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def fetch(array: jax.Array | np.generic) -> np.ndarray:
-    """The whole of an array, on every process."""
+    """Copy a whole array, of all its shards, to every process."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """A tree of arrays that every process has, whole on every device of a mesh."""
+    """Replicate a tree of arrays, which every process has, on every device of a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec())
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -69,6 +70,6 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def put_global(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The array on the devices of a mesh, of whatever processes: every process has the whole of it, and puts what its
-    own devices hold."""
+    """Shard an array, which every process has, over the devices of a mesh of all processes: each process places the
+    shards of its own devices."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -1,1 +1,1 @@
-"""What a model needs on TPUs that are not at hand: programs compiled for them ahead of time, and what they say."""
+"""Memory and communication of a model on TPU slices, from ahead-of-time compilation: `python -m moespec_jax.plan`."""

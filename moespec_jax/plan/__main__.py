@@ -1,6 +1,7 @@
-"""What a model needs on TPUs: `python -m moespec_jax.plan --model Qwen3-30B-A3B`, or a directory, config.json, hub id.
-Compiles a round of speculative decoding ahead of time for slices of TPU chips, on any machine (`pip install libtpu`),
-without the weights, and says what fits, what it takes of a device's memory, and what devices exchange.
+"""Find the TPU slices that a model fits: `python -m moespec_jax.plan --model Qwen3-30B-A3B`.
+
+Compiles a round of speculative decoding for TPU slices, on any machine and without the weights (`pip install libtpu`).
+Prints a table of what fits, the memory needed on a device, and the bytes that devices exchange.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from moespec_jax.plan.table import table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(_parser(), _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("libtpu") is None:
         raise RequestError("expected the TPU compiler, which needs no TPU: pip install libtpu")
-    # It sets JAX up to plan for TPUs, so not before it is known that this is wanted.
+    # Imported here: the module configures JAX for compilation without devices.
     from moespec_jax.plan.ahead import versions
     from moespec_jax.plan.sizing import SLICES
 
@@ -57,8 +58,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str, Any]]:
-    """Every model in every precision on every slice asked for; where none was, from the smallest of each chip up to the
-    first that fits."""
+    """Size up every model in every precision on every requested slice. Without a request, slices of each chip follow
+    from the smallest up to the first that fits."""
     from moespec_jax.plan.sizing import Load, size_up
 
     tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
@@ -77,7 +78,7 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
                 try:
                     row = size_up(load, where, None if quantization == "none" else quantization)
                 except ValueError as error:
-                    # A number of devices that this model, or the mesh asked for, cannot have.
+                    # The model, or the requested mesh, cannot have this number of devices.
                     if arguments.slices is None:
                         continue
                     raise RequestError(f"{error} ({name} on {where})") from None
@@ -86,10 +87,10 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
 
 
 def _check(target: DecoderConfig, budget: BudgetConfig | None, mesh: MeshConfig | None) -> None:
-    """Refuse what no slice can do for a model.
+    """Check that a model can have the budget and the mesh.
 
     Raises:
-        RequestError: it cannot have the budget, or cannot be spread over the mesh.
+        RequestError: it cannot.
     """
     check_budget(budget, target)
     try:
@@ -100,10 +101,10 @@ def _check(target: DecoderConfig, budget: BudgetConfig | None, mesh: MeshConfig 
 
 
 def config_of(name: str) -> DecoderConfig:
-    """The settings of a published shape we know by name, of a directory, of a config.json, or of a hub id.
+    """Read the settings of a published shape by name, of a directory, of a config.json, or of a hub id.
 
     Raises:
-        CheckpointError: there is no such model, or it is not one we can run.
+        CheckpointError: there is no such model, or it is not supported.
     """
     if name in MODELS:
         return read_config(MODELS[name])
@@ -115,25 +116,44 @@ def config_of(name: str) -> DecoderConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m moespec_jax.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "--model", nargs="+", default=list(MODELS), help=f"directory, config.json, hub id, or {', '.join(MODELS)} (all)"
+        "--model",
+        nargs="+",
+        default=list(MODELS),
+        help=f"models: directory, config.json, hub id, or one of {', '.join(MODELS)} (default: all of these)",
     )
-    parser.add_argument("--slices", nargs="+", help="v5e-8, v5p-8, ...; default: from the smallest up to what fits")
     parser.add_argument(
-        "--quantization", nargs="+", choices=["none", *QUANTIZATIONS], help="of experts (default: both)"
+        "--slices",
+        nargs="+",
+        metavar="SLICE",
+        help="v5e-8, v5p-8, ... (default: of each chip, from the smallest slice up to the first that fits)",
     )
-    parser.add_argument("--mesh", metavar="expert=4,tensor=2", help="default: what reads evenly, see docs/devices.md")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        choices=["none", *QUANTIZATIONS],
+        help="precisions of the routed experts; none is bfloat16 (default: all)",
+    )
+    parser.add_argument(
+        "--mesh",
+        metavar="expert=4,tensor=2",
+        help="sizes of the mesh axes data, expert and tensor (default: so that devices read equally much; see"
+        " docs/devices.md)",
+    )
     parser.add_argument(
         "--cache-slots",
         type=_count,
         default=4096,
-        help="of each cache, for text and tree; generate takes the next power of two (%(default)s)",
+        metavar="N",
+        help="slots of each cache, for text and tree; generate allocates the next power of two (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=_count, default=1, help="sequences (%(default)s)")
+    parser.add_argument(
+        "--batch", type=_count, default=1, metavar="N", help="number of sequences (default: %(default)s)"
+    )
     add_tree_flags(parser.add_argument_group("tree (default: 60/7/10)"))
     add_budget_flags(parser.add_argument_group("expert budget"))
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    output.add_argument("--out", type=Path, metavar="FILE", help="write that object to a file, too")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    output.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to a file as well")
     return parser
 
 

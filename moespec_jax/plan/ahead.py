@@ -1,6 +1,6 @@
-"""Compiling for TPUs on a machine that has none: chips, models, and what the compiler says of a program.
+"""Ahead-of-time compilation for TPUs on a machine without them, and the compiler's statistics of a program.
 
-Importing this sets JAX up for it: programs are planned for described chips, and nothing runs on any.
+Importing this module configures JAX: programs are compiled for described chips, and run on none.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-# The host plans for chips it does not have: no metadata server to ask, no lock to take.
+# Without these, libtpu would query a metadata server for the chips of this machine, and take a lock.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -24,7 +24,7 @@ from jax.experimental import topologies
 
 from moespec_jax.config import DecoderConfig
 
-# Whoever imports this may have imported JAX before.
+# JAX ignores the environment variable if it was imported before this module.
 jax.config.update("jax_platforms", "cpu")
 
 SLOTS, DTYPE = 2048, jnp.bfloat16
@@ -32,7 +32,16 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
 
 
 class Program(NamedTuple):
-    """One program as the compiler left it; bytes are those of one device."""
+    """Compiled program, with the compiler's statistics in bytes of one device.
+
+    Fields:
+        bytes_accessed: bytes read and written.
+        argument_bytes: size of the arguments.
+        temp_bytes: size of the temporaries.
+        alias_bytes: size of the donated arguments that hold results.
+        compile_s: seconds of compilation.
+        hlo: optimised HLO.
+    """
 
     bytes_accessed: int
     argument_bytes: int
@@ -51,13 +60,13 @@ class OutOfMemory(Exception):
 
 
 def devices(chip: str, topology: str | None = None) -> list[Any]:
-    """The chips of a topology: that of `TOPOLOGIES` where none is named."""
+    """List the devices of a topology, by default that of `TOPOLOGIES` for the chip."""
     name = TOPOLOGIES[chip] if topology is None else topology
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> Program:
-    """Compile for the devices that the arguments were placed on.
+    """Compile for the devices of the arguments' shardings.
 
     Raises:
         OutOfMemory: the program does not fit the chip.
@@ -84,36 +93,36 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Program:
 
 
 def placed(tree: Any, sharding: Any) -> Any:
-    """The abstract tree with every leaf on `sharding`, or each on its own where `sharding` is a tree of them."""
+    """Set the sharding of every leaf of an abstract tree: one for all, or a tree of shardings."""
     if isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, sharding)
 
 
 def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
-    """The same decoder cut off after `layers` layers."""
+    """Truncate a decoder to its first `layers` layers."""
     kept = {"sparse_layers": config.sparse_layers[:layers], "sliding_windows": config.sliding_windows[:layers]}
     return dataclasses.replace(config, num_hidden_layers=layers, **kept)
 
 
 def local_size(leaf: Any) -> int:
-    """Elements of an abstract leaf on one device."""
+    """Count the elements of an abstract leaf on one device."""
     sharding = getattr(leaf, "sharding", None)
     return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of an abstract tree on one device, without what a layout pads."""
+    """Count the bytes of an abstract tree on one device, without padding."""
     return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def copyable_sizes(config: DecoderConfig, tree: Any) -> set[tuple[str, int]]:
-    """What a copy of a weight or cache array is told by, for `tpu_hlo.large_values`: the local element counts of the
-    tree's leaves, whole, one layer of them, one expert of them."""
+    """List types and element counts by which `tpu_hlo.large_values` finds copies of weights and caches: those of the
+    tree's leaves on one device, whole, of one layer, and of one expert."""
     parts = [1, max(config.num_hidden_layers, 1), max(config.num_sparse_layers * config.num_experts, 1)]
     return {("bf16", local_size(leaf) // part) for leaf in jax.tree.leaves(tree) for part in parts}
 
 
 def versions() -> dict[str, str]:
-    """Of what compiled."""
+    """Versions of JAX and of the compiler."""
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}

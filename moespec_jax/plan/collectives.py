@@ -1,4 +1,4 @@
-"""What a compiled program exchanges between devices: every collective, as often as its loops run it."""
+"""Communication of a compiled program: its collectives, counted as often as loops run them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-# How a loop over a known number of steps ends: its counter, which starts at 0, against a constant.
+# Condition of a loop over a known number of steps: its counter, which starts at 0, is below a constant.
 _BELOW = re.compile(r"^\s+ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
@@ -20,13 +20,18 @@ _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 3
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of each kind of collective: how often it runs, and the bytes that come out of it, on one device."""
+    """Collectives of one device.
+
+    Fields:
+        runs: number of executions of each kind.
+        size: bytes of the results of each kind.
+    """
 
     runs: Counter[str]
     size: Counter[str]
 
     def times(self, trips: int) -> "Traffic":
-        """So many runs."""
+        """Scale to `trips` executions."""
         return Traffic(*(Counter({kind: n * trips for kind, n in part.items()}) for part in (self.runs, self.size)))
 
     def __add__(self, other: "Traffic") -> "Traffic":  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -34,13 +39,14 @@ class Traffic:
 
 
 def traffic(hlo: str) -> Traffic:
-    """Of one run of an optimized program. A loop whose trips are not known beforehand counts once, as one round of
-    speculative decoding does."""
+    """Count the collectives of one execution of an optimised program. A loop of unknown length counts as one iteration:
+    the loop over rounds of speculative decoding is one."""
     bodies, entry = _computations(hlo)
-    return _of(entry, bodies, {})
+    return _traffic_of(entry, bodies, {})
 
 
-def _of(name: str, bodies: dict[str, list[str]], known: dict[str, Traffic]) -> Traffic:
+def _traffic_of(name: str, bodies: dict[str, list[str]], known: dict[str, Traffic]) -> Traffic:
+    """Count the collectives of one execution of a computation; `known` holds those counted before."""
     if name not in known:
         found = Traffic(Counter(), Counter())
         for line in bodies.get(name, ()):
@@ -53,33 +59,36 @@ def _of(name: str, bodies: dict[str, list[str]], known: dict[str, Traffic]) -> T
             condition = _CONDITION.search(line)
             trips = 1 if condition is None else _trips(bodies.get(condition[1], []))
             for called in _called(line):
-                found += _of(called, bodies, known).times(trips)
+                found += _traffic_of(called, bodies, known).times(trips)
         known[name] = found
     return known[name]
 
 
 def _trips(condition: list[str]) -> int:
-    """How often a loop with this condition runs; 1 where the program does not say."""
+    """Count the iterations of a loop with this condition; 1 if they are unknown."""
     constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.match(line))}
     below = [found[1] for line in condition if (found := _BELOW.match(line))]
     return constants.get(below[0], 1) if below else 1
 
 
 def _called(line: str) -> list[str]:
+    """List the computations that an instruction calls."""
     branches = _BRANCHES.search(line)
     names = [] if branches is None else [part.strip().lstrip("%") for part in branches[1].split(",")]
     return names + _CALLED.findall(line)
 
 
 def _bytes(types: str, operation: str) -> int:
+    """Count the bytes of the results of an operation."""
     arrays = [(dtype, dims) for dtype, dims in _ARRAY.findall(types) if dtype in _BITS]
-    # What is started names operands and results; the results come last.
+    # The type of a `-start` operation lists operands and results; the results are last.
     if operation.endswith("-start") and len(arrays) > 1 and operation != "all-reduce-start":
         arrays = arrays[len(arrays) // 2 :]
     return sum(math.prod(map(int, filter(None, dims.split(",")))) * _BITS[dtype] // 8 for dtype, dims in arrays)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Split a program into the lines of its computations; returns the name of the entry computation too."""
     bodies: dict[str, list[str]] = {}
     current, entry = "", ""
     for line in hlo.splitlines():

@@ -1,5 +1,4 @@
-"""A round of speculative decoding for devices that are not at hand: shapes without memory behind them, spread over a
-mesh as a loaded model is."""
+"""A round of speculative decoding on abstract arrays, with the shardings of a loaded model, for compilation alone."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -30,7 +29,19 @@ DTYPE = jnp.dtype(jnp.bfloat16)
 
 
 class Workload(NamedTuple):
-    """A target and a head on a mesh, `batch` sequences of at most `slots` tokens, a tree and a budget."""
+    """Settings of an abstract round.
+
+    Fields:
+        target: the target's settings.
+        draft: the head's settings.
+        mesh: devices.
+        backend: expert compute and attention.
+        tree: shape of the draft tree.
+        slots: cache slots of a sequence.
+        batch: number of sequences.
+        budget: expert budget, resolved or not.
+        quantization: of the routed experts.
+    """
 
     target: DecoderConfig
     draft: DraftConfig
@@ -44,7 +55,7 @@ class Workload(NamedTuple):
 
 
 class Round(NamedTuple):
-    """A method with the shapes and shardings of its arguments."""
+    """Method, and its arguments as shapes with shardings."""
 
     method: Speculative[DraftHead, Eagle3State]
     params: SpeculativeParams[DraftHead]
@@ -52,15 +63,15 @@ class Round(NamedTuple):
 
 
 def abstract_round(work: Workload) -> Round:
-    """Parameters and state of a round, bfloat16.
+    """Build parameters and state of a round in bfloat16.
 
     Raises:
-        ValueError: the model cannot be spread over the mesh, or cannot have the budget.
+        ValueError: the model cannot be sharded over the mesh, or cannot have the budget.
     """
-    target, beside = decoder_placement(work.target, work.mesh), head_placement(work.draft, work.mesh)
-    config, draft = with_repeated_heads(work.target, target), with_repeated_heads(work.draft, beside)
+    target, head = decoder_placement(work.target, work.mesh), head_placement(work.draft, work.mesh)
+    config, draft = with_repeated_heads(work.target, target), with_repeated_heads(work.draft, head)
     decoder = abstract_decoder(config, work.backend, DTYPE, target, work.quantization)
-    params = SpeculativeParams(decoder, abstract_head(draft, beside))
+    params = SpeculativeParams(decoder, abstract_head(draft, head))
     plain = Autoregressive(config, SamplingConfig(), work.backend)
     budget = None if work.budget is None else resolve(work.budget, config)
     accept = accept_rule(SamplingConfig(), work.tree.longest_path)
@@ -69,14 +80,14 @@ def abstract_round(work: Workload) -> Round:
 
 
 def lower_round(round_: Round, mesh: Mesh) -> jax.stages.Lowered:
-    """The program of rounds, its state donated, to be compiled for the devices of the mesh."""
+    """Lower the loop over rounds, its state donated, for the devices of the mesh."""
     method, params, state = round_
     rounds = on_mesh(mesh, jax.ShapeDtypeStruct((), jnp.int32), PartitionSpec())
     return Programs(mesh).lower(method.step, params, state, rounds, donate=True, specs=method.specs(params))
 
 
 def on_mesh(mesh: Mesh, shapes: Any, specs: Any) -> Any:
-    """The shapes, each placed as its `PartitionSpec` says; a spec may stand for a whole branch."""
+    """Add shardings to shapes. `specs` is a tree of `PartitionSpec`s, each of which may apply to a whole branch."""
 
     def place(spec: PartitionSpec, branch: Any) -> Any:
         sharding = NamedSharding(mesh, spec)
@@ -86,7 +97,7 @@ def on_mesh(mesh: Mesh, shapes: Any, specs: Any) -> Any:
 
 
 def abstract_head(draft: DraftConfig, placement: Placement | None = None) -> DraftHead:
-    """A head without memory behind it."""
+    """Build a draft head of abstract arrays, sharded if there is a placement."""
 
     def leaf(path: Path, shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
         sharding = None if placement is None else placement.sharding(path, shape)
@@ -101,7 +112,7 @@ def abstract_head(draft: DraftConfig, placement: Placement | None = None) -> Dra
 def abstract_state(
     method: Speculative[DraftHead, Eagle3State], draft: DraftConfig, work: Workload
 ) -> SpeculationState[Eagle3State]:
-    """Shapes of a batch under way, whole."""
+    """Compute the shapes of the decoding state of a batch, unsharded."""
     whole = abstract_decoder(method.target.config, work.backend, DTYPE, quantization=work.quantization)
     params = SpeculativeParams(whole, abstract_head(draft))
 

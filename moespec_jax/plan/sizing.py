@@ -1,4 +1,4 @@
-"""Whether a model fits a slice of TPU chips: one row of the sizing table, by the compiler's own count."""
+"""Rows of the sizing table: memory and communication of a model on a slice of TPU chips, counted by the compiler."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,12 @@ from moespec_jax.plan.program import Round, Workload, abstract_round, lower_roun
 
 
 class Slice(NamedTuple):
-    """So many devices of a topology the compiler knows, as the cloud names them; a v5p device is two of its cores."""
+    """Slice of TPU chips. Slices are named as on Google Cloud, which counts two cores for each v5p device.
+
+    Fields:
+        topology: name of the compiler's topology.
+        devices: number of its devices.
+    """
 
     topology: str
     devices: int
@@ -27,12 +32,22 @@ SLICES = {
     "v5p-2": Slice("v5p:2x2x1", 1), "v5p-8": Slice("v5p:2x2x1", 4), "v5p-16": Slice("v5p:2x2x2", 8),
     "v5p-32": Slice("v5p:2x2x4", 16),
 }  # fmt: skip
-# What a program may use of a device's memory, in bytes.
+# Bytes of a device's memory that a program can use.
 HBM = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30, "v5p": 95 * 2**30}
 
 
 class Load(NamedTuple):
-    """What is to run on whatever slice."""
+    """Workload before the choice of a slice.
+
+    Fields:
+        target: the target's settings.
+        draft: the head's settings.
+        tree: shape of the draft tree.
+        slots: cache slots of a sequence.
+        batch: number of sequences.
+        budget: expert budget.
+        mesh: None for the best mesh of each slice.
+    """
 
     target: DecoderConfig
     draft: DraftConfig
@@ -44,11 +59,11 @@ class Load(NamedTuple):
 
 
 def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[str, Any]:
-    """A row of the table: sizes in bytes on one device; collectives by kind, as often as one round runs them, with the
-    bytes that come out of them.
+    """Compute a row of the table. Sizes are bytes of one device; collectives are, for each kind, the number of
+    executions in a round and the bytes of their results.
 
     Raises:
-        ValueError: the model cannot be spread over the slice.
+        ValueError: the model cannot be sharded over the slice.
     """
     topology, count = SLICES[name]
     chip = name.partition("-")[0]
@@ -68,12 +83,13 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
         "cache": local_bytes((decoding.cache.k, decoding.cache.v, draft_cache.k, draft_cache.v)),
         "available": int(HBM[chip]),
     }
-    # What cannot fit is not compiled.
+    # Compiled only where weights and caches fit.
     fits = row["weights"] + row["cache"] < row["available"]
     return row | (_compiled(round_, work) if fits else {"fits": False})
 
 
 def _compiled(round_: Round, work: Workload) -> dict[str, Any]:
+    """Compile a round; returns the columns that the compiler determines."""
     try:
         program = compile_lowered(lower_round(round_, work.mesh))
     except OutOfMemory:

@@ -1,16 +1,16 @@
-"""The sizing table as Markdown."""
+"""Sizing table in Markdown."""
 
 from collections.abc import Sequence
 from typing import Any
 
 _HEAD = (
-    "| model | experts | slice | mesh (data x expert x tensor) | fits | GB a device | of GB | weights GB | caches GB |"
-    " exchanged MB a round | exchanges a round |"
+    "| model | experts | slice | mesh (data x expert x tensor) | fits | memory, GB a device | available, GB |"
+    " weights, GB | caches, GB | exchanged, MB a round | collectives a round |"
 )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a row; GB are 10^9 bytes, on one device."""
+    """Format the rows; GB are 10^9 bytes of one device."""
     return "\n".join([_HEAD, "|" + " --- |" * _HEAD.count(" | ") + " --- |", *map(_line, rows)])
 
 

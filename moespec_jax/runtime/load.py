@@ -1,4 +1,4 @@
-"""Loading a model with its tokenizer and, if it has one, its draft head: what `moespec_jax.load` does."""
+"""Load a model with its tokenizer and, if there is one, its draft head: `moespec_jax.load`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,20 +46,28 @@ def load(
     progress: bool = False,
     check: Callable[[DecoderConfig], object] | None = None,
 ) -> Model:
-    """Load a directory (Hugging Face or converted to orbax) or a hub id; without arguments, the embedded pair.
+    """Load a model, and a draft head for it; without arguments, the embedded pair.
 
-    `draft_model` is an EAGLE-3 head for it, a directory or a hub id; "none", or None beside any model but the embedded
-    one, loads none. `draft_boundaries` override which of the target's states the head is said to read.
-    The dtype defaults to float32 on CPU, which converts bfloat16 weights at every use, and to bfloat16 elsewhere.
-    `quantization` keeps routed experts in int8, which changes what comes out a little.
-    `mesh` spreads model and head over that many devices, the first there are, or, "auto", over all as suits the model;
-    every process of several must load.
-    `check` is called with the model's settings before anything large is read, and may raise.
+    Args:
+        model: target: a directory (Hugging Face, or converted to orbax) or a Hugging Face Hub id.
+        draft_model: EAGLE-3 head: a directory or a hub id. "none" loads none; None loads the embedded head for the
+            embedded target, and none for any other.
+        revision: branch, tag or commit of the target's hub repository.
+        draft_revision: the same of the head's.
+        draft_boundaries: boundaries of the target whose hidden states the head reads, in place of those in its files.
+        offline: load hub repositories from the local cache only.
+        dtype: of weights and activations; by default float32 on CPU, which would convert bfloat16 weights at every
+            use, and bfloat16 elsewhere.
+        backend: expert compute and attention; by default the platform's.
+        quantization: of the routed experts, which changes the output slightly.
+        mesh: sizes of a mesh over which model and head are sharded, on the first devices; "auto" chooses sizes for all
+            devices. With several processes, every one must call `load`.
+        progress: show progress bars.
+        check: called with the model's config before weights are read; it may raise.
 
     Raises:
-        CheckpointError: there is no such model, or it is not one we can run, or the head does not fit it; the message
-            says what is wrong and where.
-        RequestError: the model cannot be spread over the mesh, or there are too few devices.
+        CheckpointError: the model or head is missing, damaged or not supported, or the head does not fit the model.
+        RequestError: the model cannot be sharded over the mesh, or there are too few devices.
     """
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise RequestError(f"expected a quantization of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
@@ -72,21 +80,21 @@ def load(
     if device.platform == "gpu" and not backend.supported(device):
         raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
     if placement is not None and backend.layout == "per_expert":
-        raise RequestError(f"expected a back-end whose experts can be spread over a mesh; {backend.name} is none")
+        raise RequestError(f"expected a back-end whose experts can be sharded over a mesh; got {backend.name}")
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     if draft_model is None:
         draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
     draft = None
     if draft_model != "none":
-        # First: it is small, and whether it fits is known before the model is read.
+        # The head is small: if it does not fit, this is found before the model's weights are read.
         draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
         draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
-        draft = draft if placement is None else _spread(draft, placement)
+        draft = draft if placement is None else _shard_draft(draft, placement)
     tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
-    tokens = 0 if tokenizer is None else tokenizer.get_vocab_size()
-    if tokens > config.vocab_size:
+    vocabulary = 0 if tokenizer is None else tokenizer.get_vocab_size()
+    if vocabulary > config.vocab_size:
         raise CheckpointError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {tokens} ({directory})"
+            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {vocabulary} ({directory})"
         )
     params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
     draft = draft and share_embedding(draft, params.embed)
@@ -106,12 +114,12 @@ def _placement(config: DecoderConfig, mesh: MeshConfig | Literal["auto"]) -> Pla
 
 
 def _backend(placement: Placement | None) -> Backend:
-    """The platform's, or one whose experts can be spread: what suits a CPU keeps every expert by itself."""
+    """Choose the platform's back-end; on a CPU with a mesh another one, since the CPU's has one array per expert."""
     preferred = default_backend()
     return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
 
 
-def _spread(draft: LoadedDraft, placement: Placement) -> LoadedDraft:
+def _shard_draft(draft: LoadedDraft, placement: Placement) -> LoadedDraft:
     head = head_placement(draft.config, placement.mesh)
     config = with_repeated_heads(draft.config, head)
     return draft._replace(config=config, head=place_head(draft.head, config, head))

@@ -1,4 +1,4 @@
-"""A loaded model, ready to generate: what `moespec_jax.load` returns.
+"""A loaded model, as `moespec_jax.load` returns it:
 
 import moespec_jax
 model = moespec_jax.load()                      # the embedded model; or a directory, or a hub id
@@ -72,22 +72,22 @@ class Model:
 
     @property
     def precision(self) -> str:
-        """What weights are kept in, in words."""
+        """Dtype of the weights, and quantization of the experts."""
         return str(self.dtype) if self.quantization is None else f"{self.dtype}, {self.quantization} experts"
 
     def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text prompt, with the special tokens the tokenizer adds unless told otherwise."""
+        """Tokenize a prompt, by default with the special tokens that the tokenizer adds."""
         if self.tokenizer is None:
             raise RequestError(f"expected token ids (--prompt-ids): {self.directory} has no tokenizer")
-        # How Python spells bytes of a command line that are not UTF-8.
+        # Surrogates: bytes of a command line that are not UTF-8.
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise RequestError(f"expected a prompt of valid UTF-8 text, got {prompt[:40]!r}")
         return self.tokenizer.encode(prompt, add_special_tokens=special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> str | None:
-        """Text of token ids without special tokens; None without a tokenizer.
+        """Decode token ids, without special tokens; None without a tokenizer.
 
-        `after` are the ids before them in the sequence: some tokenizers drop a leading space of what they see first.
+        `after` are the ids that precede them: some tokenizers drop a leading space at the start of a text.
         """
         if self.tokenizer is None:
             return None
@@ -130,7 +130,7 @@ class Model:
             tree: shape of the draft tree; None decodes plainly. Models without a draft head decode plainly by default.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
-            simulate_accept_length: accept so many tokens a round on average, whatever the model computes: for timing.
+            simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
             drafter: in place of the draft head.
             adapt: replaces functions of the round (`speculative.Speculative`); the result is then not called exact.
             on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.

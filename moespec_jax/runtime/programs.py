@@ -54,8 +54,8 @@ class Programs:
     ) -> Result:
         """Call `function(settings, params, *arguments)`, compiled.
 
-        All calls of one model share its parameters, so only settings and the other arguments tell programs apart;
-        `specs` follows from them.
+        All calls of one model share its parameters, so a program is identified by function, settings and the shapes of
+        the other arguments; `specs` follows from them.
 
         Args:
             function: a pure function; `settings` is static.

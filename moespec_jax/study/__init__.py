@@ -1,1 +1,1 @@
-"""What routing, drafting and budgets do on a model and prompts: the figures of MoE-Spec's paper and more."""
+"""Study of routing, draft trees and expert budgets on a model and prompts: `python -m moespec_jax.study`."""

@@ -1,4 +1,4 @@
-"""Which experts are chosen by the same tokens more often than if choices were independent."""
+"""Experts that the same tokens select together more often than independent choices would."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -6,19 +6,19 @@ from scipy.cluster.hierarchy import leaves_list, linkage, optimal_leaf_ordering
 from scipy.spatial.distance import squareform
 
 
-def together(experts: Int[np.ndarray, "tokens active"], count: int) -> Int[np.ndarray, "experts experts"]:
-    """How many tokens chose both experts of a pair; on the diagonal, how many chose one."""
-    hit = np.zeros((len(experts), count), np.int64)
-    np.put_along_axis(hit, experts, 1, axis=1)
-    return hit.T @ hit
+def count_pairs(experts: Int[np.ndarray, "tokens active"], count: int) -> Int[np.ndarray, "experts experts"]:
+    """Count the tokens that selected both experts of a pair; on the diagonal, those that selected the expert."""
+    selected = np.zeros((len(experts), count), np.int64)
+    np.put_along_axis(selected, experts, 1, axis=1)
+    return selected.T @ selected
 
 
 def lift(pairs: Int[np.ndarray, "experts experts"]) -> Float[np.ndarray, "experts experts"]:
-    """How many times as often as independent choices would a pair is chosen: 1 on average, not a number where an expert
-    was never chosen and on the diagonal.
+    """Compute the lift of every pair: how often it was selected, relative to independent choices. The mean is 1; values
+    are NaN on the diagonal and where an expert was never selected.
 
-    Independent is in proportion to the product of both experts' counts, scaled to as many pairs as there were: experts
-    of one token differ, so all pairs together are fewer than that product says.
+    Independent counts are proportional to the product of both experts' counts, and scaled to the total number of pairs:
+    the experts of one token differ, which makes the total smaller than the sum of these products.
     """
     counts = np.diagonal(pairs).astype(np.float64)
     expected = np.outer(counts, counts)
@@ -28,10 +28,9 @@ def lift(pairs: Int[np.ndarray, "experts experts"]) -> Float[np.ndarray, "expert
 
 
 def order(lifted: Float[np.ndarray, "experts experts"]) -> Int[np.ndarray, " experts"]:
-    """Experts in an order that puts those chosen together beside each other: hierarchical clustering by average
-    distance, where the more often a pair is chosen, the nearer it is."""
-    near = np.nan_to_num(lifted, nan=0.0)
-    distance = 1 / (1 + near)
+    """Order expert ids so that experts selected together are adjacent: average-linkage hierarchical clustering with the
+    distance 1 / (1 + lift), NaN counting as 0."""
+    distance = 1 / (1 + np.nan_to_num(lifted, nan=0.0))
     np.fill_diagonal(distance, 0.0)
     pairs = squareform(distance, checks=False)
     return leaves_list(optimal_leaf_ordering(linkage(pairs, method="average"), pairs))

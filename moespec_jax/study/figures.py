@@ -1,4 +1,4 @@
-"""The figures of a study, each drawn onto given matplotlib axes from plain arrays."""
+"""Figures of a study, drawn from arrays onto given matplotlib axes."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def draw_unions(
     axes: "Axes", curves: Mapping[str, Float[np.ndarray, " sizes"]], experts: int, active: int, label: bool = True
 ) -> None:
-    """Distinct experts by number of nodes verified together, a curve for each set, beside choice by lot."""
+    """Draw the distinct experts by number of nodes verified together: a curve for each set, and uniform choice."""
     ends, nodes = [], np.arange(1, 1 + max(len(curve) for curve in curves.values()))
     uniform = uniform_union(experts, active, nodes)
     axes.plot(nodes, uniform, color=GREY, linestyle="--", linewidth=1.4)
@@ -25,16 +25,17 @@ def draw_unions(
     for colour, (name, curve) in zip(_cycle(len(curves)), curves.items(), strict=True):
         axes.plot(np.arange(1, 1 + len(curve)), curve, color=colour, linewidth=2)
         ends.append(End(curve[-1], name, colour))
-    axes.set(xlabel="nodes verified together, the best-scored first", ylabel="distinct experts a layer, mean of layers")
+    axes.set(xlabel="nodes verified together, best score first", ylabel="distinct experts a layer, mean of layers")
     axes.set(xlim=(1, len(nodes)), ylim=(0, experts * 1.04))
     open_axes(axes)
-    ends += [End(uniform[-1], "choice by lot", GREY), End(experts, f"all {experts}", GREY)]
+    ends += [End(uniform[-1], "uniform choice", GREY), End(experts, f"all {experts}", GREY)]
     if label:
         label_ends(axes, ends)
 
 
 def draw_kept_mass(axes: "Axes", curves: Mapping[str, Float[np.ndarray, " experts"]], share: float = 0.9) -> None:
-    """Share of the router's probability by budget, a curve for each set, and the least budget that holds `share`."""
+    """Draw the share of router probability by budget: a curve for each set, with the least budget that keeps
+    `share`."""
     experts = max(len(curve) for curve in curves.values())
     axes.axhline(share, color=GREY, linestyle=":", linewidth=1)
     axes.plot([0, experts], [0, 1], color=GREY, linestyle="--", linewidth=1)
@@ -42,38 +43,39 @@ def draw_kept_mass(axes: "Axes", curves: Mapping[str, Float[np.ndarray, " expert
         least = int(least_budget(curve, share))
         axes.plot(np.arange(len(curve) + 1), [0, *curve], color=colour, linewidth=2)
         axes.plot(least, curve[least - 1], color=colour, marker="o", markersize=6, markeredgecolor="white", zorder=4)
-        # Curves lie close together: their names form a list in the empty corner.
+        # The curves nearly coincide: their names are listed in the empty corner.
         axes.text(
             0.97, 0.06 + 0.075 * (len(curves) - 1 - number), f"{name}: B = {least}", color=colour, ha="right",
             transform=axes.transAxes, fontsize=9, parse_math=False,
         )  # fmt: skip
     axes.text(
-        0.97, 0.06 + 0.075 * len(curves), f"least B that holds {share:.0%}", color=GREY, ha="right",
+        0.97, 0.06 + 0.075 * len(curves), f"least B that keeps {share:.0%}", color=GREY, ha="right",
         transform=axes.transAxes, fontsize=9,
     )  # fmt: skip
     axes.text(experts * 0.02, share + 0.015, f"{share:.0%}", color=GREY, fontsize=8.5)
-    axes.set(xlabel=f"B, the heaviest experts of {experts}", ylabel="share of router probability over a tree")
+    axes.set(xlabel=f"B heaviest of {experts} experts", ylabel="share of a tree's router probability")
     axes.set(xlim=(0, experts), ylim=(0, 1.02))
     open_axes(axes)
 
 
 def draw_least_budget(axes: "Axes", by_layer: Mapping[str, Int[np.ndarray, " layers"]], experts: int) -> None:
-    """The least budget that holds the share, layer by layer."""
+    """Draw the least budget that keeps 90 % of the router probability, by layer."""
     for number, (colour, (_, least)) in enumerate(zip(_cycle(len(by_layer)), by_layer.items(), strict=True)):
-        # Equal budgets would hide each other.
+        # Markers of equal budgets would overlap.
         shift = (number - (len(by_layer) - 1) / 2) * 0.09
         axes.plot(np.arange(len(least)) + shift, least, color=colour, marker="o", linewidth=1, markersize=5)
     _whole_numbers(axes)
-    axes.set(xlabel="sparse layer", ylabel="least B that holds 90 %", ylim=(0, experts * 1.02))
+    axes.set(xlabel="sparse layer", ylabel="least B that keeps 90 %", ylim=(0, experts * 1.02))
     open_axes(axes)
 
 
 def draw_by_budget(
     axes: "Axes", lines: Mapping[str, Mapping[str, Sequence[Any]]], column: str, logarithmic: bool = False
 ) -> list[End]:
-    """A figure by budget, a line for each rule with its interval where there is one (`column_low`, `column_high`).
+    """Draw a column by budget: a line for each rule, with its interval where the rule is named in `LOOKS` and there are
+    columns `column_low` and `column_high`.
 
-    `lines` holds columns by rule, `budget` among them. Returns the lines' ends, to be labelled when limits are final.
+    `lines` maps rules to columns, `budget` among them. Returns the lines' ends, to be labelled once limits are final.
     """
     ends, floor = [], 0.0 if logarithmic else -np.inf
     for rule, columns in lines.items():
@@ -97,8 +99,8 @@ def draw_by_budget(
 
 
 def draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], column: str, scale: float = 1.0) -> list[End]:
-    """A column of `rows.throughput_rows` of one set by budget: a line for each rule, a level for plain decoding and for
-    the tree without a budget. Returns their ends, to be labelled when limits are final."""
+    """Draw a column of `rows.throughput_rows` of one set by budget: a line for each rule, and horizontal ones for plain
+    decoding and for the tree without a budget. Returns their ends, as `draw_by_budget`."""
     rules = dict.fromkeys(row["rule"] for row in rows if row["budget"] is not None)
     lines = {}
     for rule in rules:
@@ -116,8 +118,8 @@ def draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], column: str, sca
 
 
 def draw_lift(axes: "Axes", lifted: Float[np.ndarray, "experts experts"], order: Sequence[int]) -> "AxesImage":
-    """How many times as often as independent choices would every pair is chosen, as a heat map with experts in an
-    order; white is as often, of violet and orange the darkest is 8 times rarer and 8 times more frequent."""
+    """Draw the lift of every pair of experts as a heat map, experts in `order`. White is a lift of 1, the darkest
+    violet 1/8 or less, the darkest orange 8 or more."""
     shown = lifted[np.ix_(order, order)]
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.clip(np.log2(shown), -3, 3)
@@ -130,8 +132,8 @@ def draw_lift(axes: "Axes", lifted: Float[np.ndarray, "experts experts"], order:
 
 
 def draw_acceptance(axes: "Axes", curves: Mapping[tuple[str, str], Float[np.ndarray, "3 depths"]]) -> None:
-    """Share of rounds that commit a node of each depth, its low and high bounds, by set and kind of text: a colour for
-    each set, as in the other figures, and a second text of a set dashed."""
+    """Draw the share of rounds that commit a node of each depth, with its low and high bounds, by set and kind of text.
+    Each set has its colour of the other figures; the second kind of text of a set is dashed."""
     sets, ends = list(dict.fromkeys(name for name, _ in curves)), []
     drawn: set[str] = set()
     for (name, kind), (share, low, high) in curves.items():
@@ -142,28 +144,29 @@ def draw_acceptance(axes: "Axes", curves: Mapping[tuple[str, str], Float[np.ndar
         ends.append(End(float(share[-1]), f"{name}, {kind}\n{1 + share.sum():.2f} tokens a round", colour))
         drawn.add(name)
     _whole_numbers(axes)
-    axes.set(xlabel="depth in the tree", ylabel="share of rounds that commit it", ylim=(0, 1))
+    axes.set(xlabel="depth in the tree", ylabel="share of rounds that commit a node", ylim=(0, 1))
     open_axes(axes)
     label_ends(axes, ends, gap=0.12)
 
 
 def draw_contrasts(axes: "Axes", rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
-    """Divergence relative to MoE-Spec's own rule, with its interval: a row for each rule in `order`. `rows` are those
-    of `conclusion.finding_rows` of one text and budget."""
+    """Draw each rule's divergence relative to MoE-Spec's own, with its interval: a line of the figure for each rule in
+    `order`. `rows` are those of `conclusion.finding_rows` for one subject and budget."""
     from matplotlib.ticker import LogLocator
 
     axes.axvline(1, color=look(rows[0]["against"]).colour, linewidth=1.2)
     least = min((1 / row["times_high"] for row in rows if row["times_high"]), default=0.1)
     for row in rows:
-        place, colour = order.index(row["rule"]), look(row["rule"]).colour if row["rule"] in LOOKS else GREY
+        y, colour = order.index(row["rule"]), look(row["rule"]).colour if row["rule"] in LOOKS else GREY
         if row["times"] is None:
-            axes.text(least, place, "exact: none", va="center", fontsize=8.5, color=colour)
+            label = f"{row['output']}: {row['kl']:g} nats"  # no ratio to a divergence of 0
+            axes.text(least, y, label, va="center", fontsize=8.5, color=colour)
             continue
         low, high = 1 / row["times_high"], 1 / row["times_low"]
-        axes.plot([low, high], [place, place], color=colour, linewidth=2)
-        axes.plot(1 / row["times"], place, color=colour, marker="o" if row["keeps_all_drafts"] else "^", markersize=6)
+        axes.plot([low, high], [y, y], color=colour, linewidth=2)
+        axes.plot(1 / row["times"], y, color=colour, marker="o" if row["keeps_all_drafts"] else "^", markersize=6)
     axes.set_yticks(range(len(order)), order, parse_math=False)
-    axes.set(xscale="log", ylim=(len(order) - 0.4, -0.6), xlabel="divergence, MoE-Spec's own rule being 1")
+    axes.set(xscale="log", ylim=(len(order) - 0.4, -0.6), xlabel="divergence relative to MoE-Spec's own rule")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="x", labelsize=8)

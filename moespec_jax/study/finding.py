@@ -1,4 +1,4 @@
-"""Which rule is best, by how much, and how sure that is: paired comparisons text by text."""
+"""Comparison of rules: the best one, and by how much, with confidence intervals. Texts are compared in pairs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +12,17 @@ ByText = Sequence[np.ndarray]
 
 
 class Contrast(NamedTuple):
-    """Mean divergences of two rules over the same texts; by how much the first is below the second, in nats and as the
-    second's multiple of the first (None where the first is 0), each with 95 % of a bootstrap over texts."""
+    """Mean divergences of two rules over the same texts, with 95 % bootstrap intervals over texts.
+
+    Fields:
+        kl: divergence of the first rule, in nats.
+        kl_against: divergence of the second.
+        difference: `kl_against - kl`.
+        difference_95: its interval.
+        times: `kl_against / kl`; None where `kl` is 0.
+        times_95: its interval.
+        texts: number of texts.
+    """
 
     kl: float
     kl_against: float
@@ -24,14 +33,20 @@ class Contrast(NamedTuple):
     texts: int
 
     @property
-    def told_apart(self) -> bool:
-        """Whether the interval of the difference leaves out 0."""
+    def significant(self) -> bool:
+        """True where the interval of the difference excludes 0."""
         return self.difference_95[0] > 0 or self.difference_95[1] < 0
 
 
 class Standing(NamedTuple):
-    """Of some rules at one budget: the best and the one after it, the best's contrast with MoE-Spec's own rule and with
-    that runner-up (None where it is alone)."""
+    """Ranking of rules at one budget.
+
+    Fields:
+        best: rule with the least divergence.
+        runner_up: the next; None if there is no other rule.
+        against_paper: the best against MoE-Spec's own rule.
+        against_runner_up: the best against the next.
+    """
 
     best: str
     runner_up: str | None
@@ -40,7 +55,7 @@ class Standing(NamedTuple):
 
 
 def contrast(one: ByText, other: ByText) -> Contrast:
-    """Two rules over the same texts of several sets, every set counting as much as another.
+    """Compare two rules over the same texts of several sets, which have equal weight.
 
     The bootstrap draws texts within each set, the same for both rules.
     """
@@ -53,12 +68,12 @@ def contrast(one: ByText, other: ByText) -> Contrast:
 
 
 def mean_interval(by_text: ByText) -> tuple[float, float]:
-    """95 % of the same bootstrap, of the mean over sets."""
+    """Compute the 95 % interval of the mean over sets, from the same bootstrap draws."""
     return _middle(_drawn_means(by_text))
 
 
 def standing(divergences: Mapping[str, ByText], paper: str, among: Sequence[str]) -> Standing:
-    """The least divergence among some rules, of which there is at least one; `paper` need not be one of them."""
+    """Rank the rules `among` by divergence. There is at least one; `paper` need not be one of them."""
     ranked = sorted(among, key=lambda rule: _mean(divergences[rule]))
     best, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
     return Standing(
@@ -70,21 +85,23 @@ def standing(divergences: Mapping[str, ByText], paper: str, among: Sequence[str]
 
 
 def standing_sentence(found: Standing, paper: str) -> str:
-    """What a standing says, in words."""
+    """State a standing in words."""
     c = found.against_paper
     if found.best == paper:
-        said = f"MoE-Spec's own rule is best, and diverges {nats(c.kl)} from the exact target."
+        first = f"MoE-Spec's own rule is best, and diverges {nats(c.kl)} from the exact target."
     else:
-        said = f"“{found.best}” is best, and diverges {nats(c.kl)} from the exact target: {more(c)}."
+        first = f"“{found.best}” is best, and diverges {nats(c.kl)} from the exact target: {more(c)}."
     if found.against_runner_up is None:
-        return said
+        return first
     c = found.against_runner_up
-    sure = "" if c.told_apart else ", which these texts do not tell apart"
-    return f"{said} The next, “{found.runner_up}”, diverges {nats(c.difference)} more ({_span(c.difference_95)}){sure}."
+    doubt = "" if c.significant else "; these texts do not distinguish the two"
+    return (
+        f"{first} The next, “{found.runner_up}”, diverges {nats(c.difference)} more ({_span(c.difference_95)}){doubt}."
+    )
 
 
 def more(found: Contrast) -> str:
-    """By how much MoE-Spec's own rule, where it is the second, diverges more, in words."""
+    """State in words how much more MoE-Spec's own rule, the second of a contrast, diverges."""
     difference = f"{nats(found.difference)} more ({_span(found.difference_95)})"
     if found.times is None or found.times_95 is None:
         return f"MoE-Spec's own rule diverges {difference}"
@@ -92,12 +109,12 @@ def more(found: Contrast) -> str:
 
 
 def nats(value: float) -> str:
-    """As tables say it, which are rounded to six digits before."""
+    """Format a divergence; rounded to six digits first, as in the tables."""
     return f"{round(value, 6):.4f} nats"
 
 
 def _drawn_means(by_text: ByText) -> np.ndarray:
-    """Means over sets of drawn texts: the same draws for every rule."""
+    """Draw texts `DRAWS` times, equally for every rule; returns the mean over sets of each draw."""
     random = np.random.default_rng(0)
     draws = [values[random.integers(0, len(values), (DRAWS, len(values)))].mean(axis=1) for values in by_text]
     return np.mean(draws, axis=0)
@@ -117,7 +134,7 @@ def _span(bounds: tuple[float, float], digits: int = 4) -> str:
 
 
 def contrast_row(found: Contrast) -> dict[str, Any]:
-    """As columns of a table."""
+    """Columns of a table for a contrast."""
     low, high = found.times_95 or (None, None)
     columns = {
         "kl": found.kl,

@@ -1,4 +1,4 @@
-"""What a study measures, piece by piece: each is kept in a ledger before the next begins."""
+"""Measurements of a study, task by task: the value of each is in a ledger before the next begins."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -16,23 +16,36 @@ from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out
 from moespec_jax.measure.teacher_forcing import ForcedStats
 from moespec_jax.measure.timing import TimingCase, time_interleaved
 from moespec_jax.runtime.model import Model
-from moespec_jax.study.coactivation import together
+from moespec_jax.study.coactivation import count_pairs
 from moespec_jax.study.demand import kept_mass, unions
 from moespec_jax.study.reconstruction import Loss, loss, outputs
 from moespec_jax.study.routing import TreeRouting, observed_rounds, text_experts
 from moespec_jax.study.rules import RULES, rule_of
 
-# Texts of a set: what the target writes after a prompt, or what was there.
+# Kinds of text after a prompt: the target's continuation, or that of the source.
 OWN, GIVEN = "own text", "given text"
-# Of the rounds observed, how many of the last are reconstructed, and how many layers' pairs of experts are counted.
+# Number of last rounds whose expert outputs are reconstructed, and of layers whose pairs of experts are counted.
 RECONSTRUCTED, COUNTED = 2, 3
+# Name in the ledger, and function that computes the value.
 Task = tuple[str, Callable[[], Any]]
 
 
 class Plan(NamedTuple):
-    """What is measured: trees of this shape; `tokens` of each text after its prompt, `batch` texts side by side; the
-    routing of so many rounds; `rules` at `budgets`; and of them, `timed` ones on the first `timed_prompts` prompts of
-    each set, for `timed_tokens` tokens and `repeats` turns."""
+    """Settings of the measurements.
+
+    Fields:
+        tree: shape of all trees.
+        tokens: number of tokens of each text after its prompt.
+        batch: number of texts that run at once.
+        rounds: number of rounds after each prompt whose routing is recorded.
+        rules: names of the compared rules.
+        budgets: numbers of experts at which they are compared.
+        timed: names of the timed rules.
+        timed_budgets: numbers of experts at which they are timed.
+        timed_prompts: number of prompts of each set that are timed, the first ones; 0 times nothing.
+        timed_tokens: number of new tokens of each timed prompt.
+        repeats: number of turns.
+    """
 
     tree: TreeConfig
     tokens: int
@@ -48,11 +61,11 @@ class Plan(NamedTuple):
 
 
 def measure(model: Model, plan: Plan, sets: Mapping[str, Sequence[Sequence[int]]], ledger: Ledger) -> None:
-    """Run every task that the ledger lacks, then time, while nothing else runs."""
+    """Run every task that the ledger lacks, then the timing, beside which nothing else runs."""
     tasks = [task for name, prompts in sets.items() for task in SetStudy(model, plan, name, prompts, ledger).tasks()]
     with tqdm(total=len(tasks), unit="task", disable=None) as bar:
         while tasks:
-            name, run = tasks.pop(0)  # the last task of a set frees what they share
+            name, run = tasks.pop(0)  # so that a set's shared results are freed after its last task
             bar.set_description(name)
             ledger.task(name, run)
             bar.update()
@@ -63,13 +76,13 @@ def measure(model: Model, plan: Plan, sets: Mapping[str, Sequence[Sequence[int]]
 
 
 class SetStudy:
-    """The pieces of one set of prompts, with what they share."""
+    """Tasks of one set of prompts, and the intermediate results that they share."""
 
     def __init__(self, model: Model, plan: Plan, name: str, prompts: Sequence[Sequence[int]], ledger: Ledger):
         self._model, self._plan, self._name, self._prompts, self._ledger = model, plan, name, prompts, ledger
 
     def tasks(self) -> Iterator[Task]:
-        """List names of tasks, and functions that run them."""
+        """Yield the tasks in the order in which they can run."""
         yield f"{self._name}: continuations", self._continue
         yield f"{self._name}: demand", self._demand
         yield f"{self._name}: coactivation", self._coactivation
@@ -99,10 +112,10 @@ class SetStudy:
     def _coactivation(self) -> dict[str, Any]:
         experts = text_experts(self._model, self._ledger.get(f"{self._name}: continuations"), self._plan.batch)
         count = self._model.config.num_experts
-        return {str(layer): together(experts[layer], count).tolist() for layer in counted_layers(len(experts))}
+        return {str(layer): count_pairs(experts[layer], count).tolist() for layer in counted_layers(len(experts))}
 
     def _reconstruct(self, rule: str, budget: int) -> dict[str, Any]:
-        """Sums over trees."""
+        """Sum the fields of `Loss` over the trees of the last rounds."""
         config = BudgetConfig(self._model.config.num_experts, **RULES[rule])
         parts = [loss(self._model, seen, config, budget, exact) for seen, exact in self._last_rounds]
         sums = {name: sum(np.asarray(getattr(part, name), np.float64) for part in parts) for name in Loss._fields}
@@ -125,7 +138,7 @@ class SetStudy:
 
     @cached_property
     def _observed(self) -> list[TreeRouting]:
-        """All rounds, of which the last keep their inputs."""
+        """Routing of all rounds; only the last keep their inputs, which are large."""
         plan, found = self._plan, []
         for number, seen in enumerate(observed_rounds(self._model, plan.tree, self._prompts, plan.rounds, plan.batch)):
             late = number % plan.rounds >= plan.rounds - RECONSTRUCTED
@@ -139,7 +152,7 @@ class SetStudy:
 
 
 def timed_cases(plan: Plan) -> dict[str, TimingCase]:
-    """Cases that are timed, by name."""
+    """List the timed cases by name: plain decoding, the tree without a budget, and every timed rule and budget."""
     found = {"plain": TimingCase(), "exact": TimingCase(DecodingSpec(plan.tree))}
     for rule in plan.timed:
         for budget in plan.timed_budgets:
@@ -148,37 +161,37 @@ def timed_cases(plan: Plan) -> dict[str, TimingCase]:
 
 
 def kinds(name: str) -> list[str]:
-    """Which texts of a set are stats."""
+    """List the kinds of text of a set; only held-out modules have a given text."""
     return [OWN, GIVEN] if name == HELD_OUT else [OWN]
 
 
 def counted_layers(layers: int) -> list[int]:
-    """Sparse layers whose pairs of experts are counted: the first, the last and what lies between."""
+    """Choose the sparse layers whose pairs of experts are counted, evenly from the first to the last."""
     return sorted(set(np.linspace(0, layers - 1, COUNTED).round().astype(int).tolist()))
 
 
 def exact_key(name: str, kind: str) -> str:
-    """The piece that follows a set's texts without a budget."""
+    """Ledger key of teacher forcing without a budget."""
     return f"{name}: {kind}, exact"
 
 
 def forced_key(name: str, kind: str, rule: str, budget: int) -> str:
-    """The piece that follows a set's texts under a budget."""
+    """Ledger key of teacher forcing under a budget."""
     return f"{name}: {kind}, {rule}, B = {budget}"
 
 
 def reconstruction_key(name: str, rule: str, budget: int) -> str:
-    """The piece of a rule's reconstruction errors under a budget."""
+    """Ledger key of a rule's reconstruction errors under a budget."""
     return f"{name}: reconstruction, {rule}, B = {budget}"
 
 
-def timed_key(name: str, turn: int, what: str) -> str:
-    """The piece of a timed setting in one of a set's turns."""
-    return f"{name}: turn {turn}, {what}"
+def timed_key(name: str, turn: int, case: str) -> str:
+    """Ledger key of a timed case in one of a set's turns (`time_interleaved`)."""
+    return f"{name}: turn {turn}, {case}"
 
 
 def _by_text(stats: ForcedStats) -> dict[str, Any]:
-    """Rounds of each text, and how many committed each depth."""
+    """Number of rounds of each text, and of those that committed a node of each depth."""
     return {
         "rounds_by_text": stats.rounds.astype(int).tolist(),
         "committed_by_text": stats.committed.astype(int).tolist(),

@@ -1,4 +1,4 @@
-"""One page of HTML that holds all of a study: sentences, pictures and tables, and how it was made."""
+"""HTML page of a study: findings, pictures and tables, and the command that made them, in one file."""
 
 import base64
 import html
@@ -24,7 +24,14 @@ td.exact { font-weight: 600; } td.lossy { font-style: italic; }
 
 
 class Section(NamedTuple):
-    """A heading, what it shows in words, a picture beside the page, and tables with their captions."""
+    """Section of the page.
+
+    Fields:
+        title: heading.
+        text: description.
+        picture: file name in the page's directory.
+        tables: captions and rows; the first row holds the names of the columns.
+    """
 
     title: str
     text: str
@@ -39,9 +46,9 @@ def page(
     sections: Sequence[Section],
     directory: Path,
 ) -> str:
-    """The whole page; pictures are read from `directory` and put into it. A finding is a paragraph and a list."""
+    """Render the page; pictures are read from `directory` and embedded. A finding is a paragraph and a list."""
     about = "".join(f"<dt>{_text(name)}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items())
-    parts = [f"<h1>{_text(title)}</h1>", f"<dl>{about}</dl>", "<h2>The finding</h2>" if findings else ""]
+    parts = [f"<h1>{_text(title)}</h1>", f"<dl>{about}</dl>", "<h2>Findings</h2>" if findings else ""]
     for whole, each in findings:
         lines = "".join(f"<li>{_text(line)}</li>" for line in each)
         parts.append(f'<div class="finding"><p>{_text(whole)}</p>{f"<ul>{lines}</ul>" if each else ""}</div>')
@@ -67,8 +74,8 @@ def _picture(file: Path, title: str) -> str:
 def _table(caption: str, rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>\n" for row in rows[1:])
-    said = f'<p class="note">{_text(caption)}</p>' if caption else ""
-    return f'{said}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    note = f'<p class="note">{_text(caption)}</p>' if caption else ""
+    return f'{note}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
 
 
 def _cell(cell: str) -> str:

@@ -1,7 +1,7 @@
-"""How much of the experts' output is lost where a budget takes the place of free choice, layer by layer.
+"""Error of the experts' output under a budget, layer by layer.
 
-The inputs are those of exact verifications, so that every layer is judged by itself and not by what the ones before it
-lost. A shared expert is read in any case and left out.
+Inputs are those of exact verifications, so that the error of a layer does not contain that of the layers before it.
+Shared experts are read in any case, and left out.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,14 @@ from moespec_jax.study.routing import TreeRouting
 
 
 class Loss(NamedTuple):
-    """Sums over rows, to be added up over rounds: of squared errors and of squared outputs, of all rows that stay in
-    the tree (column 0) and of those that were committed (column 1); and of rows, in all and given up."""
+    """Sums over rows, which add up over rounds.
+
+    Fields:
+        errors: squared errors, of all rows that stay in the tree (column 0) and of the committed ones (column 1).
+        outputs: squared outputs without a budget, of the same rows.
+        rows: number of rows.
+        given_up: number of pruned rows.
+    """
 
     errors: Float[np.ndarray, "layers 2"]
     outputs: Float[np.ndarray, "layers 2"]
@@ -33,6 +39,8 @@ class Loss(NamedTuple):
 
 
 class _Rule(NamedTuple):
+    """Resolved budget, and whether the model renormalises combine weights."""
+
     budget: BudgetConfig
     norm_topk_prob: bool
 
@@ -44,39 +52,36 @@ class _Compute(NamedTuple):
     activation: str
 
 
-def loss(model: Model, seen: TreeRouting, rule: BudgetConfig, bound: int, exact: Array | None = None) -> Loss:
-    """||y_budget - y||^2 and ||y||^2 under a rule that `bound` lowers to so many experts: give the rule all experts.
+def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact: Array | None = None) -> Loss:
+    """Sum ||y_budget - y||^2 and ||y||^2 over the rows of all trees, under a rule and without a budget.
 
     Args:
-        model: the one they were observed on.
-        seen: the trees of one round (`routing.observed_rounds`), with their inputs.
-        rule: how experts are chosen.
-        bound: how many, for each tree.
-        exact: `outputs(model, seen)`, where it is known already.
-
-    Returns:
-        Sums over the rows of all trees.
+        model: the model of the trees.
+        trees: those of one round (`routing.observed_rounds`), with their inputs.
+        rule: a budget of all experts, which `bound` lowers: one program then serves all bounds.
+        bound: largest number of experts that a layer reads for a tree.
+        exact: `outputs(model, trees)`, if it was computed before.
     """
-    exact = outputs(model, seen) if exact is None else exact
+    exact = outputs(model, trees) if exact is None else exact
     settings = _Rule(resolve(rule, model.config), model.config.norm_topk_prob)
-    inputs, probabilities, experts = _rows(seen)
+    inputs, probabilities, experts = _rows(trees)
     routing, kept = model.programs.run(
-        restricted, settings, model.params, _nodes(seen), probabilities, experts, jnp.int32(bound)
+        restricted, settings, model.params, _nodes(trees), probabilities, experts, jnp.int32(bound)
     )
     budgeted = model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
-    sums = jax.tree.map(np.asarray, _sums(budgeted, exact, kept, jnp.asarray(seen.committed.reshape(-1))))
+    sums = jax.tree.map(np.asarray, _sums(budgeted, exact, kept, jnp.asarray(trees.committed.reshape(-1))))
     return Loss(*sums)
 
 
-def outputs(model: Model, seen: TreeRouting) -> Float[Array, "layers rows model"]:
-    """What the routed experts gave, layer by layer."""
-    inputs, probabilities, experts = _rows(seen)
+def outputs(model: Model, trees: TreeRouting) -> Float[Array, "layers rows model"]:
+    """Compute the routed experts' outputs without a budget, layer by layer."""
+    inputs, probabilities, experts = _rows(trees)
     routing = model.programs.run(natural, model.config.norm_topk_prob, model.params, probabilities, experts)
     return model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
 
 
 def natural(norm_topk_prob: bool, params: Decoder, probabilities: Array, experts: Array) -> Routing:
-    """The routing of `routing.route`, from what it told of every layer."""
+    """Rebuild the result of `routing.route` from each layer's probabilities and expert ids."""
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     return Routing(experts, normalise(weights) if norm_topk_prob else weights)
 
@@ -89,7 +94,7 @@ def restricted(
     experts: Int[Array, "layers rows active"],
     bound: Int[Array, ""],
 ) -> tuple[Routing, Bool[Array, "layers rows"]]:
-    """What a rule makes of every layer's routing, and which rows stay in the tree."""
+    """Apply a rule to every layer; returns the routing, and the rows that stay in the tree."""
     valid = jnp.ones(probabilities.shape[1], bool)
 
     def one(probabilities: Array, free: Routing) -> tuple[Routing, Array]:
@@ -102,7 +107,7 @@ def restricted(
 def expert_outputs(
     choice: _Compute, params: Decoder, inputs: Float[Array, "layers rows model"], routing: Routing
 ) -> Float[Array, "layers rows model"]:
-    """The back-end's expert compute, layer by layer, in float32."""
+    """Run the back-end's expert compute layer by layer; results are float32."""
 
     compute = choice.backend.compute(choice.activation)
 
@@ -134,16 +139,16 @@ def _compute(model: Model) -> _Compute:
     return _Compute(model.backend, model.config.hidden_act)
 
 
-def _rows(seen: TreeRouting) -> tuple[Array, Array, Array]:
-    """Inputs, probabilities and experts with the rows of all trees in one axis."""
+def _rows(trees: TreeRouting) -> tuple[Array, Array, Array]:
+    """Flatten inputs, probabilities and experts to one axis of the rows of all trees."""
 
     def flat(values: np.ndarray) -> Array:
         return jnp.asarray(values.reshape(values.shape[0], -1, values.shape[-1]))
 
-    return flat(seen.inputs), flat(seen.probabilities), flat(seen.experts)
+    return flat(trees.inputs), flat(trees.probabilities), flat(trees.experts)
 
 
-def _nodes(seen: TreeRouting) -> Nodes:
-    mask = jax.vmap(ancestors)(jnp.asarray(seen.parents))
-    path_probability = jnp.exp(jnp.asarray(seen.scores))
-    return Nodes(path_probability, jax.vmap(depths)(mask), mask, jnp.asarray(seen.acceptance_by_depth[0]))
+def _nodes(trees: TreeRouting) -> Nodes:
+    mask = jax.vmap(ancestors)(jnp.asarray(trees.parents))
+    path_probability = jnp.exp(jnp.asarray(trees.scores))
+    return Nodes(path_probability, jax.vmap(depths)(mask), mask, jnp.asarray(trees.acceptance_by_depth[0]))

@@ -1,4 +1,4 @@
-"""What a study writes: tables, pictures and the page, from what its ledger holds."""
+"""Results of a study, from the values of its ledger: tables, pictures and the page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ def write_report(
     command: str,
     directory: Path,
 ) -> str:
-    """Write everything into `directory`; returns what is printed: the finding, and the frontier as a table."""
+    """Write all files to `directory`; returns the text to print: divergence by rule and budget, and the findings."""
     tables = all_rows(config, plan, sets, ledger)
     stamp = {name: about[name] for name in ("model", "device", "dtype", "jax", "moespec_jax")}
     for name, rows in tables.items():
@@ -69,7 +69,7 @@ def _printed(found: Finding) -> str:
 
 
 def all_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> Tables:
-    """The rows of every table, by its name."""
+    """Build the rows of every table, by the table's name."""
     tables = {
         "unions": union_rows(config, sets, ledger),
         "kept_mass": mass_rows(sets, ledger),
@@ -92,7 +92,7 @@ def draw_all(
     about: Mapping[str, str],
     directory: Path,
 ) -> None:
-    """Every picture, with what it was measured on at its foot."""
+    """Draw every picture, with its sample, model and device at the foot."""
     first = _first_text(sets, tables["frontier"])
     each = f"{len(sets)} set{'s' * (len(sets) > 1)}"
     tokens = f"{first[0]['texts']} texts of {plan.tokens} tokens, {first[0]['set']}"
@@ -134,7 +134,7 @@ def draw_all(
 
 
 def _span(rows: Sequence[Row], column: str) -> str:
-    """`24`, or `8 to 24` where sets differ."""
+    """Format the values of a column: `24`, or `8 to 24` where sets differ."""
     counts = [row[column] for row in rows]
     return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
@@ -147,7 +147,7 @@ def _stamp(about: Mapping[str, str]) -> str:
 
 
 def _first_text(sets: Sequence[str], frontier: Sequence[Row]) -> list[Row]:
-    """Rows of the own texts of all sets, or of the only one."""
+    """Select the rows of the own texts of all sets, or of the only set."""
     over = ALL if len(sets) > 1 else sets[0]
     return [row for row in frontier if row["set"] == over and row["text"] == OWN]
 
@@ -167,7 +167,7 @@ def _facts(
         "device": f"{about['device']}, {about['dtype']}",
         "prompts": ", ".join(f"{name} ({texts[name]})" for name in sets),
         "versions": f"moespec_jax {about['moespec_jax']}, jax {about['jax']}",
-        "made by": command,
+        "command": command,
     }
 
 
@@ -176,22 +176,22 @@ def _sections(config: DecoderConfig, plan: Plan, sets: Sequence[str], tables: Ta
     texts = {}
     for row in tables["frontier"]:
         texts.setdefault((row["set"], row["text"]), []).append(row)
-    followed = [(_title(rows), frontier_table(rows, budgets)) for rows in texts.values()]
+    by_text = [(_title(rows), frontier_table(rows, budgets)) for rows in texts.values()]
     least = f"least_budget_for_{HELD:.0%}"
     found = [
-        Section("Rules against MoE-Spec's own", _FINDING, "finding.png"),
-        Section("Divergence and acceptance by budget", _FRONTIER, "frontier.png", followed),
-        Section("Every text by itself", _TEXTS, "frontier_by_text.png"),
-        Section("Speed and agreement", _SPEED, "throughput.png", _speed_tables(tables)),
-        Section("Experts by size of the tree", _UNIONS, "unions.png"),
+        Section("Rules compared with MoE-Spec's own", _FINDING, "finding.png"),
+        Section("Divergence and acceptance by budget", _FRONTIER, "frontier.png", by_text),
+        Section("Divergence by set and kind of text", _TEXTS, "frontier_by_text.png"),
+        Section("Speed, and agreement with plain decoding", _SPEED, "throughput.png", _speed_tables(tables)),
+        Section("Distinct experts by tree size", _UNIONS, "unions.png"),
         Section(
-            "Mass kept by budget",
+            "Router probability kept by budget",
             _MASS,
             "kept_mass.png",
             [("", mass_table(tables["kept_mass"], least, config.num_experts))],
         ),
-        Section("What is lost of the experts' output", _RECONSTRUCTION, "reconstruction.png"),
-        Section("Experts that go together", _COACTIVATION, "coactivation.png"),
+        Section("Error of the experts' output", _RECONSTRUCTION, "reconstruction.png"),
+        Section("Experts selected together", _COACTIVATION, "coactivation.png"),
         Section("Acceptance by depth", _ACCEPTANCE, "acceptance.png"),
     ]
     absent = {f"{name}.png" for name in ("finding", "throughput") if name not in tables}
@@ -206,39 +206,40 @@ def _speed_tables(tables: Tables) -> list[tuple[str, list[list[str]]]]:
 
 
 _FINDING = (
-    "The divergence of each rule over that of MoE-Spec's own rule on the same texts; a bar is 95 % of a bootstrap that"
-    " draws texts, the same for both. Circles keep every drafted token, triangles give up those that lost their experts"
-    " and gain fewer tokens a round for it."
+    "Divergence of each rule divided by that of MoE-Spec's own rule on the same texts. Bars are 95 % intervals of a"
+    " bootstrap over texts, with the same draws for both rules. Circles: rules that prune no drafted token. Triangles:"
+    " rules that prune drafted tokens whose experts are not read, and therefore gain fewer tokens a round."
 )
 _FRONTIER = (
-    "Texts are followed token by token through verifications under the budget; KL(exact || budgeted) of the next token,"
-    " in nats, against the exact target on the same prefix. Own text is the target's exact greedy continuation of the"
-    " prompts. All rows are lossy but where they say exact; a rule that is exact has no place on a logarithmic axis."
+    "Texts are teacher-forced through verifications under the budget. Divergence is KL(exact || budgeted) of the next"
+    " token after the same prefix, in nats. Own text is the target's exact greedy continuation of the prompts. All"
+    " budgeted rows are lossy except those marked exact, whose divergence of 0 is not shown on a logarithmic axis."
 )
-_TEXTS = "Given text is what follows in the held-out modules, which the target would not always have written."
+_TEXTS = "Given text is the text of the held-out modules after the prompt. It is not in general the target's own."
 _SPEED = (
-    "Whole generations in turns in one process, greedy, one prompt at a time; shaded is the range of the turns. The"
-    " same tokens: the share of plain decoding's tokens before the first that differs, so that one early difference"
-    " weighs much where prompts are few."
+    "Greedy generation, one prompt at a time, all cases in turns in one process; shaded: range of the turns. Agreement"
+    " is the share of plain decoding's tokens before the first that differs. One early difference has a large weight"
+    " where prompts are few."
 )
 _UNIONS = (
-    "Distinct experts that the nodes of a draft tree choose together, mean of trees and layers. Smaller trees of equal"
-    " depth and top-k are the best-scored nodes of the big one. By lot: what independent uniform choices would need."
+    "Number of distinct experts that the nodes of a draft tree select together, mean of trees and layers. Smaller trees"
+    " of equal depth and top-k are the best-scored nodes of the large one. Uniform choice: expectation of independent,"
+    " uniformly distributed choices."
 )
 _MASS = (
-    "Router probability summed over the nodes of a tree: the share that the heaviest B experts hold, mean of trees and"
-    " layers."
+    "Router probability summed over the nodes of a tree: share of the B experts with the largest sums, mean of trees"
+    " and layers."
 )
 _RECONSTRUCTION = (
-    "The squared distance between the routed experts' output under a budget and without, over the squared output, at"
-    " the inputs of exact verifications: every layer by itself. Nodes that a rule gives up are left out. MoE-Spec's"
-    " score counts all nodes alike; only committed nodes matter for what comes out."
+    "Squared error of the routed experts' output under a budget, divided by the squared output, at the inputs of exact"
+    " verifications: the error of a layer does not contain that of earlier layers. Pruned nodes are left out."
+    " MoE-Spec's score weighs all nodes equally; only committed nodes affect the output."
 )
 _COACTIVATION = (
-    "How many times as often as independent choices would (at each expert's own frequency) a pair of experts is chosen"
-    " by the same token, in plain passes over the texts. Experts are ordered by hierarchical clustering."
+    "Lift: how often the same token selects both experts of a pair, divided by the expectation for independent choices"
+    " at each expert's own frequency; from plain passes over the texts. Experts are ordered by hierarchical clustering."
 )
 _ACCEPTANCE = (
-    "The share of rounds that commit a node of each depth, without a budget: on own text what greedy decoding accepts,"
-    " on given text how well the head guesses it."
+    "Share of rounds that commit a node of each depth, without a budget. On own text this is the acceptance of greedy"
+    " decoding; on given text, how often the head predicts the text."
 )

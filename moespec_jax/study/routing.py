@@ -1,4 +1,4 @@
-"""What routers chose: in the draft trees of exact speculative decoding, and in texts."""
+"""Recorded routing: of the draft trees of exact speculative decoding, and of texts."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,11 @@ class TreeRouting(NamedTuple):
     Fields:
         text: index of each tree's text.
         parents, scores: as in `tree.Tree`.
-        committed: nodes that became text, the root included.
+        committed: mask of the accepted nodes, the root included.
         acceptance_by_depth: share of earlier rounds that committed a node of each depth.
-        probabilities: routers' softmax.
+        probabilities: softmax of the router.
         experts: expert ids.
-        inputs: rows that router and experts read; empty where they were not kept.
+        inputs: hidden states that router and experts read; width 0 where they were not kept.
     """
 
     text: Int[np.ndarray, " trees"]
@@ -48,7 +48,7 @@ class TreeRouting(NamedTuple):
 
 
 class _Observed(NamedTuple):
-    """One round's verification, with the rows of all trees in one axis."""
+    """Routing of one round's verification, with the rows of all trees in one axis."""
 
     round_info: RoundInfo
     acceptance_by_depth: Float[Array, " depths"]
@@ -58,10 +58,10 @@ class _Observed(NamedTuple):
 
 
 def check_studied(model: Model) -> None:
-    """Refuse a model whose verification reads no experts, or that drafts nothing.
+    """Check that a model has a draft head and experts.
 
     Raises:
-        RequestError: it is such a model.
+        RequestError: it lacks one of them.
     """
     if model.draft is None:
         raise RequestError(f"expected a draft head to draft trees with; {model.directory} was loaded without one")
@@ -72,19 +72,19 @@ def check_studied(model: Model) -> None:
 def tree_routing(
     model: Model, tree: TreeConfig, prompts: Sequence[Sequence[int]], rounds: int = 8, batch: int | None = None
 ) -> TreeRouting:
-    """All trees of the first `rounds` rounds of every prompt, decoded exactly and greedily; without `inputs`.
+    """Record all trees of the first `rounds` rounds after every prompt, decoded exactly and greedily; without `inputs`.
 
     Raises:
         RequestError: the model has no draft head, or no experts.
     """
     parts = [
-        seen._replace(inputs=seen.inputs[..., :0]) for seen in observed_rounds(model, tree, prompts, rounds, batch)
+        trees._replace(inputs=trees.inputs[..., :0]) for trees in observed_rounds(model, tree, prompts, rounds, batch)
     ]
     return join(parts)
 
 
 def join(parts: Sequence[TreeRouting]) -> TreeRouting:
-    """Trees of several rounds as one."""
+    """Concatenate the trees of several rounds."""
     axes = TreeRouting(0, 0, 0, 0, 0, 1, 1, 1)  # pyright: ignore[reportArgumentType]
     return TreeRouting(*(np.concatenate(v, axis=a) for v, a in zip(zip(*parts, strict=True), axes, strict=True)))
 
@@ -92,8 +92,8 @@ def join(parts: Sequence[TreeRouting]) -> TreeRouting:
 def observed_rounds(
     model: Model, tree: TreeConfig, prompts: Sequence[Sequence[int]], rounds: int, batch: int | None = None
 ) -> Iterator[TreeRouting]:
-    """The trees of each round in turn, of `batch` prompts at a time (None: of all): exact greedy speculative decoding
-    that does not stop before the context does.
+    """Yield the trees of each round in turn, of `batch` prompts at a time (None: of all): exact greedy speculative
+    decoding, which only the end of the context stops.
 
     Raises:
         RequestError: the model has no draft head, or no experts.
@@ -108,14 +108,14 @@ def observed_rounds(
         state = Run(model.programs, method, params, Batch(part, limits, (), 0)).state_after(0)
         for _ in range(rounds):
             # Not donated: a stacked cache has a layout of its own, which only a loop's carry can reuse in place.
-            state, seen = model.programs.run(observed_round, method, params, state)
-            yield _by_tree(jax.tree.map(np.asarray, seen), tree, first)
+            state, observed = model.programs.run(observed_round, method, params, state)
+            yield _by_tree(jax.tree.map(np.asarray, observed), tree, first)
 
 
 def observed_round(
     method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any]
 ) -> tuple[SpeculationState[Any], _Observed]:
-    """Run a round; also the routing of its verification."""
+    """Run a round; returns the routing of its verification too."""
     infos: list[ForwardInfo] = []
 
     def observed_forward(*arguments: Any, **named: Any) -> Any:
@@ -136,7 +136,7 @@ def observed_round(
 def text_experts(
     model: Model, texts: Sequence[Sequence[int]], batch: int | None = None
 ) -> Int[np.ndarray, "layers tokens active"]:
-    """The experts that every token of some texts goes to, in one plain pass over `batch` of them at a time."""
+    """Record the experts of every token of some texts, in one plain pass over `batch` texts at a time."""
     prefill, every = model.autoregressive(SamplingConfig()).prefill, len(texts) if batch is None else batch
     longest, found = max(len(text) for text in texts), []
     for first in range(0, len(texts), every):
@@ -153,7 +153,7 @@ def text_experts(
 def experts_of(
     prefill: TargetPrefill, params: Decoder, tokens: Int[Array, "texts tokens"], lengths: Int[Array, " texts"]
 ) -> Int[Array, "layers rows active"]:
-    """Experts of all rows; rows past the end of a text go to none."""
+    """Compute the experts of all rows; rows past the end of a text have id `num_experts`."""
     config = prefill.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     cache = empty_cache(config, tokens.shape[0], tokens.shape[1], params.embed.dtype, stacked=params.stacked)
@@ -164,9 +164,9 @@ def experts_of(
     return jnp.stack([router.experts for router in info.routers])
 
 
-def _by_tree(seen: Any, tree: TreeConfig, first: int) -> TreeRouting:
-    """Of the sequences that took part, the rows tree by tree."""
-    info = seen.round_info
+def _by_tree(observed: Any, tree: TreeConfig, first: int) -> TreeRouting:
+    """Split the rows by tree, and drop the trees of finished sequences."""
+    info = observed.round_info
     active, path, count = info.active, info.accepted.path, info.accepted.count
     committed = np.zeros((len(active), tree.size), bool)
     taken = np.arange(path.shape[1])[None, :] < count[:, None]
@@ -180,8 +180,8 @@ def _by_tree(seen: Any, tree: TreeConfig, first: int) -> TreeRouting:
         info.tree.parents[active],
         info.tree.scores[active],
         committed[active],
-        np.repeat(seen.acceptance_by_depth[None], active.sum(), axis=0),
-        split(seen.probabilities),
-        split(seen.experts),
-        split(seen.inputs),
+        np.repeat(observed.acceptance_by_depth[None], active.sum(), axis=0),
+        split(observed.probabilities),
+        split(observed.experts),
+        split(observed.inputs),
     )

@@ -1,4 +1,4 @@
-"""What was measured as rows: a table for each figure, a mapping from column to value for each row."""
+"""Measurements as rows: a table for each figure, and a mapping from columns to values for each row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,13 +26,13 @@ from moespec_jax.study.measure import (
 from moespec_jax.study.rules import mark
 
 Row = dict[str, Any]
-HELD = 0.9  # the share of the mass that a budget is asked to hold
-ALL = "all sets"  # what sets are called together
+HELD = 0.9  # share of the mass whose least budget is reported
+ALL = "all sets"  # in place of a set's name, in rows over all of them
 _MEANS = ("nll", "perplexity", "accept_length", "experts_wanted", "experts_read", "tokens_replaced")
 
 
 def union_rows(config: DecoderConfig, sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """Distinct experts by number of nodes, of each layer and of their mean."""
+    """List the distinct experts by number of nodes, of each layer and of the mean of layers."""
     rows = []
     for name in sets:
         stats = ledger.get(f"{name}: demand")
@@ -46,7 +46,7 @@ def union_rows(config: DecoderConfig, sets: Sequence[str], ledger: Ledger) -> li
 
 
 def mass_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """Share of the router's probability by budget, and the least budget that holds `HELD` of it."""
+    """List the share of router probability by budget, and the least budget that keeps `HELD` of it."""
     rows = []
     for name in sets:
         stats = ledger.get(f"{name}: demand")
@@ -59,31 +59,32 @@ def mass_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
 
 
 def frontier_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """Divergence, agreement and acceptance by rule and budget, of each set's texts; and means over all sets' own texts,
-    if there are several."""
+    """List divergence, agreement and acceptance by rule and budget: means over the own texts of all sets, if there are
+    several sets, then those of each set and kind of text."""
     rows = []
-    together = [[(name, OWN) for name in sets]] if len(sets) > 1 else []
-    for texts in together + [[(name, kind)] for name in sets for kind in kinds(name)]:
-        under: list[tuple[str, int] | None] = [None, *((rule, b) for rule in plan.rules for b in plan.budgets)]
-        for what in under:
-            keys = [exact_key(*text) if what is None else forced_key(*text, *what) for text in texts]
+    joint = [[(name, OWN) for name in sets]] if len(sets) > 1 else []
+    for texts in joint + [[(name, kind)] for name in sets for kind in kinds(name)]:
+        cases: list[tuple[str, int] | None] = [None, *((rule, b) for rule in plan.rules for b in plan.budgets)]
+        for case in cases:
+            keys = [exact_key(*text) if case is None else forced_key(*text, *case) for text in texts]
             row = {"set": texts[0][0] if len(texts) == 1 else ALL, "text": texts[0][1]}
-            row |= {"rule": what[0] if what else "no budget", "budget": what[1] if what else None}
-            row |= {"output": mark(*what, config) if what else "exact"}
+            row |= {"rule": case[0] if case else "no budget", "budget": case[1] if case else None}
+            row |= {"output": mark(*case, config) if case else "exact"}
             rows.append(row | _forced([ledger.get(key) for key in keys]))
     return rows
 
 
 def throughput_rows(plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """Speed in turns with plain decoding, and the share of its tokens up to the first that differs."""
+    """List the speed of every timed case, in turns with plain decoding, and the share of plain decoding's tokens before
+    the first that differs."""
     rows = []
     for name in sets:
         turns = range(plan.repeats)
         plain = [ledger.get(timed_key(name, turn, "plain")) for turn in turns]
-        for what, case in timed_cases(plan).items():
-            stats = [ledger.get(timed_key(name, turn, what)) for turn in turns]
-            rule, _, budget = what.rpartition(", B = ")
-            row = {"set": name, "rule": rule or what, "budget": int(budget) if rule else None}
+        for label, case in timed_cases(plan).items():
+            stats = [ledger.get(timed_key(name, turn, label)) for turn in turns]
+            rule, _, budget = label.rpartition(", B = ")
+            row = {"set": name, "rule": rule or label, "budget": int(budget) if rule else None}
             row |= {"output": "exact" if stats[-1]["exact"] else "lossy"}
             for column, values in {
                 "tokens_per_s": [tokens_per_second(one) for one in stats],
@@ -101,7 +102,7 @@ def throughput_rows(plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row
 
 
 def reconstruction_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """||y_budget - y||^2 / ||y||^2 by rule, budget and layer, of all rows and of those that were committed."""
+    """List ||y_budget - y||^2 / ||y||^2 by rule, budget and layer, over all rows and over the committed ones."""
     rows = []
     for name in sets:
         for rule in plan.rules:
@@ -117,7 +118,7 @@ def reconstruction_rows(config: DecoderConfig, plan: Plan, sets: Sequence[str], 
 
 
 def coactivation_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """Every pair of experts of the layers that were counted, over all sets."""
+    """List every pair of experts of the counted layers, over all sets."""
     rows = []
     for layer, pairs in pair_counts(sets, ledger).items():
         lifted = lift(pairs)
@@ -130,13 +131,13 @@ def coactivation_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
 
 
 def pair_counts(sets: Sequence[str], ledger: Ledger) -> dict[int, np.ndarray]:
-    """How many tokens of all sets chose each pair of experts, by layer."""
+    """Count the tokens of all sets that selected each pair of experts, by layer."""
     stats = [ledger.get(f"{name}: coactivation") for name in sets]
     return {int(layer): np.sum([one[layer] for one in stats], axis=0) for layer in stats[0]}
 
 
 def acceptance_rows(sets: Sequence[str], ledger: Ledger) -> list[Row]:
-    """The share of rounds that commit a node of each depth, without a budget."""
+    """List the share of rounds that commit a node of each depth, without a budget."""
     rows = []
     for name in sets:
         for kind in kinds(name):
@@ -156,17 +157,17 @@ def _by_layer(curves: Sequence[Sequence[float]]) -> list[tuple[str | int, np.nda
 
 
 def _losses(sums: Mapping[str, np.ndarray], layer: str | int) -> Row:
-    """Of one layer, or the mean of layers."""
+    """Compute the columns of one layer, or of the mean of layers."""
     ratio = sums["errors"] / np.where(sums["outputs"] > 0, sums["outputs"], np.nan)
-    lost = sums["given_up"] / sums["rows"]
+    pruned = sums["given_up"] / sums["rows"]
     chosen = slice(None) if layer == "mean" else slice(int(layer), int(layer) + 1)
     every, committed = ratio[chosen].mean(axis=0)
-    row = {"error_all": _round(every), "error_committed": _round(committed), "given_up": _round(lost[chosen].mean())}
+    row = {"error_all": _round(every), "error_committed": _round(committed), "given_up": _round(pruned[chosen].mean())}
     return row | {"rows": int(sums["rows"][0])}
 
 
 def _forced(stats: Sequence[Mapping[str, Any]]) -> Row:
-    """Means over sets, every set counting as much as another, and sums of what is counted."""
+    """Average over sets, which have equal weight; counts are summed."""
     row = {}
     for column in ("kl", "top1"):
         by_text = [np.array(one[f"{column}_by_text"]) for one in stats]
@@ -180,7 +181,7 @@ def _forced(stats: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def _ratio_interval(committed: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % of a bootstrap over texts of each depth's share of rounds."""
+    """Compute the 95 % bootstrap interval over texts of each depth's share of rounds."""
     drawn = np.random.default_rng(0).integers(0, len(rounds), (DRAWS, len(rounds)))
     shares = committed[drawn].sum(axis=1) / rounds[drawn].sum(axis=1)[:, None]
     low, high = np.percentile(shares, [2.5, 97.5], axis=0)
@@ -188,5 +189,5 @@ def _ratio_interval(committed: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarr
 
 
 def _round(value: float) -> float | None:
-    """None where it is not a number."""
+    """Round to six digits; None for NaN and infinities."""
     return round(float(value), 6) if np.isfinite(value) else None

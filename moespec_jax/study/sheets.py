@@ -1,4 +1,4 @@
-"""The pictures that a study writes: figures with titles and with what they were measured on, from rows."""
+"""Pictures of a study: figures with titles, drawn from rows, and saved with their sample at the foot."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -28,30 +28,30 @@ from moespec_jax.study.style import End, label_ends, open_axes
 
 
 def save(figure: Figure, file: Path, stamp: str) -> None:
-    """With what it was measured on at its foot; the file is whole or not there."""
+    """Write a figure as PNG with `stamp` at its foot. An interrupted write leaves no incomplete file."""
     figure.supxlabel(stamp, fontsize=7, color="0.45", x=0.01, ha="left", parse_math=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=110, format="png")
     with replacing(file) as temporary:
-        # So many colours are enough for lines and text, and take a third of the bytes.
+        # A palette of 256 colours is enough for lines and text, and takes a third of the bytes.
         Image.open(drawn).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
 
 
 def unions_sheet(config: DecoderConfig, rows: Sequence[Row]) -> Figure:
-    """Distinct experts against the size of the tree."""
+    """Draw the distinct experts by tree size."""
     figure, (axes,) = _sheet(1, (7.2, 4.2))
     curves = {name: _column(own, "experts") for name, own in _by(_where(rows, layer="mean"), "set").items()}
-    axes.set_title("What a tree reads: distinct experts by its size", loc="left", fontsize=11)
+    axes.set_title("Distinct experts by tree size", loc="left", fontsize=11)
     draw_unions(axes, curves, config.num_experts, config.num_experts_per_tok)
     return figure
 
 
 def mass_sheet(config: DecoderConfig, rows: Sequence[Row]) -> Figure:
-    """Kept mass against the budget, and what holds 90 % by layer."""
+    """Draw the kept mass by budget, and the least budget that keeps `HELD` of it by layer."""
     figure, (left, right) = _sheet(2, (9.6, 4.2), [1.5, 1])
     least = f"least_budget_for_{HELD:.0%}"
     means = _by(_where(rows, layer="mean"), "set")
-    left.set_title("How much of the routing a budget holds", loc="left", fontsize=11)
+    left.set_title("Router probability kept by budget", loc="left", fontsize=11)
     draw_kept_mass(left, {name: _column(own, "mass") for name, own in means.items()}, HELD)
     right.set_title("by layer", loc="left", fontsize=11)
     layers = [row for row in rows if row["layer"] != "mean" and row["budget"] == 1]
@@ -60,12 +60,12 @@ def mass_sheet(config: DecoderConfig, rows: Sequence[Row]) -> Figure:
 
 
 def frontier_sheet(rows: Sequence[Row], over: str) -> Figure:
-    """Divergence and acceptance by budget: means over the texts given."""
+    """Draw divergence and acceptance length by budget: means over the sets of the rows."""
     figure, (left, right) = _sheet(2, (10.4, 4.8))
     lines = {rule: _mean_columns(own) for rule, own in _by(rows, "rule").items() if rule != "no budget"}
     left.set_title(f"Divergence by budget, {over}", loc="left", fontsize=11)
     _labelled(left, draw_by_budget(left, lines, "kl", logarithmic=True), "KL(exact || budgeted), nats")
-    right.set_title("and what it gains", loc="left", fontsize=11)
+    right.set_title("Acceptance length by budget", loc="left", fontsize=11)
     ends = draw_by_budget(right, lines, "accept_length")
     without = float(np.mean([row["accept_length"] for row in _where(rows, rule="no budget")]))
     right.axhline(without, color="black", linestyle=":", linewidth=1)
@@ -75,7 +75,7 @@ def frontier_sheet(rows: Sequence[Row], over: str) -> Figure:
 
 
 def texts_sheet(rows: Sequence[Row]) -> Figure:
-    """Divergence by budget of every text by itself."""
+    """Draw divergence by budget: a panel for every set and kind of text."""
     texts = {f"{name}, {kind}": own for name, by in _by(rows, "set").items() for kind, own in _by(by, "text").items()}
     wide = min(2, len(texts))
     tall = -(-len(texts) // wide)
@@ -85,13 +85,13 @@ def texts_sheet(rows: Sequence[Row]) -> Figure:
         lines = {rule: _columns(one) for rule, one in _by(own, "rule").items() if rule != "no budget"}
         axes.set_title(name, loc="left", fontsize=10, parse_math=False)
         ends.append(draw_by_budget(axes, lines, "kl", logarithmic=True))
-    for axes, found in zip(panels, ends, strict=True):  # the last panel may have moved the limits of all
+    for axes, found in zip(panels, ends, strict=True):  # afterwards: panels share the limits of their y axes
         _labelled(axes, found, "KL, nats")
     return figure
 
 
 def speed_sheet(rows: Sequence[Row]) -> Figure:
-    """Speed, and agreement with plain decoding, by budget, set by set."""
+    """Draw speed, and agreement with plain decoding, by budget: two panels for every set."""
     sets = _by(rows, "set")
     figure, panels = _sheet(2 * len(sets), (10.4, 0.6 + 3.4 * len(sets)), columns=2)
     for number, (name, own) in enumerate(sets.items()):
@@ -100,19 +100,19 @@ def speed_sheet(rows: Sequence[Row]) -> Figure:
         ends = draw_speed(left, own, "over_plain_median")
         left.set_ylim(0, None)
         _labelled(left, ends, "times plain decoding")
-        right.set_title("and the same tokens as plain", loc="left", fontsize=11)
+        right.set_title("Agreement with plain decoding", loc="left", fontsize=11)
         ends = draw_speed(right, own, "agreement", 100)
         right.set_ylim(0, 104)
-        _labelled(right, ends, "%, before the first that differs")
+        _labelled(right, ends, "% of tokens before the first difference")
     return figure
 
 
 def reconstruction_sheet(rows: Sequence[Row]) -> Figure:
-    """Error of the experts' output by budget, of all rows and of committed ones, and by layer."""
+    """Draw the error of the experts' output by budget, over all nodes and over committed ones, and by layer."""
     figure, (every, committed, layers) = _sheet(3, (13.0, 4.3))
     lines = {rule: _mean_columns(own) for rule, own in _by(_where(rows, layer="mean"), "rule").items()}
     for axes, column, title in ((every, "error_all", "all nodes"), (committed, "error_committed", "committed nodes")):
-        axes.set_title(f"Lost of the experts' output, {title}", loc="left", fontsize=11)
+        axes.set_title(f"Error of the experts' output, {title}", loc="left", fontsize=11)
         ends = draw_by_budget(axes, lines, column)
         axes.set_ylim(0, None)
         _labelled(axes, ends, "||y_B - y||² / ||y||²")
@@ -128,22 +128,24 @@ def reconstruction_sheet(rows: Sequence[Row]) -> Figure:
 
 
 def coactivation_sheet(counts: Mapping[int, np.ndarray]) -> Figure:
-    """Pairs of experts of a few layers, those chosen together side by side."""
+    """Draw the lift of pairs of experts, of each counted layer."""
     figure, panels = _sheet(len(counts), (3.7 * len(counts) + 0.9, 4.6))
     image = None
     for axes, (layer, pairs) in zip(panels, counts.items(), strict=True):
         lifted = lift(pairs)
         image = draw_lift(axes, lifted, order(lifted).tolist())
         axes.set_title(f"sparse layer {layer}", loc="left", fontsize=10)
-    figure.suptitle("Experts chosen by the same tokens", fontsize=11, x=0.01, ha="left")
+    figure.suptitle("Experts selected by the same tokens", fontsize=11, x=0.01, ha="left")
     assert image is not None
-    bar = figure.colorbar(image, ax=panels, shrink=0.8, ticks=range(-3, 4), label="times as often as by chance")
+    bar = figure.colorbar(
+        image, ax=panels, shrink=0.8, ticks=range(-3, 4), label="frequency relative to independent choices"
+    )
     bar.ax.set_yticklabels(["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
     return figure
 
 
 def acceptance_sheet(rows: Sequence[Row]) -> Figure:
-    """Acceptance by depth, of every text."""
+    """Draw acceptance by depth, of every set and kind of text."""
     figure, (axes,) = _sheet(1, (8.2, 4.2))
     texts = {(name, kind): own for name, by in _by(rows, "set").items() for kind, own in _by(by, "text").items()}
     columns = ("accepted", "accepted_low", "accepted_high")
@@ -153,7 +155,7 @@ def acceptance_sheet(rows: Sequence[Row]) -> Figure:
 
 
 def finding_sheet(rows: Sequence[Row], paper: str) -> Figure:
-    """Every rule against MoE-Spec's own, at each budget of the finding."""
+    """Draw the divergence of every rule relative to MoE-Spec's own, at each budget of the findings."""
     own = [row for row in rows if row["against"] == paper]
     budgets = list(dict.fromkeys(row["budget"] for row in own))
     ranked = sorted(_where(own, budget=budgets[0]), key=lambda row: (not keeps_all(row["rule"]), -row["kl"]))
@@ -201,10 +203,10 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 
 def _mean_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """By budget, means over sets of everything that is a number; intervals of single sets are left out if there are
+    """Average the numeric columns over sets, by budget. Intervals are of single sets, and left out if there are
     several."""
     by_budget = _by(rows, "budget")
-    alone = all(len(own) == 1 for own in by_budget.values())
-    numbers = [n for n, v in rows[0].items() if isinstance(v, float) and (alone or not n.endswith(("_low", "_high")))]
+    single = all(len(own) == 1 for own in by_budget.values())
+    numbers = [n for n, v in rows[0].items() if isinstance(v, float) and (single or not n.endswith(("_low", "_high")))]
     means = {n: [float(np.mean([row[n] for row in own])) for own in by_budget.values()] for n in numbers}
     return means | {"budget": list(by_budget)}

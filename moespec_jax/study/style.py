@@ -1,4 +1,4 @@
-"""How a study's figures look: colours that colour-blind people tell apart, names of lines beside their ends."""
+"""Style of a study's figures: a palette for colour-blind readers, and names of lines beside their ends."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,21 +8,21 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's.
+# Palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"
 GREY, PALE = "0.45", "0.8"
 SETS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
 
 
 class Look(NamedTuple):
-    """Of one rule's line."""
+    """Label, colour and marker of a rule's line."""
 
     label: str
     colour: str
     marker: str
 
 
-# Rules that are named in figures; all others are pale.
+# Rules with a label and a colour of their own; all others are pale and unnamed.
 LOOKS = {
     "MoE-Spec (probability, all)": Look("MoE-Spec", RED, "o"),
     "depth, hits, anchor root (AcceptMoE)": Look("AcceptMoE", ORANGE, "s"),
@@ -35,12 +35,12 @@ OTHER = Look("other rules", PALE, "")
 
 
 def look(rule: str) -> Look:
-    """How a rule is drawn."""
+    """Find the look of a rule."""
     return LOOKS.get(rule, OTHER)
 
 
 def line_style(rule: str) -> dict[str, Any]:
-    """A named rule in colour and in front, the others pale and behind."""
+    """Return the arguments of `Axes.plot` for a rule: named ones in colour and in front, the others pale and behind."""
     found = look(rule)
     named = rule in LOOKS
     return dict(
@@ -50,14 +50,14 @@ def line_style(rule: str) -> dict[str, Any]:
 
 
 def open_axes(axes: "Axes") -> None:
-    """Only the axes that are read, and pale lines to read along."""
+    """Remove the upper and right spine, and add a pale grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.93", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
 class End(NamedTuple):
-    """The end of a line that gets its name beside it."""
+    """Right end of a line: its last value, and the name beside it with its colour."""
 
     value: float
     label: str
@@ -65,20 +65,20 @@ class End(NamedTuple):
 
 
 def label_ends(axes: "Axes", ends: Sequence[End], gap: float = 0.062, size: float = 8.5) -> None:
-    """Names of lines at the right edge, each as near its line's last value as leaves `gap` (a share of the axes) to the
-    next, within the height of the axes if there is room. To be called when the limits are final."""
+    """Write the names of lines at the right edge, each as near its line's last value as a distance of `gap` (a fraction
+    of the axes' height) to the next allows, and within the axes if there is room. Call it once the limits are final."""
     low, high = axes.get_ylim()
     shown = [
         end for end in ends if np.isfinite(end.value) and end.value > (0 if axes.get_yscale() == "log" else -np.inf)
     ]
     scale = axes.transScale + axes.transLimits
     x = axes.get_xlim()[1]
-    wanted = np.array([scale.transform((x, float(np.clip(e.value, low, high))))[1] for e in shown])
-    places = _spread(wanted, gap)
-    places += max(0.0, -places.min(initial=0.0)) - max(0.0, places.max(initial=1.0) - 1)
-    for end, place, own in zip(shown, places, wanted, strict=True):
+    targets = np.array([scale.transform((x, float(np.clip(e.value, low, high))))[1] for e in shown])
+    heights = _spread(targets, gap)
+    heights += max(0.0, -heights.min(initial=0.0)) - max(0.0, heights.max(initial=1.0) - 1)
+    for end, height, target in zip(shown, heights, targets, strict=True):
         axes.annotate(
-            end.label, (1.0, own), (1.03, place), xycoords="axes fraction", textcoords="axes fraction", va="center",
+            end.label, (1.0, target), (1.03, height), xycoords="axes fraction", textcoords="axes fraction", va="center",
             fontsize=size, color=end.colour, annotation_clip=False, parse_math=False,
             arrowprops=dict(
                 arrowstyle="-", color=end.colour, linewidth=0.6, shrinkA=1, shrinkB=1, relpos=(0.0, 0.5)
@@ -86,18 +86,19 @@ def label_ends(axes: "Axes", ends: Sequence[End], gap: float = 0.062, size: floa
         )  # fmt: skip
 
 
-def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """Places no closer than `gap`, in the order of what is wanted, moved as little as neighbours allow."""
-    places = wanted.copy()
-    order = np.argsort(wanted, kind="stable")
+def _spread(targets: np.ndarray, gap: float) -> np.ndarray:
+    """Move heights apart until neighbours differ by at least `gap`, in the order of `targets`: in every pass both of a
+    pair that is too close move by half of what is missing."""
+    heights = targets.copy()
+    order = np.argsort(targets, kind="stable")
     for _ in range(200):
         moved = False
         for below, above in zip(order[:-1], order[1:], strict=True):
-            lack = gap - (places[above] - places[below])
-            if lack > 1e-6:
-                places[below] -= lack / 2
-                places[above] += lack / 2
+            missing = gap - (heights[above] - heights[below])
+            if missing > 1e-6:
+                heights[below] -= missing / 2
+                heights[above] += missing / 2
                 moved = True
         if not moved:
             break
-    return places
+    return heights

@@ -1,4 +1,4 @@
-"""Rows as CSV files, and as tables for people."""
+"""Rows as CSV files, and as tables of formatted cells."""
 
 import csv
 import io
@@ -10,7 +10,8 @@ from moespec_jax.files import write_text
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], stamp: Mapping[str, Any]) -> None:
-    """A line for each row under one of column names, each with the columns of `stamp`; whole or not there."""
+    """Write the rows under a line of column names, each with the columns of `stamp`. An interrupted write leaves no
+    incomplete file."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, [*rows[0], *stamp], lineterminator="\n")
     writer.writeheader()
@@ -19,16 +20,16 @@ def write_csv(file: Path, rows: Sequence[Mapping[str, Any]], stamp: Mapping[str,
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text side by side, the first row their names."""
+    """Align cells in columns of plain text; the first row holds the names of the columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
 
 
 def frontier_table(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int]) -> list[list[str]]:
-    """Of one text, every rule at some budgets, as cells: its mark, divergence with its interval, agreement, tokens a
-    round."""
-    table = [["rule", "B", "output", "divergence, nats (95 %)", "first choices", "tokens a round"]]
+    """Format one kind of text's rows at some budgets: exact or lossy, divergence with its interval, share of positions
+    with the same most probable token, and tokens a round."""
+    table = [["rule", "B", "output", "divergence, nats (95 %)", "same first choice", "tokens a round"]]
     for row in rows:
         if row["budget"] is None or row["budget"] in budgets:
             span = f"{row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})"
@@ -38,8 +39,8 @@ def frontier_table(rows: Sequence[Mapping[str, Any]], budgets: Sequence[int]) ->
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Of one set, every timed setting as cells."""
-    table = [["rule", "B", "output", "over plain (range)", "tokens/s", "same tokens", "tokens a round"]]
+    """Format the timed cases of one set."""
+    table = [["rule", "B", "output", "over plain (range)", "tokens/s", "agreement", "tokens a round"]]
     for row in rows:
         ratio = f"{row['over_plain_median']:.2f}x ({row['over_plain_min']:.2f} to {row['over_plain_max']:.2f})"
         size = "" if row["budget"] is None else str(row["budget"])
@@ -51,12 +52,12 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def mass_table(rows: Sequence[Mapping[str, Any]], column: str, experts: int) -> list[list[str]]:
-    """The least budget that holds 90 % of the mass, and what half and a quarter of the experts hold, by set."""
+    """Format by set: the least budget that keeps 90 % of the mass, and what half and a quarter of the experts keep."""
     half, quarter = experts // 2, experts // 4
-    table = [["set", "least B for 90 %", f"held by B = {half}", f"held by B = {quarter}", "trees"]]
+    table = [["set", "least B for 90 %", f"kept by B = {half}", f"kept by B = {quarter}", "trees"]]
     means = [row for row in rows if row["layer"] == "mean"]
     for name in dict.fromkeys(row["set"] for row in means):
-        held = {row["budget"]: row for row in means if row["set"] == name}
-        at = [f"{held[b]['mass']:.1%}" if b in held else "" for b in (half, quarter)]
-        table.append([name, str(held[1][column]), *at, str(held[1]["trees"])])
+        by_budget = {row["budget"]: row for row in means if row["set"] == name}
+        kept = [f"{by_budget[b]['mass']:.1%}" if b in by_budget else "" for b in (half, quarter)]
+        table.append([name, str(by_budget[1][column]), *kept, str(by_budget[1]["trees"])])
     return table

@@ -1,1 +1,1 @@
-"""Training EAGLE-3 draft heads for any target this library runs: `python -m moespec_jax.train`."""
+"""Training of EAGLE-3 draft heads for any supported target: `python -m moespec_jax.train`."""

@@ -1,4 +1,4 @@
-"""What the head is trained for: to say what the target says, at every step of the unrolled chain."""
+"""Training objective: the head predicts the target's distribution, at every step of the unrolled chain."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.train.unroll import unroll
 
-# Takes the target's logits and the head's, both over the draft vocabulary, and gives a loss a position.
+# (logits of the target, logits of the head), both [..., draft_vocab] -> loss [...].
 Loss = Callable[[Array, Array], Array]
 
 
@@ -36,7 +36,13 @@ class Teacher(NamedTuple):
 
 
 class StepScore(NamedTuple):
-    """Of one step: summed loss, how often the head's first choice was the target's, and positions that count."""
+    """Sums of one draft step over its positions.
+
+    Fields:
+        loss: summed loss.
+        hits: number of counted positions where the head's most probable token is the target's.
+        positions: number of counted positions.
+    """
 
     loss: Float[Array, ""]
     hits: Float[Array, ""]
@@ -44,18 +50,19 @@ class StepScore(NamedTuple):
 
 
 def cross_entropy(target: Array, draft: Array) -> Array:
-    """-sum p log q, p being renormalised within the draft vocabulary (EAGLE-3's)."""
+    """Compute -sum p log q, with p renormalised over the draft vocabulary (EAGLE-3, arXiv:2503.01840)."""
     return -jnp.sum(jax.nn.softmax(target, axis=-1) * jax.nn.log_softmax(draft, axis=-1), axis=-1)
 
 
 def kl_divergence(target: Array, draft: Array) -> Array:
-    """KL(p || q) within the draft vocabulary: cross-entropy less a constant."""
+    """Compute KL(p || q) over the draft vocabulary: the cross-entropy minus the entropy of p."""
     p = jax.nn.softmax(target, axis=-1)
     return jnp.sum(p * (jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(draft, axis=-1)), axis=-1)
 
 
 def negative_log_acceptance(target: Array, draft: Array) -> Array:
-    """-log sum min(p, q): of the chance that speculative sampling accepts a drawn token (SpecForge's LK loss)."""
+    """Compute -log sum min(p, q): the sum is the probability that speculative sampling accepts a token drawn from q
+    (SpecForge's LK loss)."""
     overlap = jnp.minimum(jax.nn.softmax(target, axis=-1), jax.nn.softmax(draft, axis=-1))
     return -jnp.log(jnp.maximum(jnp.sum(overlap, axis=-1), 1e-8))
 
@@ -75,7 +82,7 @@ def run_teacher(
     target_ids: Int[Array, " draft_vocab"],
     tokens: Int[Array, "batch tokens"],
 ) -> Teacher:
-    """Run the target once over whole sequences, exactly and without gradient."""
+    """Run the target once over whole sequences, without a budget and without gradients."""
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], (batch, length))
     cache = empty_cache(config, batch, length, params.embed.dtype, stacked=True) if params.stacked else None
@@ -83,9 +90,9 @@ def run_teacher(
     hidden, _, info = forward(config, params, tokens, positions, mask, cache, backend, boundaries=boundaries)
     logits = unembed(params, hidden)
     choice = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    known = jnp.zeros((config.vocab_size,), bool).at[target_ids].set(True)
+    in_draft_vocab = jnp.zeros((config.vocab_size,), bool).at[target_ids].set(True)
     assert info.aux_hidden_states is not None
-    teacher = Teacher(info.aux_hidden_states, logits[..., target_ids], choice, known[choice])
+    teacher = Teacher(info.aux_hidden_states, logits[..., target_ids], choice, in_draft_vocab[choice])
     return jax.tree.map(jax.lax.stop_gradient, teacher)
 
 
@@ -100,19 +107,19 @@ def unrolled_scores(
     loss: Loss,
     recompute: bool,
 ) -> list[StepScore]:
-    """Every step's score. `counts[b, p]` says whether the token that the target predicts at position p matters.
+    """Score every step of the unrolled head.
 
-    At step j, index t stands for position t + 1 + j. Positions whose first choice the head cannot say bear no loss, but
-    count as misses.
+    At step j, index t is position t + 1 + j. `counts[b, p]` is True where the prediction at position p counts.
+    Positions whose most probable token is not in the draft vocabulary have no loss, and count as misses.
     """
     choice = jnp.searchsorted(head.target_ids, teacher.choice, side="left").astype(jnp.int32)
 
-    def judge(step: int, logits: Array) -> StepScore:
-        there, count = (lambda x: x[:, 1 + step :]), max(tokens.shape[1] - 1 - step, 0)
-        logits, matters = logits[:, :count], there(counts)
-        trains = matters & there(teacher.reachable)
-        losses = jnp.where(trains, loss(there(teacher.logits), logits), 0.0)
-        hits = trains & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == there(choice))
-        return StepScore(jnp.sum(losses), *(jnp.sum(x, dtype=jnp.float32) for x in (hits, matters)))
+    def score(step: int, logits: Array) -> StepScore:
+        shifted, count = (lambda x: x[:, 1 + step :]), max(tokens.shape[1] - 1 - step, 0)
+        logits, counted = logits[:, :count], shifted(counts)
+        trained = counted & shifted(teacher.reachable)
+        losses = jnp.where(trained, loss(shifted(teacher.logits), logits), 0.0)
+        hits = trained & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == shifted(choice))
+        return StepScore(jnp.sum(losses), *(jnp.sum(x, dtype=jnp.float32) for x in (hits, counted)))
 
-    return unroll(config, head, embed, teacher.aux_hidden_states, tokens, steps, judge, recompute)
+    return unroll(config, head, embed, teacher.aux_hidden_states, tokens, steps, score, recompute)

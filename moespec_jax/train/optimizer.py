@@ -1,6 +1,6 @@
-"""How the head's parameters move: EAGLE's AdamW, or Muon for matrices (as speculators trains)."""
+"""Optimizers of the head: AdamW as in EAGLE, or Muon for matrices as in speculators."""
 
-# optax types its parameters as arrays and containers; trees of dataclasses are as good, but pyright cannot know.
+# optax types parameters as arrays and containers; it accepts trees of dataclasses too.
 # pyright: reportArgumentType=false
 
 import dataclasses
@@ -14,8 +14,19 @@ from moespec_jax.nn.eagle3 import DraftHead
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Peak learning rate (of matrices under Muon, whose `adam_learning_rate` moves the rest), linear warm-up, then
-    constant until the share `decay_from` of all steps, then linear or cosine decay to `final` times the peak."""
+    """Optimizer and learning-rate schedule: linear warm-up, constant, then decay.
+
+    Fields:
+        steps: number of all steps.
+        name: `adamw`, or `muon`: Muon for matrices, AdamW for all other parameters.
+        learning_rate: peak; under Muon, of matrices.
+        adam_learning_rate: peak of all other parameters under Muon.
+        warmup_steps: length of the warm-up.
+        schedule: shape of the decay.
+        decay_from: share of all steps after which the decay begins, if the warm-up has ended.
+        final: final learning rate as a fraction of the peak.
+        clip: largest global norm of the gradient.
+    """
 
     steps: int
     name: Literal["adamw", "muon"] = "adamw"
@@ -29,9 +40,9 @@ class OptimizerConfig:
 
 
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The gradient's norm is clipped first; nothing decays weights (EAGLE-3's recipe)."""
-    move = {"adamw": _adamw, "muon": _muon}[config.name](config)
-    return optax.chain(optax.clip_by_global_norm(config.clip), move)
+    """Build the optimizer: the gradient's global norm is clipped first; there is no weight decay (EAGLE-3's recipe)."""
+    update = {"adamw": _adamw, "muon": _muon}[config.name](config)
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -60,14 +71,15 @@ def _schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
 
 
 def _matrices(head: DraftHead) -> DraftHead:
-    """Which axes form the matrix that Muon orthogonalises: input and output of every product but the output head."""
+    """Mark the axes of the matrices that Muon orthogonalises: input and output of every matrix product except that of
+    the output head. Other parameters are None."""
     matrix = optax.contrib.MuonDimensionNumbers
-    inward = {"q", "k", "v"}  # kept `[out, in]`
+    transposed = {"q", "k", "v"}  # [out, in]
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = path[-1].name if hasattr(path[-1], "name") else ""
         if leaf.ndim != 2 or name == "lm_head":
             return None
-        return matrix(1, 0) if name in inward else matrix(0, 1)
+        return matrix(1, 0) if name in transposed else matrix(0, 1)
 
     return jax.tree_util.tree_map_with_path(axes, head)

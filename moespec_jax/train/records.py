@@ -1,8 +1,9 @@
-"""Training text: JSON lines of text, chat or token ids, as token ids with a mask of what the head learns to predict.
+"""Training data: JSON lines of texts, chats or token ids, read as token ids with a mask of the tokens that count: those
+that the head learns to predict.
 
 {"text": "..."}                                       every token counts
 {"messages": [{"role": "user", "content": "..."}]}    the assistant's turns count (or `conversations`)
-{"prompt_ids": [5, 17], "response_ids": [9, 2]}       the response counts; what `regenerate` writes
+{"prompt_ids": [5, 17], "response_ids": [9, 2]}       the response counts; the format that `regenerate` writes
 """
 
 import json
@@ -20,14 +21,19 @@ _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "ass
 
 
 class Sample(NamedTuple):
-    """One document or conversation: token ids, and which of them the head is to predict."""
+    """A document or conversation.
+
+    Fields:
+        ids: token ids, int32.
+        counts: mask of the tokens that count.
+    """
 
     ids: np.ndarray
     counts: np.ndarray
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line that is not empty.
+    """Read line number and object of every line that is not empty.
 
     Raises:
         RequestError: the file cannot be read, or a line is not a JSON object.
@@ -49,10 +55,11 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_samples(model: Model, path: Path) -> Iterator[Sample]:
-    """The samples of a file of JSON lines, tokenized as the model reads them.
+    """Read a file of JSON lines, and tokenize it for a model.
 
     Raises:
-        RequestError: a line is none of the three kinds, or holds ids that the model does not have.
+        RequestError: a line is none of the three kinds, or holds ids outside the model's vocabulary.
+        CheckpointError: the chat template rewrites all of an assistant's turns in a chat.
     """
     for number, record in read_records(path):
         where = f"line {number} of {path}"
@@ -66,7 +73,11 @@ def read_samples(model: Model, path: Path) -> Iterator[Sample]:
 
 
 def chat_turns(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """The turns of a conversation in either spelling, as `role` and `content`."""
+    """Read the turns of a conversation (`messages` or `conversations`) as `role` and `content`.
+
+    Raises:
+        RequestError: there are none, or a turn lacks a role or a text.
+    """
     given = record.get("messages", record.get("conversations"))
     turns = []
     for turn in given if isinstance(given, list) else []:
@@ -89,7 +100,7 @@ def _ids_sample(model: Model, record: dict[str, Any], where: str) -> Sample:
 
 
 def _chat_sample(model: Model, turns: list[dict[str, str]], where: str) -> Sample:
-    """The whole conversation in the model's template; tokens that begin inside an assistant's turn count."""
+    """Render and tokenize a conversation; tokens that begin inside an assistant's turn count."""
     if model.tokenizer is None:
         raise RequestError(f"expected token ids in {where}: {model.directory} has no tokenizer")
     whole = render_chat(model.directory, turns)
@@ -98,7 +109,7 @@ def _chat_sample(model: Model, turns: list[dict[str, str]], where: str) -> Sampl
         if turn["role"] == "assistant":
             before = render_chat(model.directory, turns[:i], ask=True)
             after = render_chat(model.directory, turns[: i + 1])
-            # Some templates rewrite earlier turns (they drop what was thought): such a turn is left out.
+            # Some templates rewrite earlier turns (they remove the thinking): such a turn does not count.
             if whole.startswith(before) and whole.startswith(after):
                 spans.append((len(before), len(after)))
     if not spans:

@@ -1,8 +1,8 @@
-"""Responses in the target's own words: `python -m moespec_jax.train.regenerate --data IN.jsonl --output OUT.jsonl`.
+"""Generate training data with the target: python -m moespec_jax.train.regenerate --data IN.jsonl --output OUT.jsonl.
 
-A head learns to guess what its target says, so it learns best from what the target says (EAGLE-3, arXiv:2503.01840,
-section 4). Chat: the last assistant turn is answered anew. Text and token ids: their first tokens are continued.
-Resumable: prompts whose responses are in OUT.jsonl already are not asked again.
+A head learns to predict the output of its target, and so learns best from that output (EAGLE-3, arXiv:2503.01840,
+section 4). Of a chat, the assistant's last turn is generated again. Of a text or token ids, the first tokens are
+continued. The same command continues an interrupted run: responses in OUT.jsonl are kept.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from moespec_jax.train.records import chat_turns, read_records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(_parser(), _run, argv)
 
 
@@ -38,10 +38,16 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = True) -> Iterator[list[int]]:
-    """What is to be answered in every line of `path`, as token ids; chats with thinking, if their template has such.
+    """Read the prompt of every line of `path` as token ids.
+
+    Args:
+        model: tokenizer, chat template and limits.
+        path: JSON lines.
+        prompt_tokens: number of first tokens of a text, or of `prompt_ids`, that are the prompt.
+        thinking: let chats think, if their template has a setting for it.
 
     Raises:
-        RequestError: a line holds no prompt, or one that the model cannot read or answer.
+        RequestError: a line holds no prompt, or one that is empty, too long or outside the vocabulary.
     """
     for number, record in read_records(path):
         where = f"line {number} of {path}"
@@ -55,14 +61,14 @@ def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = 
                 turns.pop()
             if not turns:
                 raise RequestError(f"expected a turn before the assistant's in {where}")
-            asked = render_chat(model.directory, turns, ask=True, thinking=thinking)
-            ids = model.encode(asked, special_tokens=False)
+            prompt = render_chat(model.directory, turns, ask=True, thinking=thinking)
+            ids = model.encode(prompt, special_tokens=False)
         _check_prompt(model, ids, where)
         yield ids
 
 
 def _check_prompt(model: Model, ids: list[int], where: str) -> None:
-    """Refuse now what would be refused after hours of answering the prompts before it."""
+    """Check a prompt before generation begins, which takes hours."""
     vocab, context = model.config.vocab_size, model.config.context_length
     if not all(type(i) is int and 0 <= i < vocab for i in ids):
         raise RequestError(f"expected token ids from 0 to {vocab - 1} in {where}")
@@ -80,10 +86,10 @@ def regenerate(
     temperature: float,
     seed: int = 0,
 ) -> None:
-    """Append a record for each prompt that `output` does not hold yet, in order.
+    """Append the record of every prompt that `output` does not contain yet, in order.
 
     Raises:
-        RequestError: `output` cannot be written, or holds something else than responses to the first of these prompts;
+        RequestError: `output` cannot be written, or contains other lines than responses to the first of these prompts;
             or a number is out of range.
     """
     if batch < 1:
@@ -99,27 +105,30 @@ def regenerate(
     ):
         for start in range(done, len(prompts), batch):
             part = prompts[start : start + batch]
-            # One batch size: a smaller last one would compile anew.
+            # The last batch is filled up: another batch size would be compiled separately.
             filled = part + part[-1:] * (batch - len(part))
             result = model.generate(
                 filled, max_new_tokens=max_new_tokens, temperature=temperature, seed=(seed + start) % 2**32
             )
-            for prompt, given in zip(part, result.prompts, strict=False):
-                file.write(json.dumps({"prompt_ids": prompt, "response_ids": given.token_ids}) + "\n")
+            for prompt, response in zip(part, result.prompts, strict=False):
+                file.write(json.dumps({"prompt_ids": prompt, "response_ids": response.token_ids}) + "\n")
             file.flush()
             bar.update(len(part))
 
 
 def _resume(output: Path, prompts: list[list[int]], batch: int) -> int:
-    """How many records stay: those of whole batches, since what is drawn depends on where its batch begins."""
+    """Truncate `output` to the records of whole batches, and return their number: the seed of a batch depends on the
+    prompt at which it begins."""
     output.touch()
-    lines = output.read_bytes().split(b"\n")[:-1]  # what follows the last line's end is half a line
+    lines = output.read_bytes().split(b"\n")[:-1]  # without an incomplete last line
     try:
         kept = [json.loads(line)["prompt_ids"] for line in lines]
     except (ValueError, TypeError, KeyError):
         kept = [None]
     if kept[: len(prompts)] != prompts[: len(kept)]:
-        raise RequestError(f"expected {output} to hold responses to the same prompts; it holds others: write elsewhere")
+        raise RequestError(
+            f"expected {output} to hold responses to the same prompts; it holds others: use another file"
+        )
     done = len(lines) if len(lines) >= len(prompts) else len(lines) // batch * batch
     temporary = output.with_name(output.name + ".incomplete")
     temporary.write_bytes(b"".join(line + b"\n" for line in lines[:done]))
@@ -129,16 +138,46 @@ def _resume(output: Path, prompts: list[list[int]], batch: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m moespec_jax.train.regenerate", description=__doc__)
-    parser.add_argument("--model", default=DEMO_TARGET, help="directory or hub id of the target")
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines")
-    parser.add_argument("--output", type=Path, required=True, help="JSON lines to write or to continue")
-    parser.add_argument("--prompt-tokens", type=int, default=64, help="how much of a text is the prompt")
-    parser.add_argument("--no-thinking", action="store_true", help="ask chats for answers without thinking")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--model", default=DEMO_TARGET, help="target: directory or hub id (default: the embedded target)"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="texts, chats or token ids (JSON lines)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="responses (JSON lines); an existing file is continued",
+    )
+    parser.add_argument(
+        "--prompt-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="number of first tokens of a text that are the prompt (default: %(default)s)",
+    )
+    parser.add_argument("--no-thinking", action="store_true", help="answer chats without thinking")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest response in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="sampling temperature; 0 is greedy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=32, metavar="N", help="prompts decoded at once (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of weights and activations (default: float32 on CPU, bfloat16 elsewhere)",
+    )
     return parser
 
 

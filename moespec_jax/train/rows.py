@@ -1,4 +1,4 @@
-"""Samples packed into rows of one length, and which rows each step trains on: a function of the step alone."""
+"""Samples packed into rows of equal length, and the rows of each training step, which are a function of the step."""
 
 import functools
 from collections.abc import Iterable
@@ -10,34 +10,42 @@ from moespec_jax.train.records import Sample
 
 
 class Rows(NamedTuple):
-    """Token ids `[rows, length]` and which of them the head is to predict; padding is token 0 and never counts."""
+    """Packed samples.
+
+    Fields:
+        ids: token ids, int32 `[rows, length]`; padding is 0.
+        counts: mask of the tokens that the head learns to predict, `[rows, length]`; False for padding.
+    """
 
     ids: np.ndarray
     counts: np.ndarray
 
     def batch(self, step: int, size: int, seed: int) -> "Rows":
-        """The rows of a step, without replacement within an epoch and in a new order in every one."""
+        """Select the rows of a step: without replacement within an epoch, in another order in each."""
         total = len(self.ids)
         picks = [_order(seed, i // total, total)[i % total] for i in range(step * size, (step + 1) * size)]
         return Rows(self.ids[picks], self.counts[picks])
 
 
 def pack(samples: Iterable[Sample], length: int) -> Rows:
-    """Rows filled with one sample after another. A sample that fits a row is never cut; a longer one is, each piece
-    beginning with the last token of the one before. Samples in one row see those before them, as in a stream."""
+    """Fill rows with one sample after another.
+
+    A sample that fits into a row is not divided. Of a longer one, each part begins with the last token of the part
+    before. Attention is not masked between the samples of a row.
+    """
     ids: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     room = 0
     for sample in samples:
         for start in range(0, max(len(sample.ids) - 1, 0), length - 1):
-            piece, matters = sample.ids[start : start + length], sample.counts[start : start + length]
-            if len(piece) > room:
+            part, counted = sample.ids[start : start + length], sample.counts[start : start + length]
+            if len(part) > room:
                 ids.append(np.zeros(length, np.int32))
                 counts.append(np.zeros(length, bool))
                 room = length
             begin = length - room
-            ids[-1][begin : begin + len(piece)], counts[-1][begin : begin + len(piece)] = piece, matters
-            room -= len(piece)
+            ids[-1][begin : begin + len(part)], counts[-1][begin : begin + len(part)] = part, counted
+            room -= len(part)
     return (
         Rows(np.stack(ids), np.stack(counts))
         if ids
@@ -46,7 +54,7 @@ def pack(samples: Iterable[Sample], length: int) -> Rows:
 
 
 def draft_vocabulary(rows: Rows, vocab_size: int, draft_vocab_size: int) -> np.ndarray:
-    """The ids that occur most among tokens to be predicted, ascending; unused low ids fill up what is left."""
+    """Choose the most frequent ids among the tokens that count, ascending; ties go to the lower id."""
     occurrences = np.bincount(rows.ids[rows.counts], minlength=vocab_size)
     return np.sort(np.argsort(-occurrences, kind="stable")[:draft_vocab_size]).astype(np.int32)
 

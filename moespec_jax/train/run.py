@@ -1,14 +1,15 @@
-"""A training run on disk: what it was asked, its data, checkpoints, log and picture; continued where it was cut off.
+"""Training run in a directory: settings, data, checkpoints, log and plot. An interrupted run is continued.
 
     run.json  rows.npz  checkpoints/  log.jsonl  training.png  head/
 
-Batches are a function of the step and a checkpoint holds the whole state, so a run that was killed and continued ends
-with the same bits as one that was not.
+Batches are a function of the step, and a checkpoint holds the whole state, so a run that was killed and continued ends
+with the same bits as an uninterrupted one.
 """
 
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,10 +41,18 @@ from moespec_jax.train.trainer import (
     train_step,
 )
 
+# Directories of checkpoints that orbax has not completed; a complete one is renamed to its step.
+_INCOMPLETE = "*.orbax-checkpoint-tmp*"
+
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How often, in steps, a run saves and looks at held-out rows."""
+    """Intervals of a run, in steps.
+
+    Fields:
+        save_every: steps between checkpoints.
+        evaluate_every: steps between measurements on held-out rows.
+    """
 
     save_every: int = 50
     evaluate_every: int = 100
@@ -53,22 +62,32 @@ def train(
     model: Model, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
     directory: Path, pace: Pace, source: dict[str, Any],
 ) -> DraftHead:  # fmt: skip
-    """Run or continue a recipe in `directory`; returns the trained head. `source` says where the data came from.
+    """Run or continue a recipe in `directory`; returns the trained head.
+
+    Args:
+        model: target; its draft head is not used.
+        recipe: what to train, and how.
+        data: makes the samples to train on; called once, before the first step of a new run.
+        held_out: makes the samples to measure accuracy on.
+        directory: of the run, made if there is none.
+        pace: when to save and to measure.
+        source: identity of model and data as JSON; a run continues only if it is unchanged.
 
     Raises:
-        RequestError: `directory` holds another run, or there is too little data.
+        RequestError: `directory` holds another run, or no token of the data counts.
     """
     run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
     with all_or_none():
         if is_first_process():
             _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
-            # Only now: whoever mends bad data and begins again is not told that the data differ.
+            # After the data have been read, so that a run can start again with corrected data where that fails.
             write_json(directory / "run.json", run)
+            _remove_incomplete(directory / "checkpoints")
     rows, checks = _read_rows(directory)
     ids = draft_vocabulary(rows, recipe.target.vocab_size, recipe.draft.draft_vocab_size)
     with _checkpoints(directory) as manager:
         state, first = _begin(manager, recipe, model.params, jnp.asarray(ids), mesh)
-        # Once, and not at every step: with several devices, each needs its own.
+        # Before the first step: with several devices, every step would copy them otherwise.
         params, target_ids = replicate(mesh, (model.params, jnp.asarray(ids)))
         model = dataclasses.replace(model, params=params)
         log = _Log(directory / "log.jsonl", first)
@@ -91,7 +110,7 @@ def train(
 def _advance(
     recipe: Recipe, model: Model, mesh: Mesh, target_ids: jax.Array, state: TrainState, batch: Rows, step: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step, and what the log says of it."""
+    """Run one step; returns its line of the log too."""
     started = time.perf_counter()
     state, metrics = train_step(recipe, model.backend, mesh, model.params, target_ids, state, shard_batch(mesh, batch))
     row = {"step": step, **{name: np.asarray(value).tolist() for name, value in metrics._asdict().items()}}
@@ -99,14 +118,14 @@ def _advance(
 
 
 def last_state(directory: Path, recipe: Recipe, model: Model, target_ids: jax.Array) -> tuple[TrainState, int]:
-    """The last state that the run in `directory` saved, and its step; a run that saved none gives its first state."""
+    """Restore the last state that the run in `directory` saved, and its step; the initial state if it saved none."""
     with _checkpoints(directory) as manager:
         return _begin(manager, recipe, model.params, target_ids, data_mesh(recipe.batch))
 
 
 def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: TrainState, rows: Rows) -> list[float]:
-    """Share of the target's first choices guessed at each draft step, over all whole batches of rows; what is less
-    than one batch is filled up with rows of which nothing counts."""
+    """Compute the head's accuracy at each draft step, over all whole batches of rows: the share of counted positions
+    where its most probable token is the target's. Fewer rows than one batch are padded with rows that do not count."""
     hits, positions = np.zeros(recipe.unroll), np.zeros(recipe.unroll)
     missing = max(recipe.batch - len(rows.ids), 0)
     rows = Rows(*(np.pad(part, ((0, missing), (0, 0))) for part in rows))
@@ -119,7 +138,11 @@ def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: Trai
 
 
 def _is_continued(directory: Path, run: dict[str, Any]) -> bool:
-    """Whether `directory`, which is made if there is none, holds this very run."""
+    """Test whether `directory`, which is made if there is none, holds this run.
+
+    Raises:
+        RequestError: it holds another run, or cannot be made.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,19 +150,20 @@ def _is_continued(directory: Path, run: dict[str, Any]) -> bool:
     file = directory / "run.json"
     if not file.exists():
         if any((directory / "checkpoints").glob("[0-9]*")):
-            raise RequestError(f"expected run.json beside the checkpoints in {directory}: train elsewhere")
+            raise RequestError(f"expected run.json beside the checkpoints in {directory}: use another directory")
         return False
     before, run = read_json(file), json.loads(json.dumps(run))
     if before != run:
         differ = _differences(before, run)
         raise RequestError(
             f"expected the settings that the run in {directory} began with; {', '.join(differ)} differ:"
-            " continue with the same command, or train elsewhere"
+            " continue with the same command, or use another directory"
         )
     return True
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """List the paths of values that differ, such as `recipe.optimizer.steps`."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     found = []
     for name in names:
@@ -155,10 +179,14 @@ def _prepare(
     directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
     keep: bool,
 ) -> None:  # fmt: skip
-    """Pack rows to train on and rows to check with, once, and keep them: those of another beginning are not kept."""
+    """Pack the rows to train on and the held-out rows into rows.npz. The file of a continued run (`keep`) is kept.
+
+    Raises:
+        RequestError: no token to train on counts.
+    """
     file = directory / "rows.npz"
     if not (keep and file.exists()):
-        # One token more than the target reads: the last one is only predicted.
+        # One token more than the target reads: the last one is a label only.
         train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez(out, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
@@ -167,20 +195,30 @@ def _prepare(
 
 
 def _read_rows(directory: Path) -> tuple[Rows, Rows]:
+    """Read the rows to train on and the held-out rows."""
     with np.load(directory / "rows.npz") as kept:
         train, check = Rows(kept["ids"], kept["counts"]), Rows(kept["check_ids"], kept["check_counts"])
     return train, check
 
 
+def _remove_incomplete(place: Path) -> None:
+    """Remove the checkpoints that an interrupted save left incomplete.
+
+    Orbax would do so in a thread of its own (`cleanup_tmp_directories`), which only the next save waits for: a manager
+    that saves nothing leaves it running, and the next manager removes the same directories at the same time and fails.
+    """
+    for incomplete in place.glob(_INCOMPLETE):
+        shutil.rmtree(incomplete)
+
+
 @contextlib.contextmanager
 def _checkpoints(directory: Path) -> Iterator[Any]:
-    """The run's checkpoints, without those that a kill left half written; however the block ends, what it began to save
-    is saved."""
+    """Open the run's checkpoints. All saves are complete when the block ends, in error too."""
     import orbax.checkpoint as ocp
 
     place = (directory / "checkpoints").absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-    # An error of saving shows in whatever is asked of the manager next.
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    # Saving is asynchronous: its errors are raised by the next call of a method of the manager.
     with writing(place), contextlib.closing(ocp.CheckpointManager(place, options=options)) as manager:
         try:
             yield manager
@@ -189,8 +227,8 @@ def _checkpoints(directory: Path) -> Iterator[Any]:
 
 
 def _begin(manager: Any, recipe: Recipe, target: Decoder, target_ids: jax.Array, mesh: Mesh) -> tuple[TrainState, int]:
-    """The last state saved and its step, else the first state. A function of its own, so that nothing else keeps the
-    head that it starts from."""
+    """Restore the last saved state and its step, or build the initial state. A separate function, so that no variable
+    of a caller keeps the initial head in memory."""
     import orbax.checkpoint as ocp
 
     head = random_head(recipe.draft, target, target_ids, jax.random.key(recipe.seed))
@@ -210,8 +248,13 @@ def _save(manager: Any, step: int, state: TrainState) -> None:
 
 
 class _Log:
-    """JSON lines, one a step, by the first process; what an interrupted run wrote after its last checkpoint is
-    dropped."""
+    """Log of the run: JSON lines, one for each step, written by the first process. Opening it removes the lines that an
+    interrupted run wrote after its last checkpoint.
+
+    Args:
+        path: the file.
+        first: the next step.
+    """
 
     def __init__(self, path: Path, first: int):
         self._path = path
@@ -222,6 +265,7 @@ class _Log:
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append the line of a step."""
         if not is_first_process():
             return
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -229,7 +273,7 @@ class _Log:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of the log; of half a line, one that no run reaches."""
+    """Step of a line of the log; infinity for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
@@ -237,13 +281,13 @@ def _step_of(line: str) -> float:
 
 
 def draw_training(log: Path, picture: Path, tokens_per_step: int) -> None:
-    """Loss of the first draft step, and accuracy of every one, against tokens seen; accuracy is that on held-out rows
-    where there are any."""
+    """Plot the loss of the first draft step and the accuracy of every draft step by tokens of training; on held-out
+    rows if there are any."""
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seen = [(row["step"] + 1) * tokens_per_step / 1e6 for row in rows]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")  # not pyplot's: whose backend is the caller's
+    figure = Figure(figsize=(10, 3.6), layout="constrained")  # not by pyplot, whose back-end is the user's choice
     left, right = figure.subplots(1, 2)
     left.plot(seen, [row["loss"][0] for row in rows], linewidth=0.8)
     left.set(xlabel="million tokens", ylabel="training loss of the first draft step")

@@ -1,6 +1,6 @@
-"""One training run: the state, one compiled step, data-parallel over a mesh."""
+"""Training step: state, loss and metrics of one compiled step, data-parallel over a mesh."""
 
-# optax does not type dataclass trees.
+# optax does not type trees of dataclasses.
 # pyright: reportArgumentType=false
 
 import dataclasses
@@ -29,9 +29,21 @@ from moespec_jax.train.rows import Rows
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained and how; static. `length` tokens a row, `batch` rows a step, `unroll` draft steps whose losses
-    are weighed with powers of `decay` (EAGLE-3: 7 and 0.8). Parameters are kept in float32 and run in `dtype`.
-    `recompute` trades a second forward pass for not keeping every step's logits and activations."""
+    """Settings of a training run; static in compiled programs, and written to run.json.
+
+    Fields:
+        target: the target's settings.
+        draft: the head's settings.
+        optimizer: optimizer and schedule.
+        batch: rows a step.
+        length: tokens a row that the target reads.
+        unroll: number of draft steps (EAGLE-3: 7).
+        decay: the loss of draft step j has the weight `decay**j` (EAGLE-3: 0.8).
+        loss: name in `LOSSES`.
+        dtype: of the target and of arithmetic; parameters of the head are float32.
+        seed: of initial parameters and of the order of rows.
+        recompute: compute logits and activations of draft steps again in the backward pass, to save memory.
+    """
 
     target: DecoderConfig
     draft: DraftConfig
@@ -48,15 +60,25 @@ class Recipe:
 
 @struct.dataclass
 class TrainState:
-    """What the next step needs. `head` has no `target_ids`, which are not trained."""
+    """State between steps.
+
+    Fields:
+        head: parameters in float32, without `target_ids`, which are not trained.
+        optimizer: state of the optimizer.
+    """
 
     head: DraftHead
     optimizer: optax.OptState
 
 
 class Metrics(NamedTuple):
-    """Of one batch, by draft step: mean loss over all positions, share of the target's first choices that were guessed;
-    and the norm of the gradient."""
+    """Metrics of one batch.
+
+    Fields:
+        loss: mean over all positions, by draft step.
+        accuracy: share of counted positions where the head's most probable token is the target's, by draft step.
+        gradient_norm: global norm of the gradient before clipping.
+    """
 
     loss: Float[Array, " steps"]
     accuracy: Float[Array, " steps"]
@@ -64,17 +86,17 @@ class Metrics(NamedTuple):
 
 
 def initial_state(recipe: Recipe, head: DraftHead, mesh: Mesh) -> TrainState:
-    """Before the first step, on every device of the mesh."""
-    # Copies: the state is donated from step to step, and the target's own arrays must not go with it.
+    """Build the state before the first step, replicated over the mesh."""
+    # Copied: steps donate the state, and some arrays of the head are the target's.
     head = jax.tree.map(jnp.copy, dataclasses.replace(head, target_ids=None))
     return replicate(mesh, TrainState(head, build_optimizer(recipe.optimizer).init(head)))
 
 
 def data_mesh(batch: int) -> Mesh:
-    """As many devices as divide the batch among them, as one axis `data`.
+    """Make a mesh with one axis `data`, of the largest number of devices that divides the batch.
 
     Raises:
-        RequestError: there are several processes, and devices left over.
+        RequestError: there are several processes, and this is not the number of all devices.
     """
     count = max(n for n in range(1, len(jax.devices()) + 1) if batch % n == 0)
     if count < len(jax.devices()) and jax.process_count() > 1:
@@ -89,18 +111,18 @@ def train_step(
     recipe: Recipe, backend: Backend, mesh: Mesh,
     target: Decoder, target_ids: Array, state: TrainState, batch: Rows,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
-    """One optimizer step. Every device takes its rows through target and unrolled head; gradients are averaged."""
+    """Run one optimizer step. Every device runs target and unrolled head on its rows; gradients are averaged."""
 
     def shard(target: Decoder, target_ids: Array, head: DraftHead, batch: Rows):
         loss = functools.partial(_loss, recipe, backend, target, target_ids)
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(head, batch)
         return jax.lax.pmean(gradients, "data"), _over_devices(metrics)
 
-    # Routing inside the experts is a loop of its own on every device, which the compiler could not split by itself.
-    split = jax.shard_map(
+    # shard_map, since the compiler cannot partition the loop over routed experts: each device runs its own.
+    sharded = jax.shard_map(
         shard, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=(P(), P()), check_vma=False
     )  # fmt: skip
-    gradients, scores = split(target, target_ids, state.head, batch)
+    gradients, scores = sharded(target, target_ids, state.head, batch)
     updates, optimizer = build_optimizer(recipe.optimizer).update(gradients, state.optimizer, state.head)
     head = optax.apply_updates(state.head, updates)
     return TrainState(head, optimizer), _metrics(scores, batch, optax.tree.norm(gradients))
@@ -110,17 +132,17 @@ def train_step(
 def evaluate_batch(
     recipe: Recipe, backend: Backend, target: Decoder, target_ids: Array, state: TrainState, batch: Rows
 ) -> list[StepScore]:
-    """The same scores without a step."""
+    """Compute the scores of a batch by draft step, without gradients."""
     return _loss(recipe, backend, target, target_ids, state.head, batch)[1]
 
 
 def shard_batch(mesh: Mesh, batch: Rows) -> Rows:
-    """Rows spread over the mesh."""
+    """Shard rows over the mesh."""
     return Rows(*(put_global(part, NamedSharding(mesh, P("data"))) for part in batch))
 
 
 def finished_head(state: TrainState, target_ids: Array) -> DraftHead:
-    """The head as it runs."""
+    """Return the trained head, complete for decoding."""
     return dataclasses.replace(state.head, target_ids=target_ids)
 
 
@@ -133,8 +155,8 @@ def _loss(
     scores = unrolled_scores(
         recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, LOSSES[recipe.loss], recipe.recompute
     )
-    weighed = [recipe.decay**step * score.loss for step, score in enumerate(scores)]
-    return sum(weighed[1:], weighed[0]) / tokens.size, scores
+    weighted = [recipe.decay**step * score.loss for step, score in enumerate(scores)]
+    return sum(weighted[1:], weighted[0]) / tokens.size, scores
 
 
 def _over_devices(scores: list[StepScore]) -> list[StepScore]:

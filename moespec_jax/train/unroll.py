@@ -1,9 +1,9 @@
-"""The head unrolled over its own outputs, as it will run (EAGLE-3's training-time test, arXiv:2503.01840, section 3.2).
+"""Head unrolled over its own outputs, as in decoding (EAGLE-3's training-time test, arXiv:2503.01840, section 3.2).
 
-Step j sees at index t: the embedding of the true token t + 1 + j, and as feature the target's (j = 0) or the head's own
-output at the same index from step j - 1. It predicts token t + 2 + j. Its query may look at what it would see when
-drafting from a true prefix that ends at t: the keys of step 0 up to t, and of each later step the key at index t alone.
-So attention costs T^2 + j T, not (j T)^2:
+Step j reads at index t: the embedding of the true token t + 1 + j, and as feature the target's (j = 0) or the head's
+own output at the same index in step j - 1. It predicts token t + 2 + j. Its query attends to the keys that it has when
+drafting after a true prefix that ends at t: those of step 0 up to t, and of each later step the key at index t alone.
+So attention costs T^2 + j T instead of (j T)^2:
 
     step 0, keys     step 1    step 2
     x . . .          x . . .   x . . .
@@ -24,11 +24,11 @@ from moespec_jax.nn.attention import project_qkv
 from moespec_jax.nn.eagle3 import DraftHead, draft_logits, finish_layer, fuse_aux, layer_input, next_features
 from moespec_jax.nn.layers import rope_angles
 
-# Keys and values of every step so far, one entry a layer and step: `[batch, tokens, kv_heads, head]`.
+# Keys and values `[batch, tokens, kv_heads, head]` of each layer, of all steps before.
 _Keys = tuple[tuple[tuple[Array, Array], ...], ...]
 T = TypeVar("T")
-# Takes (step, logits [batch, tokens, draft_vocab]) and gives whatever is wanted of that step.
-Judge = Callable[[int, Array], T]
+# (step, logits [batch, tokens, draft_vocab]) -> result of the step.
+Score = Callable[[int, Array], T]
 
 
 def unroll(
@@ -38,27 +38,28 @@ def unroll(
     aux: Float[Array, "batch tokens aux"],
     tokens: Int[Array, "batch tokens"],
     steps: int,
-    judge: Judge[T],
+    score: Score[T],
     recompute: bool = False,
 ) -> list[T]:
-    """What `judge` makes of each step's logits. With `recompute` only one step's are held at a time: the way back
-    computes them again.
+    """Apply `score` to the logits of each step. With `recompute` the backward pass computes each step again, so that
+    only one step's logits are in memory at a time.
 
-    Index t of step j is meant only while token t + 1 + j is among `tokens`; past the end, token 0 stands in.
+    Index t of step j is valid only if token t + 1 + j is among `tokens`; past the end, token 0 is used.
     """
     embed = embed if head.embed is None else head.embed
-    features, keys, judged = fuse_aux(config, head, aux), ((),) * config.num_hidden_layers, []
+    features, keys, results = fuse_aux(config, head, aux), ((),) * config.num_hidden_layers, []
     run = jax.checkpoint(_step, static_argnums=(0, 5, 6)) if recompute else _step
     for step in range(steps):
         ahead = jnp.pad(tokens[:, 1 + step :], ((0, 0), (0, min(1 + step, tokens.shape[1]))))
-        features, keys, result = run(config, head, embed[ahead], features, keys, step, judge)
-        judged.append(result)
-    return judged
+        features, keys, result = run(config, head, embed[ahead], features, keys, step, score)
+        results.append(result)
+    return results
 
 
 def _step(
-    config: DraftConfig, head: DraftHead, embedded: Array, x: Array, keys: _Keys, step: int, judge: Judge[T]
+    config: DraftConfig, head: DraftHead, embedded: Array, x: Array, keys: _Keys, step: int, score: Score[T]
 ) -> tuple[Array, _Keys, T]:
+    """Run one draft step; returns the features and keys for the next one, and the result of the step."""
     batch, tokens = x.shape[:2]
     positions = jnp.broadcast_to(step + jnp.arange(tokens, dtype=jnp.int32)[None, :], (batch, tokens))
     longest = jnp.int32(tokens + step)
@@ -69,13 +70,13 @@ def _step(
         q, k, v = project_qkv(config, layer.attention, h, cos, sin)
         grown.append((*before, (k, v)))
         x = finish_layer(config, layer, x, attend_chain(q, grown[-1]))
-    return next_features(config, head, x), tuple(grown), judge(step, draft_logits(config, head, x))
+    return next_features(config, head, x), tuple(grown), score(step, draft_logits(config, head, x))
 
 
 def attend_chain(
     q: Float[Array, "batch tokens heads head"], keys: tuple[tuple[Array, Array], ...]
 ) -> Float[Array, "batch tokens q_out"]:
-    """Attention over the first step's keys up to the same index, and over later steps' keys at the same index."""
+    """Attend to the first step's keys up to the same index, and to later steps' keys at the same index."""
     batch, tokens, heads, head = q.shape
     first_k, first_v = keys[0]
     grouped = q.reshape(batch, tokens, first_k.shape[2], -1, head)

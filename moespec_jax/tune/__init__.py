@@ -1,1 +1,1 @@
-"""The fastest tree and budget for a model, a device and a kind of text: `python -m moespec_jax.tune`."""
+"""Search for the fastest tree and budget on a model, a device and prompts: `python -m moespec_jax.tune`."""

@@ -1,12 +1,12 @@
-"""Find the fastest tree and budget for a model on this device: `python -m moespec_jax.tune`.
+"""Find the fastest tree and expert budget for a model on this device: `python -m moespec_jax.tune`.
 
-Measures what a round costs here and what is accepted on these prompts, predicts every setting's speed, times the ten
-best against plain decoding, and writes the winner as a profile. Greedy decoding, one prompt at a time. By default
-nothing may be lost (--exact); --max-kl and --min-agreement allow expert budgets that lose no more than that.
+Measures what a round costs on this device and what is accepted on these prompts, predicts the speed of every setting,
+times the ten fastest predictions against plain decoding, and writes the fastest measured one to profile.json, which
+python -m moespec_jax.generate reads with --profile. Decoding is greedy, one prompt at a time. By default only exact
+settings are searched (--exact); --max-kl and --min-agreement admit expert budgets whose measured loss is within them.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -14,18 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
-from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.results import versions
+from moespec_jax.runtime.results import device_name, versions
 from moespec_jax.runtime.tuned_profile import write_profile
 from moespec_jax.tune.candidates import grid
 from moespec_jax.tune.cost import TERMS
@@ -37,38 +35,50 @@ example:
   python -m moespec_jax.tune --model MODEL --draft-model HEAD --prompts mine=prompts.jsonl --max-kl 0.01 --output tuned
   python -m moespec_jax.generate --model MODEL --draft-model HEAD --profile tuned/profile.json
 
-Interrupted, it goes on where it was with the same command.
+The same command continues an interrupted search.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
     return run_command(_parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m moespec_jax.tune", description=__doc__, epilog=EXAMPLE, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = command_parser("tune", __doc__, EXAMPLE)
     add_model_flags(parser.add_argument_group("model"))
     group = parser.add_argument_group("prompts")
     add_prompt_set_flags(group, count=12)
-    group.add_argument("--tokens", type=int, default=96, help="new tokens a prompt (96)")
+    group.add_argument("--tokens", type=int, default=96, metavar="N", help="new tokens of each prompt (default: 96)")
     group.add_argument("--chat", action="store_true", help="apply the model's chat template to the prompts")
-    group = parser.add_argument_group("what may be lost")
-    group.add_argument("--exact", action="store_true", help="nothing (default)")
+    group = parser.add_argument_group("bound on the loss")
+    group.add_argument("--exact", action="store_true", help="no loss: only settings whose output is exact (default)")
     group.add_argument(
-        "--max-kl", type=float, metavar="X", help="mean divergence from the exact target, in nats a token"
+        "--max-kl", type=float, metavar="X", help="largest mean divergence from the exact target, in nats a token"
     )
     group.add_argument(
-        "--min-agreement", type=float, metavar="Y", help="share of tokens whose first choice is the exact target's own"
+        "--min-agreement",
+        type=float,
+        metavar="Y",
+        help="smallest share of tokens whose most probable choice is that of the exact target",
     )
-    group = parser.add_argument_group("what is searched")
-    group.add_argument("--tree-depth", type=int, default=7, metavar="D", help="deepest tree (7)")
-    group.add_argument("--tree-top-ks", type=int, nargs="+", default=[1, 2, 4, 10], help="widths (1 2 4 10)")
+    group = parser.add_argument_group("search space")
+    group.add_argument("--tree-depth", type=int, default=7, metavar="D", help="largest depth of a tree (default: 7)")
     group.add_argument(
-        "--tree-sizes", type=int, nargs="+", default=[4, 6, 8, 12, 16, 24, 32, 48, 60], help="tokens verified at once"
+        "--tree-top-ks",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 10],
+        metavar="K",
+        help="widths of trees; 1 is a chain (default: 1 2 4 10)",
+    )
+    group.add_argument(
+        "--tree-sizes",
+        type=int,
+        nargs="+",
+        default=[4, 6, 8, 12, 16, 24, 32, 48, 60],
+        metavar="N",
+        help="tokens verified in one pass, of trees wider than a chain (default: 4 6 8 12 16 24 32 48 60)",
     )
     group.add_argument(
         "--budgets",
@@ -76,17 +86,18 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[0.25, 0.375, 0.5, 0.75],
         metavar="F",
-        help="fractions of the experts",
+        help="fractions of the experts that a layer may read (default: 0.25 0.375 0.5 0.75)",
     )
-    group.add_argument("--repeats", type=int, default=5, help="turns in which the ten best are timed (5)")
-    parser.add_argument("--output", type=Path, default=Path("tuned"), metavar="DIR", help="what is written (tuned)")
+    group.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of the final timing (default: 5)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("tuned"), metavar="DIR", help="directory of the results (default: tuned)"
+    )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
     bound = _bound(arguments)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("expected matplotlib, which draws the figure: pip install moespec_jax[plots]")
+    require_matplotlib()
     check_prompt_sets(arguments)
     try:
         trees = grid(arguments.tree_depth, arguments.tree_top_ks, arguments.tree_sizes)
@@ -96,7 +107,9 @@ def _run(arguments: argparse.Namespace) -> None:
         raise RequestError("expected at least one tree to search, one repeat and two tokens")
     model = load_requested(arguments)
     if model.draft is None:
-        raise RequestError("expected a draft head to tune the use of; give --draft-model")
+        raise RequestError(
+            "expected a draft head to draft trees with (--draft-model); the model was loaded without one"
+        )
     as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
     sets = prompt_sets(model, arguments, as_chat)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
@@ -114,7 +127,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _bound(arguments: argparse.Namespace) -> Bound:
     bound = Bound(arguments.max_kl, arguments.min_agreement)
     if arguments.exact and not bound.exact:
-        raise RequestError("expected either --exact or a bound on the loss; got both")
+        raise RequestError("expected either --exact or a bound on the loss (--max-kl, --min-agreement); got both")
     if bound.max_kl is not None and not bound.max_kl > 0:
         raise RequestError(f"expected --max-kl above 0 (--exact for none); got {bound.max_kl}")
     if bound.min_agreement is not None and not 0 < bound.min_agreement <= 1:
@@ -123,7 +136,11 @@ def _bound(arguments: argparse.Namespace) -> Bound:
 
 
 def _budgets(fractions: Sequence[float], model: Model) -> list[int]:
-    """Numbers of experts, at least one token's own and fewer than all."""
+    """Convert fractions to distinct numbers of experts, none below the number of experts of one token.
+
+    Raises:
+        RequestError: a fraction is out of range.
+    """
     total, k = model.config.num_experts, model.config.num_experts_per_tok
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise RequestError(f"expected --budgets as fractions of the experts, above 0 and up to 1; got {fractions}")
@@ -131,12 +148,11 @@ def _budgets(fractions: Sequence[float], model: Model) -> list[int]:
 
 
 def _about(model: Model, arguments: argparse.Namespace, sets: dict[str, int]) -> dict[str, Any]:
-    device = jax.devices()[0]
     assert model.draft is not None
     return {
         "model": shown_name(arguments.model), "draft_model": shown_name(model.draft.name), "prompts": sets,
         "new_tokens": arguments.tokens, "batch": 1,
-        "temperature": 0.0, "device": f"{device.platform} ({device.device_kind})", "cores": os.cpu_count(),
+        "temperature": 0.0, "device": device_name(), "cores": os.cpu_count(),
         "dtype": model.precision, "versions": versions(),
     }  # fmt: skip
 
@@ -153,7 +169,7 @@ def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Pat
         "refused": outcome.refused,
         "finalists": found,
     }
-    report = f"# Tuned within {bound_text(bound)}\n\n{verdict(outcome, bound)}\n\n{table(outcome)}\n\n"
+    report = f"# Fastest setting ({bound_text(bound)})\n\n{verdict(outcome, bound)}\n\n{table(outcome)}\n\n"
     report += f"{json.dumps(about)}\n"
     write_text(directory / "tune.md", report)
     draw(outcome, directory / "tune.png")

@@ -1,4 +1,4 @@
-"""Settings that might be the best, with what is predicted of each."""
+"""Candidate settings, with the predicted speed of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.tune.cost import Cost
 from moespec_jax.tune.replay import replay
 
-# Rules that keep most of the quality at a budget, and the one that keeps all of it (docs/budgets.md).
+# Rules with a small loss at a budget, and the exact one (docs/budgets.md).
 LOSSY_RULES: dict[str, dict[str, Any]] = {
     "path, squares": {},
     "faithfulness 0.3": dict(anchor="root", min_kept_weight=0.3),
@@ -20,7 +20,7 @@ LOSSY_RULES: dict[str, dict[str, Any]] = {
 EXACT_RULES: dict[str, dict[str, Any]] = {
     "guarantee 0, faithfulness 1": dict(anchor="likely", anchor_probability=0.0, min_kept_weight=1.0),
 }
-# What the cost of a round is fitted to: the corners of what is searched, and some of its middle.
+# Trees that the cost of a round is fitted to: the corners of the search space, and some inside.
 ANCHORS = [
     TreeConfig(0, 1, 2), TreeConfig(2, 1, 4), TreeConfig(6, 1, 8), TreeConfig(2, 2, 6), TreeConfig(4, 4, 16),
     TreeConfig(5, 8, 32), TreeConfig(7, 10, 60),
@@ -29,8 +29,17 @@ BUDGETED_ANCHORS = [TreeConfig(4, 4, 16), TreeConfig(7, 10, 60)]
 
 
 class Candidate(NamedTuple):
-    """A setting with what is predicted of it, and of a budget, what it was measured to lose: divergence in nats and
-    share of equal first choices, by prefix, with 95 % intervals."""
+    """Setting with its predicted speed.
+
+    Fields:
+        name: tree, budget and rule.
+        spec: how to decode.
+        accept_length: predicted number of tokens that a round gains.
+        experts: predicted number of distinct experts that a layer reads in a round.
+        round_s: predicted seconds of a round.
+        loss: measured loss of a budget: `kl` in nats and `top1`, the share of equal first choices, each with its 95 %
+            interval (`kl_95`, `top1_95`); None without a budget.
+    """
 
     name: str
     spec: DecodingSpec
@@ -41,12 +50,13 @@ class Candidate(NamedTuple):
 
     @property
     def tokens_per_s(self) -> float:
-        """Predicted."""
+        """Predicted speed."""
         return self.accept_length / self.round_s
 
 
 def grid(depth: int, top_ks: Iterable[int], sizes: Iterable[int]) -> list[TreeConfig]:
-    """Every tree up to this depth of these widths and sizes. Chains have the one size that keeps them whole."""
+    """List every tree of at most this depth with these widths and sizes. A chain has the one size that holds all of its
+    nodes."""
     trees = []
     for top_k in top_ks:
         for d in range(depth + 1):
@@ -54,7 +64,7 @@ def grid(depth: int, top_ks: Iterable[int], sizes: Iterable[int]) -> list[TreeCo
                 trees.append(TreeConfig(d, 1, d + 2))
                 continue
             pool = TreeConfig(d, top_k, 2).pool
-            # A tree of fewer nodes than levels leaves its last levels empty; one of its whole first level is no tree.
+            # The last levels are empty unless there are more nodes than levels; the first needs top-k besides the root.
             trees += [TreeConfig(d, top_k, size) for size in sizes if max(d + 2, top_k) < size <= pool + 1]
     return trees
 
@@ -62,18 +72,24 @@ def grid(depth: int, top_ks: Iterable[int], sizes: Iterable[int]) -> list[TreeCo
 def exact_candidates(
     trees: Sequence[TreeConfig], ranks: Mapping[int, np.ndarray], experts: Mapping[int, float], cost: Cost
 ) -> list[Candidate]:
-    """Every tree without a budget, the fastest predicted first. `ranks` come by top-k (`replay.path_ranks`), `experts`
-    wanted by size."""
+    """Predict every tree without a budget; the fastest comes first.
+
+    Args:
+        trees: to predict.
+        ranks: `replay.path_ranks` by top-k.
+        experts: distinct experts that a layer reads, by measured tree size (`cost.interpolate_experts`).
+        cost: of a round.
+    """
     found = []
     for tree in trees:
-        wanted = float(np.interp(tree.size, list(experts), list(experts.values())))
+        count = float(np.interp(tree.size, list(experts), list(experts.values())))
         length = replay(ranks[tree.top_k], tree).accept_length
-        found.append(Candidate(tree.name, DecodingSpec(tree), length, wanted, cost.round_s(tree, wanted)))
+        found.append(Candidate(tree.name, DecodingSpec(tree), length, count, cost.round_s(tree, count)))
     return sorted(found, key=lambda c: -c.tokens_per_s)
 
 
 def trees_for_budgets(exact: Sequence[Candidate], budgets: Sequence[int], cost: Cost, count: int) -> list[TreeConfig]:
-    """The `count` trees that would be fastest if the budgets cost no acceptance, two of each budget at the most."""
+    """Choose the `count` trees that would be fastest if budgets cost no acceptance, at most two for each budget."""
     found: dict[TreeConfig, float] = {}
     for budget in budgets:
         speeds = {
@@ -89,7 +105,7 @@ def trees_for_budgets(exact: Sequence[Candidate], budgets: Sequence[int], cost: 
 def budgeted_candidate(
     tree: TreeConfig, rule_name: str, budget: BudgetConfig, measured: Mapping[str, Any], cost: Cost
 ) -> Candidate:
-    """A tree under a budget, with what teacher forcing `measured` of it (`fidelity.summary`)."""
+    """Predict a tree under a budget from its teacher forcing (`measured`, of `fidelity.summary`)."""
     name = f"{tree.name} B={budget.experts} {rule_name}"
     loss = {key: measured[key] for key in ("kl", "kl_95", "top1", "top1_95")}
     length, experts = measured["accept_length"], measured["experts_read"]

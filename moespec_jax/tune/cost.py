@@ -1,9 +1,10 @@
-"""What a round takes, as a sum of what it is made of, fitted to a few measured settings.
+"""Cost model of a round: a linear function of its parts, fitted to a few measured settings.
 
-    round = fixed + depth + 1 passes of the head + depth * top_k rows in them + size rows verified + experts read
+    seconds = fixed + a (depth + 1) + b depth top_k + c size + d experts
 
-Each term has a price that is not negative (non-negative least squares), and errors count relative to what was measured.
-The last term is C(nodes, B)'s dependence on the budget: bytes of experts over bandwidth.
+(depth + 1) is the number of passes of the head, depth * top_k the number of rows in them, size the number of verified
+rows, and experts the number of distinct experts that a layer reads: bytes over bandwidth, the term that a budget
+changes. Prices are not negative (non-negative least squares on relative errors).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,14 @@ TERMS = ("fixed", "a pass of the head", "a row in the head", "a row verified", "
 
 
 class Measured(NamedTuple):
-    """One setting that was timed: distinct experts read a layer, seconds a round, and whether a budget was on."""
+    """Measured setting.
+
+    Fields:
+        tree: shape of the draft tree.
+        experts: distinct experts that a layer read in a round, mean of rounds.
+        round_s: seconds of a round.
+        budgeted: whether there was a budget.
+    """
 
     tree: TreeConfig
     experts: float
@@ -27,23 +35,28 @@ class Measured(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds that each term costs, and the fit's relative errors at what was measured."""
+    """Fitted cost model.
+
+    Fields:
+        prices: seconds of one unit of each of `TERMS`.
+        errors: relative error of each measured setting.
+    """
 
     prices: tuple[float, ...]
     errors: tuple[float, ...]
 
     def round_s(self, tree: TreeConfig, experts: float) -> float:
-        """Predicted seconds of a round that reads so many distinct experts a layer."""
+        """Predict the seconds of a round in which each layer reads `experts` distinct experts."""
         return float(np.dot(self.prices, terms(tree, experts)))
 
 
 def terms(tree: TreeConfig, experts: float) -> list[float]:
-    """How often a round pays each term."""
+    """Count the units of each of `TERMS` in a round."""
     return [1.0, tree.depth + 1.0, float(tree.depth * tree.top_k), float(tree.size), experts]
 
 
 def fit(measured: Sequence[Measured]) -> Cost:
-    """The prices that explain what was measured best.
+    """Fit the prices to measured settings, by relative error.
 
     Raises:
         ValueError: nothing was measured.
@@ -57,7 +70,7 @@ def fit(measured: Sequence[Measured]) -> Cost:
 
 
 def interpolate_experts(measured: Sequence[Measured]) -> dict[int, float]:
-    """Distinct experts that exact trees of each measured size want, to be interpolated between: `np.interp`."""
+    """Average the distinct experts of exact trees by tree size, ascending, as `np.interp` needs them."""
     by_size: dict[int, list[float]] = {}
     for one in measured:
         by_size.setdefault(one.tree.size, []).append(one.experts)

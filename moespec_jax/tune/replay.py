@@ -1,10 +1,10 @@
-"""How many tokens a round gains under every tree at once, from drafting once at every position of known texts.
+"""Acceptance length of all trees at once, from one pass of drafting over given texts.
 
-A greedy target accepts of a tree the path that its own continuation takes. So where that continuation is known, no tree
-need be verified to know what would be accepted: it is enough to draft, at every position, the whole pool of a width
-(`TreeConfig.top_k`) and to find the continuation's nodes in it. A tree of depth d and size n keeps the n - 1 best of
-the pool's first d + 1 levels, hence a node is in it if its rank among those is below n - 1. Rounds are then replayed
-from position to position, as decoding would make them.
+A greedy target accepts the path of a tree that its own continuation takes. Where the continuation is given, acceptance
+needs no verification: at every position the whole pool of a width (`TreeConfig.top_k`) is drafted, and the nodes of the
+continuation are located in it. A tree of depth d and size n consists of the root and the n - 1 best nodes of the pool's
+first d + 1 levels, so a node is in the tree if its rank among those is below n - 1. Rounds are then replayed from
+position to position, as in decoding.
 """
 
 import dataclasses
@@ -33,38 +33,43 @@ from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
-# The rank of what is not in the pool.
+# Rank of a node that is not in the pool.
 ABSENT = np.iinfo(np.int32).max
 
 
 class Acceptance(NamedTuple):
-    """Of one tree: tokens a round gains, and the share of rounds that accept a node of depth 1, 2, ..."""
+    """Acceptance of one tree.
+
+    Fields:
+        accept_length: mean number of tokens that a round gains.
+        accepted_by_depth: share of rounds that accept a node at depth 1, 2, ...
+    """
 
     accept_length: float
     accepted_by_depth: list[float]
 
 
 def whole_pool(depth: int, top_k: int) -> TreeConfig:
-    """The tree that keeps everything it drafts."""
+    """Build the tree that contains its whole pool."""
     return TreeConfig(depth, top_k, TreeConfig(depth, top_k, 2).pool + 1)
 
 
 def path_ranks(
     model: Model, texts: Sequence[Sequence[int]], prompts: Sequence[int], depth: int, top_k: int, steps: int
 ) -> np.ndarray:
-    """Where the continuation's nodes rank in the pools drafted at `steps` positions of every text.
+    """Rank the nodes of each text's continuation in the pools drafted at `steps` of its positions.
 
     Args:
         model: target and draft head.
         texts: token ids, each at least `prompts[i] + steps + depth + 1` long.
-        prompts: lengths of the prompts; the first position's root is the token after.
+        prompts: lengths of the prompts; the root of the first position is the token after the prompt.
         depth: of the deepest tree.
         top_k: width of all trees.
-        steps: positions of each text to draft at.
+        steps: number of positions of each text.
 
     Returns:
-        int32 [texts, steps, levels, depths]: the rank of the node at depth `level + 1` among the pool of a tree of
-        depth 0, 1, ...; `ABSENT` where the continuation left the pool.
+        int32 [texts, steps, levels, depths]: rank of the node at depth `level + 1` in the pool of a tree of depth 0, 1,
+        ...; `ABSENT` where the pool does not contain the continuation.
     """
     method = model.speculative(DecodingSpec(whole_pool(depth, top_k)), SamplingConfig())
     params = model.speculative_params
@@ -76,7 +81,7 @@ def path_ranks(
 
 
 def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
-    """Rounds of one tree over all texts, each starting where the last one ended."""
+    """Replay the rounds of one tree over all texts, each from the position where the one before ended."""
     levels = tree.depth + 1
     accepted = (ranks[:, :, :levels, tree.depth] < tree.size - 1).sum(axis=2)
     steps, counts = ranks.shape[1], np.zeros(levels + 1, np.int64)
@@ -118,7 +123,7 @@ def _ranks_along(
 def _exact_aux(
     plain: Autoregressive, boundaries: tuple[int, ...], target: Decoder, texts: Int[Array, "texts tokens"]
 ) -> Float[Array, "texts tokens aux"]:
-    """The target's hidden states that the head reads, of every token, from one plain pass."""
+    """Compute every token's auxiliary hidden states in one plain pass of the target."""
     config = plain.config
     positions = jnp.broadcast_to(jnp.arange(texts.shape[1], dtype=jnp.int32)[None, :], texts.shape)
     mask = causal_mask(positions, texts.shape[1])
@@ -131,11 +136,11 @@ def _exact_aux(
 def _path_ranks(
     tree: TreeConfig, pool: Tree, text: Int[Array, " tokens"], length: Int[Array, ""]
 ) -> Int[Array, "levels depths"]:
-    """Ranks of the nodes that a text takes in a whole pool whose root is its token at `length - 1`."""
+    """Rank the nodes that a text takes in a whole pool whose root is the text's token at `length - 1`."""
     levels, k = tree.depth + 1, tree.top_k
     level = jnp.concatenate([jnp.zeros((k,), jnp.int32), 1 + jnp.arange(tree.depth * k**2, dtype=jnp.int32) // k**2])
     tokens, scores = pool.tokens[1:], pool.scores[1:]
-    # Higher scores first, then the lower place in the pool, as when the tree is cut.
+    # By score, ties by the lower index in the pool, as the nodes of a tree are chosen.
     order = jnp.argsort(-scores, stable=True)
     within = level[None, order] <= jnp.arange(levels, dtype=jnp.int32)[:, None]
     rank = jnp.zeros_like(within, jnp.int32).at[:, order].set(jnp.cumsum(within, axis=1, dtype=jnp.int32) - 1)

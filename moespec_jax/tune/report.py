@@ -1,4 +1,4 @@
-"""What a search found, in words, as a table and as a picture."""
+"""Result of a search: in words, as a table and as a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from moespec_jax.tune.search import PLAIN, Bound, Finalist, Outcome
 
 
 def verdict(outcome: Outcome, bound: Bound) -> str:
-    """What to do, and what it rests on."""
+    """State the fastest setting and its measured speed."""
     plain = outcome.plain_tokens_per_s["median"]
     if outcome.best is None:
         first = outcome.finalists[0]
         return (
-            f"Plain decoding wins: {plain:.0f} tokens/s. The fastest speculation within {bound_text(bound)} is"
-            f" {first.candidate.name} at {_times(first.over_plain)} of it. The profile says plain decoding."
+            f"Plain decoding is fastest: {plain:.0f} tokens/s. The fastest speculative setting ({bound_text(bound)}),"
+            f" {first.candidate.name}, has {_times(first.over_plain)} of its speed. The profile is plain decoding."
         )
     best = outcome.best
     kind = "EXACT" if best.exact else f"LOSSY ({_loss(best)})"
@@ -25,16 +25,16 @@ def verdict(outcome: Outcome, bound: Bound) -> str:
 
 
 def bound_text(bound: Bound) -> str:
-    """What may be lost, in words."""
+    """State the bound in words."""
     if bound.exact:
-        return "no loss at all"
-    parts = [] if bound.max_kl is None else [f"a divergence of {bound.max_kl:g} nats"]
-    parts += [] if bound.min_agreement is None else [f"{bound.min_agreement:.1%} equal first choices"]
+        return "exact"
+    parts = [] if bound.max_kl is None else [f"divergence of at most {bound.max_kl:g} nats"]
+    parts += [] if bound.min_agreement is None else [f"at least {bound.min_agreement:.1%} equal first choices"]
     return " and ".join(parts)
 
 
 def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    """One for each finalist, the fastest first, and plain decoding's: what was predicted and what was measured."""
+    """List predictions and measurements of the finalists, the fastest first, then those of plain decoding."""
     found: list[dict[str, Any]] = [
         {
             "setting": one.candidate.name,
@@ -53,9 +53,9 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def table(outcome: Outcome) -> str:
-    """Markdown."""
+    """Format finalists and plain decoding as Markdown."""
     head = ["setting (size/depth/top-k)", "output", "predicted tokens/s", "measured", "over plain", "tokens a round"]
-    lines = [head + ["divergence", "first choices"], ["---"] * (len(head) + 2)]
+    lines = [head + ["divergence", "same first choice"], ["---"] * (len(head) + 2)]
     for one in outcome.finalists:
         loss = one.candidate.loss
         kl, top1 = ("0", "100%") if loss is None else (f"{loss['kl']:.4f}", f"{loss['top1']:.1%}")
@@ -70,7 +70,7 @@ def table(outcome: Outcome) -> str:
 
 
 def draw(outcome: Outcome, file: Path) -> None:
-    """Measured speed of every finalist with its range, beside what was predicted."""
+    """Draw the measured speed of every finalist with its range, and its predicted speed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,12 +78,12 @@ def draw(outcome: Outcome, file: Path) -> None:
 
     shown = outcome.finalists[::-1]
     figure, axes = plt.subplots(figsize=(8.0, 1.4 + 0.36 * len(shown)), layout="constrained")
-    for place, one in enumerate(shown):
+    for y, one in enumerate(shown):
         colour = "#0072b2" if one.exact else "#d55e00"
         speed = one.tokens_per_s
-        axes.plot([speed["min"], speed["max"]], [place, place], color=colour, linewidth=3, alpha=0.35)
-        axes.plot(speed["median"], place, "o", color=colour, label="exact" if one.exact else "lossy")
-        axes.plot(one.candidate.tokens_per_s, place, "x", color="0.25", label="predicted")
+        axes.plot([speed["min"], speed["max"]], [y, y], color=colour, linewidth=3, alpha=0.35)
+        axes.plot(speed["median"], y, "o", color=colour, label="exact" if one.exact else "lossy")
+        axes.plot(one.candidate.tokens_per_s, y, "x", color="0.25", label="predicted")
     plain = outcome.plain_tokens_per_s["median"]
     axes.axvline(plain, color="0.5", linestyle=":", label="plain decoding")
     axes.set_yticks(range(len(shown)), [one.candidate.name for one in shown], fontsize=8)

@@ -1,9 +1,9 @@
-"""The search for the fastest setting within a bound on what it may lose.
+"""Search for the fastest setting within a bound on its loss.
 
-A few settings are timed, and the cost of a round is fitted to them; acceptance of every tree comes from drafting once
-at every position of the model's own continuations; what a budget loses, accepts and reads comes from following them.
-So every candidate's speed is predicted, the best predicted are timed against plain decoding in turns, and the fastest
-of those is chosen by what was measured.
+The cost of a round is fitted to a few timed settings (`cost.py`). The acceptance of every tree comes from drafting at
+every position of the model's own continuations (`replay.py`); loss, acceptance and experts of a budget come from
+teacher forcing of these continuations. From this the speed of every candidate is predicted. The fastest predictions are
+timed in turns with plain decoding, and the fastest measured setting is chosen.
 """
 
 from collections.abc import Sequence
@@ -38,19 +38,23 @@ PLAIN = "plain"
 
 
 class Bound(NamedTuple):
-    """What may be lost: divergence in nats, share of first choices that are not the exact target's own; both None means
-    nothing at all."""
+    """Bound on the loss; without one, settings are exact.
+
+    Fields:
+        max_kl: largest mean divergence from the exact target, in nats.
+        min_agreement: smallest share of positions whose most probable token is that of the exact target.
+    """
 
     max_kl: float | None = None
     min_agreement: float | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether nothing may be lost."""
+        """True if no loss is allowed."""
         return self.max_kl is None and self.min_agreement is None
 
     def allows(self, candidate: Candidate) -> bool:
-        """Whether a candidate's measured loss is within."""
+        """Test whether a candidate's measured loss is within the bound."""
         if candidate.loss is None:
             return True
         kl, top1 = candidate.loss["kl"], candidate.loss["top1"]
@@ -77,7 +81,15 @@ class SearchConfig(NamedTuple):
 
 
 class Finalist(NamedTuple):
-    """A candidate that was timed: tokens a second, and over plain decoding of the same turns; medians and ranges."""
+    """Timed candidate.
+
+    Fields:
+        candidate: setting and predictions.
+        tokens_per_s: median and range over turns.
+        over_plain: speed over that of plain decoding in the same turn, median and range.
+        accept_length: mean number of tokens that a round gains.
+        exact: whether the output is exact.
+    """
 
     candidate: Candidate
     tokens_per_s: dict[str, float]
@@ -87,8 +99,16 @@ class Finalist(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the search found: `best` is None where plain decoding wins. Finalists by measured speed, the fastest first;
-    `refused` counts candidates that lose more than they may."""
+    """Result of a search.
+
+    Fields:
+        best: the fastest finalist; None if plain decoding is faster.
+        finalists: by measured speed, the fastest first.
+        plain_tokens_per_s: speed of plain decoding, median and range.
+        cost: fitted cost model.
+        considered: number of candidates.
+        refused: number of candidates whose loss exceeds the bound.
+    """
 
     best: Finalist | None
     finalists: list[Finalist]
@@ -99,7 +119,7 @@ class Outcome(NamedTuple):
 
 
 def find_fastest(model: Model, prompts: Sequence[Sequence[int]], search: SearchConfig, ledger: Ledger) -> Outcome:
-    """Find the fastest setting; every measurement goes through `ledger`."""
+    """Find the fastest setting; all measurements are stored in `ledger`."""
     measured = time_anchors(model, prompts, search, ledger)
     cost, experts = fit(measured), interpolate_experts([one for one in measured if not one.budgeted])
     longest = max(tree.depth for tree in search.trees) + 1
@@ -110,17 +130,17 @@ def find_fastest(model: Model, prompts: Sequence[Sequence[int]], search: SearchC
     allowed = [c for c in budgeted if search.bound.allows(c)]
     best = sorted([*exact, *allowed], key=lambda c: -c.tokens_per_s)[:FINALISTS]
     plain, finalists = time_finalists(model, prompts, best, search, ledger)
-    wins = finalists[0].tokens_per_s["median"] > plain["median"]
+    faster = finalists[0].tokens_per_s["median"] > plain["median"]
     considered, refused = len(exact) + len(budgeted), len(budgeted) - len(allowed)
-    return Outcome(finalists[0] if wins else None, finalists, plain, cost, considered, refused)
+    return Outcome(finalists[0] if faster else None, finalists, plain, cost, considered, refused)
 
 
 def time_anchors(
     model: Model, prompts: Sequence[Sequence[int]], search: SearchConfig, ledger: Ledger
 ) -> list[Measured]:
-    """Seconds a round of the settings that the cost is fitted to."""
-    known = min(tree.top_k for tree in search.trees), max(tree.top_k for tree in search.trees)
-    anchors = [tree for tree in ANCHORS if known[0] <= tree.top_k <= known[1]]
+    """Time the settings that the cost of a round is fitted to."""
+    narrowest, widest = min(tree.top_k for tree in search.trees), max(tree.top_k for tree in search.trees)
+    anchors = [tree for tree in ANCHORS if narrowest <= tree.top_k <= widest]
     cases = {tree.name: TimingCase(DecodingSpec(tree)) for tree in anchors}
     for tree in BUDGETED_ANCHORS:
         for budget in (min(search.budgets), max(search.budgets)):
@@ -138,7 +158,7 @@ def time_anchors(
 def draft_at_all_positions(
     model: Model, texts: Sequence[Sequence[int]], search: SearchConfig, ledger: Ledger
 ) -> dict[int, np.ndarray]:
-    """`replay.path_ranks` of every width that is searched."""
+    """Compute `replay.path_ranks` of every width in the search space."""
     depths: dict[int, int] = {}
     for tree in search.trees:
         depths[tree.top_k] = max(depths.get(tree.top_k, 0), tree.depth)
@@ -158,7 +178,7 @@ def measure_budgets(
     cost: Cost,
     ledger: Ledger,
 ) -> list[Candidate]:
-    """Candidates with a budget: exact rules where nothing may be lost, else lossy ones."""
+    """Measure loss, acceptance and experts of budgets, with exact rules if no loss is allowed, else with lossy ones."""
     rules = EXACT_RULES if search.bound.exact else LOSSY_RULES
     trees = trees_for_budgets(exact, search.budgets, cost, 2 if search.bound.exact else BUDGETED_TREES)
     longest = max(tree.depth for tree in search.trees) + 1
@@ -166,7 +186,7 @@ def measure_budgets(
     found, total = [], model.config.num_experts
     with tqdm(total=len(trees) * len(rules), desc="budgets", unit="rule", disable=None) as bar:
         for tree in trees:
-            forced: list[Texts] = []  # prefilled when it is needed
+            forced: list[Texts] = []  # prefilled only if the ledger lacks a value
             for rule_name, rule in rules.items():
                 for budget in search.budgets:
                     key = f"loss of {tree.name}, {rule_name}, {budget}"
@@ -183,7 +203,8 @@ def measure_budgets(
 def time_finalists(
     model: Model, prompts: Sequence[Sequence[int]], best: Sequence[Candidate], search: SearchConfig, ledger: Ledger
 ) -> tuple[dict[str, float], list[Finalist]]:
-    """Plain decoding's speed and the candidates', the fastest first."""
+    """Time plain decoding and the candidates in turns; returns the speed of plain decoding, and the finalists, the
+    fastest first."""
     cases = {PLAIN: TimingCase(), **{c.name: TimingCase(c.spec) for c in best}}
     turns = time_interleaved(model, prompts, cases, search.tokens, search.repeats, ledger, label="final")
     finalists = [_finalist(c, turns) for c in best]

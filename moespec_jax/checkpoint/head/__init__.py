@@ -1,1 +1,1 @@
-"""EAGLE-3 head checkpoints of every published format, in and out. Private."""
+"""Reading and writing of EAGLE-3 head checkpoints in every published format. Private."""

@@ -1,23 +1,30 @@
-"""A published draft head's config.json and tensor shapes, read as a `DraftConfig`.
+"""Conversion of a draft head's config.json and tensor shapes into a `DraftConfig`.
 
-Three formats are told apart: EAGLE's repository (arXiv:2503.01840), SpecForge's and ModelOpt's, and vLLM's
-speculators. Where shapes and file disagree the shapes win, since they are what will be computed with.
+Three formats are distinguished: that of EAGLE's repository (arXiv:2503.01840), that of SpecForge and ModelOpt, and that
+of vLLM's speculators. Where config.json and tensor shapes disagree, the shapes have precedence.
 """
 
 from typing import NamedTuple
 
-from moespec_jax.checkpoint.config_fields import Fields
+from moespec_jax.checkpoint.config_fields import (
+    Fields,
+    Places,
+    look_up,
+    read_count,
+    read_flag,
+    read_number,
+    section,
+)
 from moespec_jax.checkpoint.families import read_rope
 from moespec_jax.checkpoint.head.boundaries import Format, resolve_boundaries
-from moespec_jax.checkpoint.head.fields import look_up, read_count, read_flag, read_number, section
 from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, layer_number
-from moespec_jax.checkpoint.head.unsupported import Shapes, refuse_other_heads
+from moespec_jax.checkpoint.head.unsupported import Shapes, check_supported
 from moespec_jax.config import DecoderConfig, DraftConfig, QkNorm
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import listing
 
 _MOST_LAYERS = 1 << 6
-# Sizes are read from these, so they must be there before anything can be said of the others.
+# Tensors whose shapes give the head's sizes.
 _SIZED = (
     "fc.weight",
     "lm_head.weight",
@@ -28,8 +35,13 @@ _SIZED = (
 
 
 class HeadDescription(NamedTuple):
-    """A head's settings, the format it came in, and lines to show whoever loads it: where its boundaries come from,
-    and what in its files is contradictory or ambiguous."""
+    """A draft head as its files describe it.
+
+    Fields:
+        config: settings.
+        format: format of the files.
+        notes: lines to show the user: the origin of the boundaries, and contradictions and ambiguities of the files.
+    """
 
     config: DraftConfig
     format: Format
@@ -37,6 +49,8 @@ class HeadDescription(NamedTuple):
 
 
 class _Sizes(NamedTuple):
+    """Sizes of a head, as fields of a `DraftConfig`."""
+
     hidden_size: int
     intermediate_size: int
     draft_vocab_size: int
@@ -54,14 +68,19 @@ def describe_head(
     boundaries: tuple[int, ...] | None = None,
     where: str = "the head",
 ) -> HeadDescription:
-    """The draft head of a config.json and its tensors' shapes by canonical name, to draft for `target`.
+    """Describe a draft head from its config.json and the shapes of its tensors.
 
-    `name` is what the head was asked for by, a hub id or a directory, for what is known of single repositories;
-    `boundaries` overrides which states are tapped; `where` is named in errors.
+    Args:
+        fields: config.json.
+        shapes: shapes of the tensors by canonical name.
+        target: settings of the target.
+        name: hub id or directory of the head, to find corrections for single repositories.
+        boundaries: overrides those of the files.
+        where: place to name in errors.
 
     Raises:
         CheckpointError: a field is missing or wrong, the head is not computed as an EAGLE-3 head, its tensors do not
-            fit each other, or it was not made for this target.
+            match each other, or it was not trained for this target.
     """
     try:
         return _describe(fields, shapes, target, name, boundaries)
@@ -72,7 +91,7 @@ def describe_head(
 
 
 def detect_format(fields: Fields) -> Format:
-    """Which of the three formats a config.json is of."""
+    """Detect the format of a config.json."""
     if fields.get("speculators_model_type") is not None:
         return "speculators"
     architectures = fields.get("architectures")
@@ -86,71 +105,74 @@ def _describe(
     head_format = detect_format(fields)
     inner = section(fields, "transformer_layer_config") if head_format == "speculators" else fields
     places = (inner, section(fields, "eagle_config"), fields)
-    refuse_other_heads(places, shapes)
+    check_supported(places, shapes)
     if missing := [tensor for tensor in _SIZED if tensor not in shapes]:
         raise UnsupportedConfig(
-            f"expected the tensors of an EAGLE-3 head; came {len(missing)} missing: {listing(missing)}"
+            f"expected the tensors of an EAGLE-3 head; got {len(missing)} missing: {listing(missing)}"
         )
     sizes, warnings = _read_sizes(places, shapes)
-    taps = resolve_boundaries(fields, head_format, target, name, explicit)
-    _check_target(places, shapes, sizes, len(taps.values), target)
-    variants, more = _read_variants(places, shapes, head_format)
+    boundaries = resolve_boundaries(fields, head_format, target, name, explicit)
+    _check_target(places, shapes, sizes, len(boundaries.values), target)
+    variants, variant_warnings = _read_variants(places, shapes, head_format)
     rope = read_rope(inner, 10_000.0)
     if head_format == "eagle" and rope.rope_theta != 10_000.0:
-        more.append(f"rope_theta {rope.rope_theta:g} is used, as its file says; EAGLE's own code trains with 10000")
+        variant_warnings.append(
+            f"rope_theta {rope.rope_theta:g} of config.json is used; EAGLE's own code trains with 10000"
+        )
     config = DraftConfig(
         **sizes._asdict(),
         **variants,
         vocab_size=target.vocab_size,
         target_hidden_size=target.hidden_size,
-        boundaries=taps.values,
-        num_hidden_layers=_layers(places, shapes, head_format),
-        max_position_embeddings=read_count(places, "max_position_embeddings") or 2048,
+        boundaries=boundaries.values,
+        num_hidden_layers=_count_layers(places, shapes, head_format),
+        max_position_embeddings=read_count(places, "max_position_embeddings", 2048),
         rope=rope,
         rms_norm_eps=read_number(places, "rms_norm_eps", 1e-6),
         hidden_act=look_up(places, "hidden_act") or "silu",
         qk_norm=_qk_norm(inner, shapes, head_format),
         own_embedding=EMBEDDING in shapes or sizes.hidden_size != target.hidden_size,
     )
-    tapped = f"boundaries {', '.join(map(str, taps.values))}: {taps.origin}"
-    return HeadDescription(config, head_format, (tapped, *warnings, *more))
+    origin = f"boundaries {', '.join(map(str, boundaries.values))}: {boundaries.origin}"
+    return HeadDescription(config, head_format, (origin, *warnings, *variant_warnings))
 
 
-def _read_sizes(places: tuple[Fields, ...], shapes: Shapes) -> tuple[_Sizes, list[str]]:
-    """Sizes as the tensors have them; the number of heads is the one thing only the file knows."""
+def _read_sizes(places: Places, shapes: Shapes) -> tuple[_Sizes, list[str]]:
+    """Read sizes from tensor shapes, with warnings where config.json disagrees. Only numbers of heads are read from
+    config.json: shapes do not determine them."""
     for name in _SIZED:
         if len(shapes[name]) != 2 or 0 in shapes[name]:
-            raise UnsupportedConfig(f"expected {name} to be a matrix; came {list(shapes[name])}")
+            raise UnsupportedConfig(f"expected {name} to be a matrix; got {list(shapes[name])}")
     fc, lm_head, q, k, gate = (shapes[name] for name in _SIZED)
-    heads = read_count(places, "num_attention_heads")
+    heads = read_count(places, "num_attention_heads", None)
     if heads is None:
         raise UnsupportedConfig("config.json of a draft head lacks the field 'num_attention_heads'")
-    kv_heads = read_count(places, "num_key_value_heads") or heads
+    kv_heads = read_count(places, "num_key_value_heads", heads)
     head_dim = q[0] // heads
     if head_dim * heads != q[0] or head_dim * kv_heads != k[0] or head_dim % 2 or not head_dim or heads % kv_heads:
         raise UnsupportedConfig(
             f"expected q_proj and k_proj of {heads} and {kv_heads} heads of one even size, the first a multiple of the"
-            f" second; came {list(q)} and {list(k)}"
+            f" second; got {list(q)} and {list(k)}"
         )
     sizes = _Sizes(fc[0], gate[0], lm_head[0], heads, kv_heads, head_dim)
     warnings = []
     for name in ("hidden_size", "intermediate_size", "draft_vocab_size", "head_dim"):
-        said, came = read_count(places, name), getattr(sizes, name)
-        if said not in (None, came):
-            warnings.append(f"config.json says {name} {said}, its tensors {came}, which is used")
+        stated, actual = read_count(places, name, None), getattr(sizes, name)
+        if stated not in (None, actual):
+            warnings.append(f"config.json has {name} {stated}, its tensors {actual}, which is used")
     return sizes, warnings
 
 
-def _check_target(places: tuple[Fields, ...], shapes: Shapes, sizes: _Sizes, taps: int, target: DecoderConfig) -> None:
-    """Refuse a head made for another target."""
-    width, aux = read_count(places, "target_hidden_size"), shapes["fc.weight"][1]
-    if width not in (None, target.hidden_size) or aux != taps * target.hidden_size:
-        said = f", and config.json says target_hidden_size {width}" if width is not None else ""
+def _check_target(places: Places, shapes: Shapes, sizes: _Sizes, states: int, target: DecoderConfig) -> None:
+    """Refuse a head that was trained for another target."""
+    width, aux_size = read_count(places, "target_hidden_size", None), shapes["fc.weight"][1]
+    if width not in (None, target.hidden_size) or aux_size != states * target.hidden_size:
+        stated = f", and config.json has target_hidden_size {width}" if width is not None else ""
         raise UnsupportedConfig(
-            f"expected a head for {taps} states of width {target.hidden_size}, as this {target.model_type} has:"
-            f" fc.weight with {taps * target.hidden_size} inputs; it has {aux}{said}"
+            f"expected a head for {states} states of width {target.hidden_size}, as this {target.model_type} has:"
+            f" fc.weight with {states * target.hidden_size} inputs; it has {aux_size}{stated}"
         )
-    vocab = read_count(places, "vocab_size")
+    vocab = read_count(places, "vocab_size", None)
     if vocab not in (None, target.vocab_size) or sizes.draft_vocab_size > target.vocab_size:
         raise UnsupportedConfig(
             f"expected a head for a vocabulary of {target.vocab_size}, as this {target.model_type} has; its vocab_size"
@@ -158,11 +180,9 @@ def _check_target(places: tuple[Fields, ...], shapes: Shapes, sizes: _Sizes, tap
         )
 
 
-def _read_variants(
-    places: tuple[Fields, ...], shapes: Shapes, head_format: Format
-) -> tuple[dict[str, bool], list[str]]:
-    """The variants that change numbers. Norms before `fc` are there if their tensors or the file say so: what only the
-    file says is then a missing tensor."""
+def _read_variants(places: Places, shapes: Shapes, head_format: Format) -> tuple[dict[str, bool], list[str]]:
+    """Read the variants that change results, with warnings. Norms before `fc` and biases are on where their tensors
+    exist or config.json has them on: without tensors, they are reported as missing later."""
     found = {
         "norm_before_fc": "input_norm.weight" in shapes,
         "fc_norm": any(name.startswith("fc_norm.") for name in shapes),
@@ -170,35 +190,35 @@ def _read_variants(
     }
     warnings = []
     for name, present in found.items():
-        said = read_flag(places, name)
-        if said is False and present:
-            warnings.append(f"config.json says {name} false, but there are tensors for it, which are used")
-        found[name] = present or bool(said)
+        stated = read_flag(places, name, None)
+        if stated is False and present:
+            warnings.append(f"config.json has {name} false, but there are tensors for it, which are used")
+        found[name] = present or bool(stated)
     if found["norm_before_fc"] and found["fc_norm"]:
         raise UnsupportedConfig("expected one of norm_before_fc and fc_norm; this head has both")
-    residual = read_flag(places, "norm_before_residual")
-    # vLLM takes it as on where a speculators file says nothing.
-    found["norm_before_residual"] = head_format == "speculators" if residual is None else residual
+    # On by default in vLLM's reader of speculators files.
+    found["norm_before_residual"] = read_flag(places, "norm_before_residual", head_format == "speculators")
     found["fc_bias"] = "fc.bias" in shapes
-    output = read_flag(places, "norm_output")
+    output = read_flag(places, "norm_output", None)
     found["norm_output"] = bool(output) and head_format != "specforge"
     if output is not None and head_format == "specforge":
         warnings.append(
-            f"norm_output {str(output).lower()} is ambiguous in this format; read as in SpecForge's training: each step"
-            " hands on its state before the last norm, and the logits are of the normed one"
+            f"norm_output {str(output).lower()} is ambiguous in this format; read as in SpecForge's training: the next"
+            " step reads the state before the last norm, and the logits are computed from the state after it"
         )
     return found, warnings
 
 
 def _qk_norm(inner: Fields, shapes: Shapes, head_format: Format) -> QkNorm:
-    """Per head where there are norms, and where a speculators layer is Qwen3's and must have them."""
+    """Detect norms of queries and keys: per head where their tensors exist, and in Qwen3 layers of speculators."""
     present = any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in shapes)
-    asked = head_format == "speculators" and str(inner.get("model_type")).startswith("qwen3")
-    return "head" if present or asked else "none"
+    required = head_format == "speculators" and str(inner.get("model_type")).startswith("qwen3")
+    return "head" if present or required else "none"
 
 
-def _layers(places: tuple[Fields, ...], shapes: Shapes, head_format: Format) -> int:
-    """As many as there are tensors of. EAGLE's own files say any number; in others, more are missing ones."""
+def _count_layers(places: Places, shapes: Shapes, head_format: Format) -> int:
+    """Count layers by their tensors. config.json is used where it has more, whose tensors are then missing; EAGLE's own
+    files have arbitrary numbers there."""
     found = len({layer_number(name) for name in shapes} - {None})
-    said = read_count(places, "num_hidden_layers", _MOST_LAYERS)
-    return found if head_format == "eagle" or said is None else max(found, said)
+    stated = read_count(places, "num_hidden_layers", None, _MOST_LAYERS)
+    return found if head_format == "eagle" or stated is None else max(found, stated)

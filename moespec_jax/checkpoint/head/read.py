@@ -1,5 +1,5 @@
-"""Draft heads in: a directory of EAGLE's, SpecForge's or speculators' format is checked whole before a byte of weights
-is read, then tensors stream one by one to the device.
+"""Reading of draft heads in the formats of EAGLE, SpecForge and speculators. A directory is checked before any weights
+are read, then tensors are copied one by one to the device.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from moespec_jax.checkpoint.dtypes import CODES, FLOAT_DTYPES, INTEGER_DTYPES
 from moespec_jax.checkpoint.head.boundaries import Format
 from moespec_jax.checkpoint.head.config import describe_head
 from moespec_jax.checkpoint.head.tensor_table import O_BIAS, build_head, canonical_name, draft_table, is_ignorable
 from moespec_jax.checkpoint.head.vocabulary import read_target_ids
 from moespec_jax.checkpoint.leaves import cast
-from moespec_jax.checkpoint.read import FLOATS, STORED, read_tensors, scan
+from moespec_jax.checkpoint.read import read_headers, read_tensors
 from moespec_jax.checkpoint.tensor_table import Path as TreePath
-from moespec_jax.checkpoint.tensor_table import Tensor
+from moespec_jax.checkpoint.tensor_table import Tensor, raise_problems, table_problems
 from moespec_jax.checkpoint.torch_archive import read_arrays, read_index
 from moespec_jax.config import DecoderConfig, DraftConfig
-from moespec_jax.errors import CheckpointError
-from moespec_jax.files import listing, read_json
+from moespec_jax.files import read_json
 from moespec_jax.nn.eagle3 import DraftHead
 
 TORCH = "pytorch_model.bin"
@@ -31,7 +31,15 @@ _MAPS = ("d2t", "t2d")
 
 
 class LoadedDraft(NamedTuple):
-    """A draft head with its settings, lines to show whoever asked for it, and the format it came in."""
+    """A loaded draft head.
+
+    Fields:
+        config: settings.
+        head: parameters.
+        notes: lines to show the user (`HeadDescription.notes`).
+        format: format of its files.
+        name: hub id or directory.
+    """
 
     config: DraftConfig
     head: DraftHead
@@ -41,12 +49,18 @@ class LoadedDraft(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """The tensors of a directory by canonical name: shapes, dtypes (numpy's names), those found twice, and a reader
-    whose arrays are good until the next."""
+    """Tensors of a directory by canonical name.
+
+    Fields:
+        shapes: published shapes.
+        dtypes: stored dtypes, by numpy's names.
+        duplicates: descriptions of names that occur more than once.
+        read: function that yields the named tensors; an array is valid until the next one is requested.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
-    twice: list[str]
+    duplicates: list[str]
     read: Callable[[Iterable[str]], Iterator[tuple[str, np.ndarray]]]
 
 
@@ -58,11 +72,14 @@ def load_draft(
     name: str = "",
     boundaries: tuple[int, ...] | None = None,
 ) -> LoadedDraft:
-    """The draft head of a directory, to draft for `target`.
+    """Load the draft head of a directory.
 
-    All float parameters are converted to `dtype`, norms too, as the target's are; without one each keeps its own.
-    `name` is what the head was asked for by, a hub id or a directory, for what is known of single repositories;
-    `boundaries` overrides which states of the target are tapped.
+    Args:
+        directory: local directory.
+        target: settings of the target.
+        dtype: of all float parameters, norms included (default: each keeps its own).
+        name: hub id or directory of the head, to find corrections for single repositories.
+        boundaries: overrides those of the files.
 
     Raises:
         CheckpointError: as `describe_head` and `read_target_ids`; or tensors are unknown, missing, misshapen, doubly
@@ -82,16 +99,16 @@ def load_draft(
     )
     leaves: dict[TreePath, Any] = {("target_ids",): jnp.asarray(ids)}
     for key, array in stored.read(table):
-        kept = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {directory}")
-        leaves[table[key].path] = _on_device(kept, table[key].transpose)
+        converted = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {directory}")
+        leaves[table[key].path] = _to_device(converted, table[key].transpose)
     head, name = build_head(config, leaves), name or str(directory)
     return LoadedDraft(config, head, described.notes + notes, described.format, name)
 
 
 def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:
-    """The same head without an embedding of its own, if that is the target's `[vocab, model]` value for value.
+    """Remove a head's own embedding if it equals the target's `[vocab, model]`.
 
-    Some formats always write one; to keep it would be to hold the target's twice.
+    Some formats always include one; keeping it would hold the target's embedding twice.
     """
     own = loaded.head.embed
     if own is None or own.shape != embedding.shape or own.dtype != embedding.dtype:
@@ -105,74 +122,62 @@ def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:
 
 
 def _open(directory: Path) -> _Stored:
-    """The tensors of a directory: safetensors where there are any, else what `torch.save` wrote."""
+    """Open the safetensors of a directory, or its `pytorch_model.bin` where there are none."""
     torch = directory / TORCH
     if torch.is_file() and not any(directory.glob("*.safetensors*")):
         return _open_archive(torch)
-    headers = scan(directory)
-    names, twice = _canonical(headers.entries)
-    entries = {name: headers.entries[published] for name, published in names.items()}
+    headers = read_headers(directory)
+    published, duplicates = _canonical(headers.entries)
+    entries = {name: headers.entries[key] for name, key in published.items()}
 
-    def read(wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        return read_tensors({name: entries[name] for name in wanted})
+    def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return read_tensors({name: entries[name] for name in names})
 
     shapes = {name: entry.shape for name, entry in entries.items()}
-    dtypes = {name: STORED.get(entry.dtype, entry.dtype) for name, entry in entries.items()}
-    return _Stored(shapes, dtypes, headers.twice + twice, read)
+    dtypes = {name: CODES.get(entry.dtype, entry.dtype) for name, entry in entries.items()}
+    return _Stored(shapes, dtypes, headers.duplicates + duplicates, read)
 
 
 def _open_archive(file: Path) -> _Stored:
     index = read_index(file)
-    names, twice = _canonical(index)
-    tensors = {name: index[published] for name, published in names.items()}
+    published, duplicates = _canonical(index)
+    tensors = {name: index[key] for name, key in published.items()}
 
-    def read(wanted: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        return read_arrays(file, tensors, wanted)
+    def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return read_arrays(file, tensors, names)
 
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return _Stored(shapes, {name: str(tensor.dtype) for name, tensor in tensors.items()}, twice, read)
+    return _Stored(shapes, {name: str(tensor.dtype) for name, tensor in tensors.items()}, duplicates, read)
 
 
 def _canonical(published: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Published names by canonical name, and descriptions of those that two published names share."""
+    """Map canonical names to published ones; also describe canonical names that two published names share."""
     names: dict[str, str] = {}
-    twice = []
+    duplicates = []
     for name in published:
         if is_ignorable(name):
             continue
         canonical = canonical_name(name)
         if canonical in names:
-            twice.append(f"{canonical} (as {names[canonical]} and {name})")
+            duplicates.append(f"{canonical} (as {names[canonical]} and {name})")
         names[canonical] = name
-    return names, twice
+    return names, duplicates
 
 
 def _check(table: dict[str, Tensor], stored: _Stored, where: Path) -> None:
-    """Compare what is there with the table, collecting every difference before raising."""
-    both = [name for name in table if name in stored.shapes]
-    floats, integers = tuple(FLOATS.values()), ("int64", "int32", "uint8", "bool")
-    problems = {
-        "unknown": [name for name in stored.shapes if name not in table and name not in _MAPS],
-        "missing": [name for name in table if name not in stored.shapes],
-        "misshapen": [
-            f"{name} (expected {list(table[name].shape)}, came {list(stored.shapes[name])})"
-            for name in both
-            if table[name].shape != stored.shapes[name]
-        ],
-        "doubly assigned": stored.twice,
-        "of an unsupported dtype": [
-            f"{name} ({dtype})"
-            for name, dtype in stored.dtypes.items()
-            if dtype not in (integers if name in _MAPS else floats)
-        ],
-    }
-    found = [f"{len(names)} {kind}: {listing(names)}" for kind, names in problems.items() if names]
-    if found:
-        raise CheckpointError(f"expected the tensors of an EAGLE-3 head; came {'; '.join(found)} in {where}")
+    """Compare stored tensors with the table, collecting all differences before raising."""
+    problems = table_problems(table, stored.shapes, lambda name: name in _MAPS)
+    problems["doubly assigned"] = stored.duplicates
+    problems["of an unsupported dtype"] = [
+        f"{name} ({dtype})"
+        for name, dtype in stored.dtypes.items()
+        if dtype not in (INTEGER_DTYPES if name in _MAPS else FLOAT_DTYPES)
+    ]
+    raise_problems("the tensors of an EAGLE-3 head", problems, where)
 
 
-def _on_device(array: np.ndarray, transpose: bool) -> jax.Array:
-    """The tensor on the device, in memory of its own: that of the array may be used again."""
+def _to_device(array: np.ndarray, transpose: bool) -> jax.Array:
+    """Copy a tensor to the device, into memory that it does not share: that of the array may be reused."""
     if transpose:
         return jnp.transpose(jax.device_put(array)).block_until_ready()
     return jnp.array(array, copy=True).block_until_ready()

@@ -1,8 +1,9 @@
-"""The tensor table of a draft head: every published name with its shape and its place in the parameters.
+"""The tensor table of a draft head: every canonical name with its shape and its place in the parameters. Also random
+heads, from which training starts.
 
-Names are those of EAGLE's repository (arXiv:2503.01840), `midlayer.*` for the first layer and `midlayer.{i}.*` for
-further ones; `canonical_name` brings those of other formats to it. `fc`, `o` and the MLP are published `[out, in]` and
-kept `[in, out]`. And a head of random parameters, which training starts from.
+Canonical names are those of EAGLE's repository (arXiv:2503.01840): `midlayer.*` for the first layer and
+`midlayer.{i}.*` for others. `canonical_name` converts those of other formats. `fc`, `o` and the MLP are published
+`[out, in]` and kept `[in, out]`.
 """
 
 import re
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from moespec_jax.checkpoint.tensor_table import Path, Tensor
+from moespec_jax.checkpoint.tensor_table import Path, Tensor, attention_table, mlp_table
 from moespec_jax.config import DraftConfig
 from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.decoder import Decoder
@@ -27,7 +28,7 @@ _ROTARY = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name in EAGLE's spelling: without a leading `model.`, and `layers.{i}.` as `midlayer.{i}.`."""
+    """Convert a published name to EAGLE's spelling: no leading `model.`, and `midlayer.{i}.` for `layers.{i}.`."""
     name = name.removeprefix("model.")
     if match := _LAYER.fullmatch(name):
         return layer_prefix(int(match[1])) + match[2]
@@ -35,25 +36,25 @@ def canonical_name(name: str) -> str:
 
 
 def layer_prefix(layer: int) -> str:
-    """How the names of a layer's tensors begin."""
+    """Prefix of the canonical names of a layer's tensors."""
     return f"midlayer.{layer}." if layer else "midlayer."
 
 
 def layer_number(name: str) -> int | None:
-    """The layer a canonical name belongs to; None outside the layers."""
+    """Layer of a canonical name; None outside the layers."""
     if match := _LAYER.fullmatch(name):
         return int(match[1])
     return 0 if name.startswith("midlayer.") else None
 
 
 def is_ignorable(name: str) -> bool:
-    """Tensors that hold nothing new: rotary tables."""
+    """Test whether a tensor is redundant: a rotary table."""
     return _ROTARY.fullmatch(name) is not None
 
 
 def draft_table(config: DraftConfig, o_bias: bool = False) -> dict[str, Tensor]:
-    """Every float tensor of a head by canonical name. `o_bias` says whether an attention with biases has one on its
-    output too: published heads differ in that, and their configs do not say."""
+    """List the float tensors of a head by canonical name. `o_bias`: whether attention with biases has one on its output
+    too; published heads differ in that, and their configs do not state it."""
     model = config.hidden_size
     table = {
         "fc.weight": Tensor(("fc",), (model, config.aux_size), transpose=True),
@@ -70,13 +71,12 @@ def draft_table(config: DraftConfig, o_bias: bool = False) -> dict[str, Tensor]:
     if config.own_embedding:
         table[EMBEDDING] = Tensor(("embed",), (config.vocab_size, model))
     for i in range(config.num_hidden_layers):
-        rows = _layer_table(config, i) | _attention_table(config, i, o_bias)
-        table |= {layer_prefix(i) + name: tensor for name, tensor in rows.items()}
+        table |= {layer_prefix(i) + name: tensor for name, tensor in _layer_table(config, i, o_bias).items()}
     return table
 
 
 def build_head(config: DraftConfig, leaves: Mapping[Path, Any]) -> DraftHead:
-    """The head whose parameters are `leaves`, by their places; `("target_ids",)` is one of them."""
+    """Build a head of its leaves, by their paths; `("target_ids",)` is one of them."""
     layers = []
     for i in range(config.num_hidden_layers):
         at = ("layers", i)
@@ -106,7 +106,7 @@ def build_head(config: DraftConfig, leaves: Mapping[Path, Any]) -> DraftHead:
 
 
 def leaf_at(head: DraftHead, path: Path) -> Any:
-    """The parameter at a place of the table; None where the head has none there."""
+    """Return the parameter at a path of the table; None where the head has none."""
     node: Any = head
     for step in path:
         if node is None:
@@ -119,7 +119,7 @@ def leaf_at(head: DraftHead, path: Path) -> Any:
 
 
 def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " draft_vocab"], key: Array) -> DraftHead:
-    """A head to start from, float32: the output head and last norm are the target's, everything else is random."""
+    """Draw a head to start training from, float32. Output matrix and last norm are the target's, all else is random."""
     d, q = config.hidden_size, config.num_attention_heads * config.head_dim
     kv, f = config.num_key_value_heads * config.head_dim, config.intermediate_size
     keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 1))
@@ -140,7 +140,7 @@ def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " d
 
     unembedding = target.embed if target.lm_head is None else target.lm_head
     norms = {"norm_before_fc": [config.aux_size], "fc_norm": [config.target_hidden_size] * len(config.boundaries)}
-    widths = [width for name, some in norms.items() if getattr(config, name) for width in some]
+    widths = [width for name, sizes in norms.items() if getattr(config, name) for width in sizes]
     return DraftHead(
         fc=normal(config.aux_size, d, fan_in=config.aux_size),
         layers=tuple(layer(i == 0) for i in range(config.num_hidden_layers)),
@@ -151,32 +151,20 @@ def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " d
     )
 
 
-def _layer_table(config: DraftConfig, layer: int) -> dict[str, Tensor]:
-    model, ffn, at = config.hidden_size, config.intermediate_size, ("layers", layer)
-    rows = {"input_layernorm.weight": Tensor((*at, "input_norm"), (model,))}
-    if layer == 0:
-        rows["hidden_norm.weight"] = Tensor((*at, "hidden_norm"), (model,))
-    return rows | {
-        "post_attention_layernorm.weight": Tensor((*at, "post_attention_norm"), (model,)),
-        "mlp.gate_proj.weight": Tensor((*at, "mlp", "gate"), (ffn, model), transpose=True),
-        "mlp.up_proj.weight": Tensor((*at, "mlp", "up"), (ffn, model), transpose=True),
-        "mlp.down_proj.weight": Tensor((*at, "mlp", "down"), (model, ffn), transpose=True),
-    }
-
-
-def _attention_table(config: DraftConfig, layer: int, o_bias: bool) -> dict[str, Tensor]:
-    at = ("layers", layer, "attention")
-    # The first layer reads embedding and feature side by side.
-    model, inputs = config.hidden_size, config.hidden_size * (1 if layer else 2)
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    rows = {"self_attn.o_proj.weight": Tensor((*at, "o"), (model, q), transpose=True)}
-    for name, width in (("q", q), ("k", kv), ("v", kv)):
-        rows[f"self_attn.{name}_proj.weight"] = Tensor((*at, name), (width, inputs))
-        if config.attention_bias:
-            rows[f"self_attn.{name}_proj.bias"] = Tensor((*at, f"{name}_bias"), (width,))
-    if config.attention_bias and o_bias:
-        rows["self_attn.o_proj.bias"] = Tensor((*at, "o_bias"), (model,))
-    if config.qk_norm == "head":
-        for name in ("q_norm", "k_norm"):
-            rows[f"self_attn.{name}.weight"] = Tensor((*at, name), (config.head_dim,))
-    return rows
+def _layer_table(config: DraftConfig, layer: int, o_bias: bool) -> dict[str, Tensor]:
+    """List the tensors of a layer. The first has a second norm, and its attention reads embedding and feature
+    concatenated."""
+    model, at, first = config.hidden_size, ("layers", layer), layer == 0
+    norms = {"input_layernorm.weight": Tensor((*at, "input_norm"), (model,))}
+    if first:
+        norms["hidden_norm.weight"] = Tensor((*at, "hidden_norm"), (model,))
+    norms["post_attention_layernorm.weight"] = Tensor((*at, "post_attention_norm"), (model,))
+    attention = attention_table(
+        config,
+        (*at, "attention"),
+        model=model,
+        inputs=2 * model if first else model,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias and o_bias,
+    )
+    return norms | mlp_table("mlp.", (*at, "mlp"), model, config.intermediate_size) | attention

@@ -1,6 +1,6 @@
-"""Draft heads out: a directory that SGLang runs (SpecForge's format) or vLLM (speculators'), and this library loads.
+"""Writing of draft heads in the formats of SpecForge, for SGLang, and of speculators, for vLLM.
 
-What a format, or the engine that reads it, would compute differently is refused by name.
+Heads that a format, or the engine that reads it, would compute differently are refused by name.
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ from moespec_jax.checkpoint.head.config import describe_head
 from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, draft_table, layer_number, layer_prefix, leaf_at
 from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
 from moespec_jax.checkpoint.leaves import cast
-from moespec_jax.checkpoint.read import INDEX, WHOLE
-from moespec_jax.checkpoint.write import config_fields
+from moespec_jax.checkpoint.parameters import final_shape
+from moespec_jax.checkpoint.read import INDEX, SINGLE_FILE
+from moespec_jax.checkpoint.write import published_fields
 from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import replacing, write_json, writing
@@ -43,7 +44,7 @@ _SIZES = (
     "hidden_act",
     "attention_bias",
 )
-# Per scaling, what readers of it require even where it has its default.
+# Fields of each scaling that readers require even where they have their defaults.
 _ROPE_REQUIRED = {
     "default": (),
     "linear": ("factor",),
@@ -66,46 +67,54 @@ def export_draft(
     target_embedding: jax.Array | np.ndarray | None = None,
     speculative_tokens: int = 3,
 ) -> tuple[str, ...]:
-    """Write a head as `model.safetensors` and `config.json`; returns lines to show whoever asked for it.
+    """Write a head as `model.safetensors` and `config.json`; returns warnings to show the user.
 
-    Without a `dtype` each parameter keeps its own. The speculators format always holds an embedding, so a head without
-    one needs `target_embedding` `[vocab, model]`; it also names its target: `target_name` is a hub id or directory,
-    `target_architectures` what the target's config.json says (default: as this library would write it), and
-    `speculative_tokens` how many tokens vLLM drafts by default.
+    Args:
+        head: parameters.
+        config: settings.
+        directory: output, made if missing.
+        format: format of the files.
+        target: settings of the target.
+        dtype: of all parameters (default: each keeps its own).
+        target_name: hub id or directory of the target; speculators only, as are all below.
+        target_architectures: `architectures` of the target's config.json (default: those this library writes).
+        target_embedding: the target's embedding `[vocab, model]`, required for a head without one: the format always
+            includes one.
+        speculative_tokens: number of tokens that vLLM drafts by default.
 
     Raises:
-        CheckpointError: the format cannot express the head, an embedding is needed, a value does not fit `dtype`, or
+        CheckpointError: the format cannot express the head, an embedding is required, a value does not fit `dtype`, or
             the head's parameters are not those of `config`.
     """
     if format not in FORMATS:
-        raise CheckpointError(f"expected a format among {', '.join(FORMATS)}; came {format!r}")
+        raise CheckpointError(f"expected a format among {', '.join(FORMATS)}; got {format!r}")
     check_exportable(config, format)
     tensors = _float_tensors(head, config, None if dtype is None else jnp.dtype(dtype))
     fields = _specforge_fields(config)
     if format == "speculators":
         tensors = _for_speculators(tensors, config, target_embedding, dtype)
-        architectures = list(target_architectures) or config_fields(target)["architectures"]
+        architectures = list(target_architectures) or published_fields(target)["architectures"]
         fields = _speculators_fields(config, target_name, architectures, speculative_tokens)
     d2t, t2d = vocabulary_maps(np.asarray(head.target_ids), config.vocab_size)
     if format == "specforge" or config.draft_vocab_size < config.vocab_size:
         tensors |= {"d2t": d2t, "t2d": t2d}
-    kept = str(tensors["fc.weight"].dtype)
+    stored_dtype = str(tensors["fc.weight"].dtype)
     _check_reads_back(fields, tensors, config, target, format)
     published = {_published_name(name, format): tensor for name, tensor in tensors.items()}
-    _write(directory, published, fields | {"dtype": kept, "torch_dtype": kept})
+    _write(directory, published, fields | {"dtype": stored_dtype, "torch_dtype": stored_dtype})
     return _warnings(config, format)
 
 
 def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
-    """Refuse what a format has no word for, or its engine no arithmetic.
+    """Check that a format can express a head, and that its engine computes it.
 
     Raises:
-        CheckpointError: there is such a thing; all are named.
+        CheckpointError: it cannot; the message names all reasons.
     """
     refused = {
         "norm_before_residual": format == "specforge" and config.norm_before_residual,
         "norm_before_fc": format == "specforge" and config.norm_before_fc,
-        # SpecForge means something else by the flag than SGLang, which runs its heads.
+        # SpecForge defines the flag differently from SGLang, which runs its heads.
         "norm_output": format == "specforge" and config.norm_output,
         "attention_bias": format == "specforge" and config.attention_bias,
         "fc_bias": format == "speculators" and config.fc_bias,
@@ -119,32 +128,31 @@ def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
 
 
 def _float_tensors(head: DraftHead, config: DraftConfig, dtype: np.dtype | None) -> dict[str, np.ndarray]:
-    """All parameters on the host, in their published orientation, by canonical name."""
+    """Copy all float parameters to the host, in published orientation, by canonical name."""
     table = draft_table(config, o_bias=any(layer.attention.o_bias is not None for layer in head.layers))
     tensors = {}
-    for name, place in table.items():
-        leaf = leaf_at(head, place.path)
-        shape = place.shape[::-1] if place.transpose else place.shape
+    for name, tensor in table.items():
+        leaf, shape = leaf_at(head, tensor.path), final_shape(tensor)
         if leaf is None or leaf.shape != shape:
-            came = "none" if leaf is None else f"one of {list(leaf.shape)}"
-            raise CheckpointError(f"expected a parameter {name} kept as {list(shape)}; the head has {came}")
+            found = "none" if leaf is None else f"one of {list(leaf.shape)}"
+            raise CheckpointError(f"expected a parameter {name} kept as {list(shape)}; the head has {found}")
         array = np.asarray(leaf)
         array = array if dtype is None else cast(array, dtype, name)
-        tensors[name] = np.ascontiguousarray(array.T if place.transpose else array)
+        tensors[name] = np.ascontiguousarray(tensor.reorient(array))
     return tensors
 
 
 def _for_speculators(
     tensors: dict[str, np.ndarray], config: DraftConfig, embedding: Any, dtype: DTypeLike | None
 ) -> dict[str, np.ndarray]:
-    """The same with what vLLM expects besides: an embedding, and a bias of `o` wherever q, k and v have theirs."""
+    """Add tensors that vLLM requires: an embedding, and a bias of `o` where q, k and v have biases."""
     added = {}
     if EMBEDDING not in tensors:
         shape = (config.vocab_size, config.hidden_size)
         if embedding is None or embedding.shape != shape:
-            came = "none" if embedding is None else f"one of {list(embedding.shape)}"
+            found = "none" if embedding is None else f"one of {list(embedding.shape)}"
             raise CheckpointError(
-                f"expected the target's embedding {list(shape)} for the speculators format; came {came}"
+                f"expected the target's embedding {list(shape)} for the speculators format; got {found}"
             )
         array = np.ascontiguousarray(np.asarray(embedding))
         added[EMBEDDING] = array if dtype is None else cast(array, jnp.dtype(dtype), EMBEDDING)
@@ -157,14 +165,14 @@ def _for_speculators(
 
 
 def _specforge_fields(config: DraftConfig) -> dict[str, Any]:
-    """A config.json of SpecForge; ids name the layer whose output is tapped, one below the boundary."""
+    """Compute a config.json of SpecForge. Its ids are layers whose outputs the head reads: one below the boundaries."""
     fields: dict[str, Any] = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
     fields |= _layer_fields(config)
     fields |= {
         "draft_vocab_size": config.draft_vocab_size,
         "eagle_config": {IDS: [b - 1 for b in config.boundaries], "use_aux_hidden_state": True},
     }
-    # Absent where they say nothing: engines ask whether a key is there at all.
+    # Written only where they differ from the default: engines test for the presence of the keys.
     if config.fc_norm:
         fields["fc_norm"] = True
     if config.fc_bias:
@@ -177,7 +185,7 @@ def _specforge_fields(config: DraftConfig) -> dict[str, Any]:
 def _speculators_fields(
     config: DraftConfig, target_name: str, architectures: list[str], speculative_tokens: int
 ) -> dict[str, Any]:
-    """A config.json of speculators, whose ids are boundaries."""
+    """Compute a config.json of speculators. Its ids are boundaries."""
     qwen3 = config.qk_norm == "head"
     layer = {"architectures": ["Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM"]}
     layer |= {"model_type": "qwen3" if qwen3 else "llama"} | _layer_fields(config)
@@ -212,7 +220,7 @@ def _speculators_fields(
 
 
 def _layer_fields(config: DraftConfig) -> dict[str, Any]:
-    """Sizes and rotary settings, the latter in the spellings of transformers 4 and 5."""
+    """Compute fields of sizes and rotary settings, the latter in the spellings of transformers 4 and 5."""
     rope = _rope_fields(config.rope)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     return {name: getattr(config, name) for name in _SIZES} | {
@@ -228,10 +236,10 @@ def _layer_fields(config: DraftConfig) -> dict[str, Any]:
 
 
 def _rope_fields(rope: RopeConfig) -> dict[str, Any]:
-    plain = RopeConfig()
+    default = RopeConfig()
     names = [field.name for field in dataclasses.fields(rope)]
-    told = ("rope_type", "rope_theta", *_ROPE_REQUIRED[rope.rope_type])
-    return {n: getattr(rope, n) for n in names if n in told or getattr(rope, n) != getattr(plain, n)}
+    required = ("rope_type", "rope_theta", *_ROPE_REQUIRED[rope.rope_type])
+    return {n: getattr(rope, n) for n in names if n in required or getattr(rope, n) != getattr(default, n)}
 
 
 def _check_reads_back(
@@ -241,13 +249,13 @@ def _check_reads_back(
     target: DecoderConfig,
     format: ExportFormat,
 ) -> None:
-    """Load what is about to be written, as far as that goes without a file."""
+    """Check that the fields and shapes to be written read back as `config`."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     again = describe_head(fields, shapes, target, where="what was to be written").config
     for field in dataclasses.fields(config):
-        asked, got = getattr(config, field.name), getattr(again, field.name)
-        if asked != got and not (field.name == "own_embedding" and format == "speculators"):
-            raise CheckpointError(f"expected {field.name} that {format} can express ({got!r}); came {asked!r}")
+        requested, readable = getattr(config, field.name), getattr(again, field.name)
+        if requested != readable and not (field.name == "own_embedding" and format == "speculators"):
+            raise CheckpointError(f"expected {field.name} that {format} can express ({readable!r}); got {requested!r}")
 
 
 def _published_name(name: str, format: ExportFormat) -> str:
@@ -258,15 +266,17 @@ def _published_name(name: str, format: ExportFormat) -> str:
 
 
 def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
-    """Both files under other names first. Two files cannot be replaced at once: the config goes before and comes last,
-    so that an interruption leaves a directory that does not load, never a mixture."""
+    """Write both files under temporary names, then rename them. Two files cannot be replaced atomically: the old config
+    is removed first and the new one renamed last, so that an interruption leaves a directory that does not load, never
+    a mixture."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights, config, temporary = directory / WHOLE, directory / "config.json", directory / f".{WHOLE}.incomplete"
+    weights, config = directory / SINGLE_FILE, directory / "config.json"
+    temporary = directory / f".{SINGLE_FILE}.incomplete"
     try:
         with writing(weights):
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        with replacing(config) as described:
-            write_json(described, fields)
+        with replacing(config) as temporary_config:
+            write_json(temporary_config, fields)
             for old in (config, directory / INDEX):
                 old.unlink(missing_ok=True)
             os.replace(temporary, weights)

@@ -1,1 +1,1 @@
-"""Expert compute: "these tokens through these experts" in several forms, one per platform and purpose."""
+"""Expert compute (outputs of the routed experts, weighted and summed), one form for each platform and purpose."""

@@ -1,8 +1,8 @@
-"""Rows sorted by expert and run in fixed-size blocks: the cost follows the routed tokens, not tokens x experts.
+"""Expert compute in blocks of rows sorted by expert: its cost grows with the number of routes, not tokens x experts.
 
 Routes (a token paired with one of its experts) are laid out expert by expert, each expert's rows padded up to a
-multiple of the smallest block size, and then covered by blocks of a few static sizes, a traced number of each. Example,
-sizes 4 and 2, experts a, b, c with 5, 0 and 1 routes, padding shown as dots:
+multiple of the smallest block size, and then covered by blocks of a few static sizes, a traced number of each.
+Example: sizes 4 and 2; experts a, b, c with 5, 0 and 1 routes; dots are padding:
 
     rows      a a a a a . c .
     size 4    1 1 1 1
@@ -18,12 +18,19 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.nn.routing import Routing
 
-# Runs `rows` `[block, model]` through one expert (traced id) and returns `[block, model]` float32.
+# Output of one expert: (rows [block, model], traced expert id) -> [block, model] float32.
 RunExpert = Callable[[Array, Array], Array]
 
 
 class PaddedRoutes(NamedTuple):
-    """Routes laid out by expert. `tokens` in `token` marks padding; a route to nobody has the row after the last."""
+    """Routes laid out by expert.
+
+    Fields:
+        token: token of each row; the number of tokens in rows of padding.
+        row: row of each route, in order of tokens; the number of rows where the route has no expert.
+        begin: first row of each expert.
+        length: number of rows of each expert, padding included.
+    """
 
     token: Int[Array, " rows"]
     row: Int[Array, " routes"]
@@ -32,9 +39,9 @@ class PaddedRoutes(NamedTuple):
 
 
 def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoutes:
-    """Which token each row holds, which row each route of each token got, and each expert's range of rows.
+    """Assign a row to every route, each expert's rows padded to a multiple of `unit`.
 
-    Gathers only: a scatter of this kind is slow on accelerators, and some TPU compilers refuse it beside a sort.
+    Computed with gathers only: such a scatter is slow on accelerators, and some TPU compilers reject it beside a sort.
     """
     tokens, k = routing.experts.shape
     flat = routing.experts.reshape(-1)
@@ -58,26 +65,29 @@ def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoute
 def run_blocks(
     x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunExpert, sizes: tuple[int, ...]
 ) -> Float[Array, "tokens model"]:
-    """Every token through its experts, weighted and summed, float32.
+    """Compute every token's sum of the outputs of its experts, weighted by its combine weights, float32.
 
-    `sizes` are the block sizes, descending, each a multiple of the last. Few rows want a small size, which wastes
-    little; many rows want large ones too, which read each expert's weights fewer times.
+    `sizes` are the block sizes, descending, each a multiple of the last. For few rows a small size wastes little; for
+    many rows, large ones read each expert's weights fewer times.
     """
     tokens, k = routing.experts.shape
     routes = lay_out_routes(routing, num_experts, sizes[-1])
     rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token]
-    out = jnp.zeros((rows.shape[0] + 1, rows.shape[1]), jnp.float32)  # the last row stays 0: it is nobody's
-    begin, left = routes.begin, routes.length
+    out = jnp.zeros(
+        (rows.shape[0] + 1, rows.shape[1]), jnp.float32
+    )  # the last row stays 0, for routes without an expert
+    begin, remaining = routes.begin, routes.length
     for size in sizes:
-        blocks = left // size
+        blocks = remaining // size
         out = _run_size(rows, out, begin, blocks, size, run)
-        begin, left = begin + blocks * size, left - blocks * size
+        begin, remaining = begin + blocks * size, remaining - blocks * size
     mixed = out[routes.row].reshape(tokens, k, -1)
     return jnp.einsum("tkd,tk->td", mixed, routing.weights)
 
 
 def _row_bound(routes: int, num_experts: int, unit: int) -> int:
-    """The most rows any routing can need: every expert that has a route may need `unit - 1` rows of padding."""
+    """Compute the largest number of rows that a routing needs: `unit - 1` rows of padding for every expert with a
+    route."""
     return (routes + min(routes, num_experts) * (unit - 1)) // unit * unit
 
 

@@ -1,7 +1,7 @@
-"""Capacity-bounded dispatch for training: every shape static, every operation differentiable, one batched matmul.
+"""Capacity-bounded expert compute for training: static shapes, differentiable, one batched product for each matrix.
 
-Each expert takes at most `capacity_factor * tokens * k / experts` tokens; the rest of an overfull expert's tokens skip
-it (Switch Transformer, arXiv:2101.03961, section 2.2). Training only: generation never drops a token.
+Each expert processes at most `capacity_factor * tokens * k / experts` tokens; further ones skip it (Switch
+Transformer, arXiv:2101.03961, section 2.2). For training only: generation drops no token.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from moespec_jax.nn.routing import Routing
 
 @struct.dataclass
 class ExpertStack:
-    """The experts of one layer as three arrays with a leading expert axis."""
+    """Experts of one layer as three arrays with a leading expert axis; matrices are `[in, out]`."""
 
     gate: Float[Array, "experts model ffn"]
     up: Float[Array, "experts model ffn"]
@@ -23,7 +23,7 @@ class ExpertStack:
 
 
 def capacity_experts(capacity_factor: float, activation: str = "silu") -> ExpertCompute:
-    """Expert compute over a tuple of `ExpertStack`, one a sparse layer, each expert limited to its capacity."""
+    """Build the expert compute over a tuple of `ExpertStack`, one for each sparse layer; `layer` is static."""
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, tuple) and isinstance(layer, int)
@@ -43,17 +43,21 @@ def capacity_experts(capacity_factor: float, activation: str = "silu") -> Expert
 
 
 def _assign(experts: Array, num_experts: int, capacity: int) -> tuple[Array, Array]:
-    """Which token fills each slot `[experts * capacity]` (`tokens` for none), and which slot each route of each token
-    got `[tokens * k]` (`experts * capacity` for none). Earlier tokens win a full expert's slots."""
+    """Assign routes to slots, of which each expert has `capacity`; earlier tokens precede later ones.
+
+    Returns:
+        The token of every slot, `[experts * capacity]`, `tokens` for none, and the slot of every route,
+        `[tokens * k]`, `experts * capacity` for none.
+    """
     tokens, k = experts.shape
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     count = jnp.zeros((num_experts,), jnp.int32).at[flat].add(1, mode="drop")
     first = jnp.cumsum(count, dtype=jnp.int32) - count
     nth = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    taken = nth < count[:, None]
+    filled = nth < count[:, None]
     routes = order[jnp.clip(first[:, None] + nth, 0, tokens * k - 1)]
-    source = jnp.where(taken, routes // k, tokens).reshape(-1)
+    source = jnp.where(filled, routes // k, tokens).reshape(-1)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(tokens * k, dtype=jnp.int32))
     within = rank - first[jnp.clip(flat, 0, num_experts - 1)]
     fits = (within < capacity) & (flat < num_experts)

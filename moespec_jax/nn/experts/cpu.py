@@ -1,9 +1,9 @@
-"""Expert compute for CPU: `lax.switch` over per-expert arrays, so that no weight is ever sliced and thereby copied.
+"""Expert compute for CPU: `lax.switch` over per-expert arrays, since XLA:CPU copies a weight that is sliced.
 
-One token runs its k experts one after another. Up to `SLOT_TOKENS` tokens, a small tree or batch, run all together
-through each distinct expert: their rows are no more than a block would hold. More tokens run in blocks of 24 to 8 rows
-sorted by expert, so that a budget's busy experts are read once; and from `PREFILL_TOKENS` on in blocks of 128 down to
-16: on two cores a product of 64 rows reaches 1.8 times the operations per second of one of 16 rows.
+One token runs its k experts one after another. Up to `SLOT_TOKENS` tokens, a small tree or batch, all run through each
+distinct expert: they are no more rows than a block has. More tokens run in blocks of 24 to 8 rows sorted by expert, so
+that an expert with many tokens, as under a budget, is read once. From `PREFILL_TOKENS` tokens on, blocks have 128 to
+16 rows: on two cores a product of 64 rows reaches 1.8 times the operations per second of one of 16 rows.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ DECODE_BLOCKS, PREFILL_BLOCKS = (24, 16, 8), (128, 96, 64, 48, 32, 16)
 
 
 def cpu_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `PerExpert` layout; the layer must be known at trace time (unrolled layers)."""
+    """Build the expert compute over the `PerExpert` layout; `layer` is static (unrolled layers)."""
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, tuple) and isinstance(layer, int)
@@ -43,17 +43,17 @@ def _switch(experts: PerExpert, layer: int, activation: str) -> RunExpert:
     def branch(expert: GatedMlp, rows: Array) -> Array:
         return gated_mlp(rows, expert, activation).astype(jnp.float32)
 
-    def nobody(rows: Array) -> Array:
+    def no_expert(rows: Array) -> Array:
         return jnp.zeros(rows.shape, jnp.float32)
 
-    branches = [*(partial(branch, expert) for expert in experts[layer]), nobody]
+    branches = [*(partial(branch, expert) for expert in experts[layer]), no_expert]
     return lambda rows, expert: jax.lax.switch(expert, branches, rows)
 
 
 def _one_token(x: Array, routing: Routing, run: RunExpert) -> Array:
-    """A single row: a loop over its k experts.
+    """Run one token through its k experts in a loop.
 
-    bfloat16 rows are doubled: XLA:CPU converts whole weight matrices to float32 for a one-row product.
+    A bfloat16 row is duplicated: for a product of one row, XLA:CPU converts the whole weight matrix to float32.
     """
     rows = jnp.concatenate([x, x]) if x.dtype == jnp.bfloat16 else x
 

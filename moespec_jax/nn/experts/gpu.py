@@ -1,4 +1,4 @@
-"""What the GPU kernels share: when they run, and what runs in their place."""
+"""Expert compute by a GPU kernel: the conditions under which it runs, and the fallback elsewhere."""
 
 from collections.abc import Callable, Container
 
@@ -12,19 +12,26 @@ from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.quantization import Quantized
 from moespec_jax.nn.routing import Routing, combine_weights
 
-# Inputs that the matrix units multiply exactly; float32 would be rounded to 10 bits (tf32).
+# Dtypes whose products tensor cores compute exactly; float32 would be rounded to a mantissa of 10 bits (TF32).
 DTYPES = (jnp.bfloat16, jnp.float16)
 
-# All tokens through a slot list: (activation, x, gate, up, down, combine, rows, active) -> float32
+# (activation, x, gate, up, down, combine, rows, active) -> float32, as `triton_gpu.fused_experts`.
 FusedExperts = Callable[..., Array]
 
 
 def kernel_experts(activation: str, activations: Container[str], tile: int, fused: FusedExperts) -> ExpertCompute:
-    """Expert compute over the `Flat` layout by kernels for CUDA; `layer` may be traced.
+    """Build the expert compute over the `Flat` layout from a CUDA kernel; `layer` may be traced.
 
-    Everything else runs as under `slots`: other platforms, and what `fits` refuses.
+    On other platforms, and for quantized weights, activations without a kernel and operands that do not fit (`fits`),
+    it is that of the back-end `slots`.
+
+    Args:
+        activation: name of the activation.
+        activations: names that the kernel supports.
+        tile: side of the kernel's tiles.
+        fused: the kernel.
     """
-    otherwise = slot_experts(activation)
+    fallback = slot_experts(activation)
 
     def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
         ids, active = distinct_experts(routing, experts.num_experts)
@@ -36,14 +43,14 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, fuse
         assert isinstance(experts, Flat)
         gate = experts.gate
         if isinstance(gate, Quantized) or activation not in activations or not fits(x, gate, tile):
-            return otherwise(experts, layer, x, routing)
+            return fallback(experts, layer, x, routing)
         arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
-        return jax.lax.platform_dependent(*arguments, cuda=kernels, default=otherwise)
+        return jax.lax.platform_dependent(*arguments, cuda=kernels, default=fallback)
 
     return compute
 
 
 def fits(x: Float[Array, "tokens model"], gate: Float[Array, "all model ffn"], tile: int) -> bool:
-    """Whether kernels of whole tiles take it: few tokens and 16-bit numbers."""
-    whole = all(size % tile == 0 for size in gate.shape[1:])
-    return x.shape[0] <= SLOT_TOKENS and whole and x.dtype == gate.dtype in DTYPES
+    """Test whether a kernel supports the operands: few tokens, matrices of whole tiles, 16-bit floats."""
+    whole_tiles = all(size % tile == 0 for size in gate.shape[1:])
+    return x.shape[0] <= SLOT_TOKENS and whole_tiles and x.dtype == gate.dtype in DTYPES

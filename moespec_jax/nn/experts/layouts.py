@@ -1,16 +1,16 @@
-"""Expert weight layouts: how all experts of a model lie in memory, made once at load.
+"""Memory layouts of the routed experts' weights, chosen by the back-end when a model is loaded.
 
-`PerExpert` keeps every expert's three matrices as arrays of their own, because XLA:CPU copies whatever it slices.
-`Flat` keeps all experts of all sparse layers in three arrays indexed by `layer * num_experts + expert`, because the TPU
-compiler fuses such an index into the load, and copies the whole layer if it is sliced out first. XLA:GPU fuses it for
-one token, and copies each visited expert before a product of several rows; our GPU kernels do not.
+`PerExpert` has three arrays for each expert, because XLA:CPU copies a slice of an array. `Flat` has three arrays for
+all experts of all sparse layers, indexed by `layer * num_experts + expert`: the TPU compiler fuses such an index into
+the load, whereas it copies a whole layer that is sliced out first. XLA:GPU fuses the index for one token, and copies
+each expert before a product of several rows; the GPU kernels of this package do not.
 """
 
 from flax import struct
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from moespec_jax.nn.layers import GatedMlp
-from moespec_jax.nn.quantization import Matrix
+from moespec_jax.nn.quantization import Quantized
 
 # experts[sparse layer][expert]; matrices are `[in, out]`
 PerExpert = tuple[tuple[GatedMlp, ...], ...]
@@ -18,17 +18,22 @@ PerExpert = tuple[tuple[GatedMlp, ...], ...]
 
 @struct.dataclass
 class Flat:
-    """All experts of all sparse layers, `all` = sparse layers * experts; row `layer * num_experts + expert`. On a mesh
-    that splits each layer's experts, every device has a `Flat` of those that it holds."""
+    """All experts of all sparse layers, `all` = sparse layers * experts, in order of layers, then experts. On a mesh
+    that shards each layer's experts, every device has a `Flat` of its own experts.
 
-    gate: Float[Matrix, "all model ffn"]
-    up: Float[Matrix, "all model ffn"]
-    down: Float[Matrix, "all ffn model"]
+    Fields:
+        gate, up, down: matrices, `[in, out]`.
+        num_experts: experts of a layer, on this device.
+    """
+
+    gate: Float[Array, "all model ffn"] | Quantized
+    up: Float[Array, "all model ffn"] | Quantized
+    down: Float[Array, "all ffn model"] | Quantized
     num_experts: int = struct.field(pytree_node=False)
 
 
 def flat_from_per_expert(experts: PerExpert) -> Flat:
-    """The same weights stacked. Holds both copies while it runs: for tests and small models."""
+    """Stack the weights of a `PerExpert` layout. Both copies are in memory meanwhile: for tests and small models."""
     import jax.numpy as jnp
 
     rows = [expert for layer in experts for expert in layer]

@@ -1,10 +1,11 @@
 """Expert compute as two fused Hopper kernels over the `Flat` layout: each distinct expert's weights are read once.
 
-Lowered for CUDA, compiled for an H100 and emulated, all on hosts without a GPU, but never run on a device yet:
-therefore opt-in. It needs `wgmma`, which Hopper (H100, H200, GH200) has and neither older nor newer GPUs do.
+The kernels have been lowered for CUDA, compiled for an H100 and emulated, all on hosts without a GPU, and have not run
+on a device yet: the back-end is opt-in. They need `wgmma`, which only Hopper GPUs have (H100, H200, GH200).
 
-The first launch makes every slot's hidden rows, the second its output rows. A block of threads makes one tile of 64
-columns and streams just the weights above it; blocks of unused slots return at once. XLA adds up the slots.
+The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
+one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA
+sums over slots.
 """
 
 from collections.abc import Callable
@@ -21,12 +22,13 @@ from moespec_jax.nn.experts.slots import add_slots
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
 
-# Rows of a wgmma, and the width in 16-bit numbers of what TMA can swizzle.
+# Rows of a wgmma, and the largest width, in 16-bit numbers, of a tile that TMA swizzles.
 TILE = 64
-# Steps whose tiles are held at once: up to 104 KiB, so that two blocks of threads fit a multiprocessor's 227.
+# Pipeline steps whose tiles are in shared memory at once: up to 104 KiB, so that two thread blocks fit into the
+# 227 KiB of a streaming multiprocessor.
 STAGES = 4
 
-# What lowers in Mosaic: `erfc` (exact gelu) does not, nor does the custom derivative of `jax.nn.relu` in jax 0.10.
+# Activations that Mosaic lowers: not `erfc` (exact gelu), nor the custom derivative of `jax.nn.relu` in jax 0.10.
 KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     **{name: ACTIVATIONS[name] for name in ("silu", "swish", "gelu_pytorch_tanh")},
     "relu": lambda x: jnp.maximum(x, 0.0),
@@ -34,12 +36,12 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def mosaic_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
+    """Build the expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
     return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
 
 
 def supported(device: object) -> bool:
-    """Whether the kernels run on a device. Where they do not, compiling them may end the process: ask beforehand."""
+    """Test whether a device can run the kernels. On others, compiling them may end the process: test beforehand."""
     return getattr(device, "compute_capability", None) == "9.0"
 
 
@@ -55,10 +57,18 @@ def fused_experts(
     *,
     interpret: object = None,
 ) -> Float[Array, "tokens model"]:
-    """All tokens through the experts in the first `active` of `rows`, weighted by `combine` and summed, float32.
+    """Run all tokens through the experts of the first `active` slots, and sum the outputs by combine weight, float32.
 
-    `rows` index the flat weights and are not looked at past `active`. `interpret` takes the settings of Pallas' GPU
-    emulator, for tests.
+    Args:
+        activation: name of the activation.
+        x: at most `TILE` tokens.
+        gate: matrices of all experts of all sparse layers.
+        up: as `gate`.
+        down: as `gate`.
+        combine: combine weight of every slot's expert for every token.
+        rows: index of every slot's expert in the matrices; not read in unused slots.
+        active: number of slots in use.
+        interpret: settings of Pallas' GPU emulator, for tests; None compiles the kernels.
     """
     tokens = x.shape[0]
     run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
@@ -68,7 +78,7 @@ def fused_experts(
 
     padded = jnp.pad(x, ((0, TILE - tokens), (0, 0)))
     hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
-    # Whole groups of 8 rows are what a swizzled tile can be cut to.
+    # A slice of a swizzled tile has a multiple of 8 rows.
     out = run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
     return add_slots(out, combine, active)
 
@@ -84,7 +94,18 @@ def _multiply(
     dtype: jax.typing.DTypeLike,
     interpret: object,
 ) -> Float[Array, "slots kept columns"]:
-    """`finish` of `x` times every slot's matrices, the first `kept` rows; those of unused slots are undefined."""
+    """Compute `finish` of the products of `x` with every slot's matrices, one launch.
+
+    Args:
+        finish: elementwise function of one float32 product for each of `weights`.
+        x: rows of every slot, or, with two axes, rows that all slots share.
+        weights: matrices of all experts.
+        rows: index of every slot's expert in the matrices.
+        active: number of slots in use; the output of the others is undefined.
+        kept: number of rows to write, of those of `x`.
+        dtype: dtype of the output.
+        interpret: settings of Pallas' GPU emulator.
+    """
     slots, (_, inner, columns) = rows.shape[0], weights[0].shape
 
     def block(rows, active, x, *references):
@@ -97,8 +118,8 @@ def _multiply(
             products = _stream(inner // TILE, column, x.at[slot] if x.ndim == 3 else x, matrices)
             tile[...] = finish(*products).astype(dtype)
             plgpu.commit_smem()
-            where = (slot, slice(None), pl.ds(column * TILE, TILE))
-            plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, kept)], out.at[where])
+            target = (slot, slice(None), pl.ds(column * TILE, TILE))
+            plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, kept)], out.at[target])
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -112,7 +133,7 @@ def _multiply(
 
 
 def _stream(steps: int, column, x, matrices) -> tuple[Array, ...]:
-    """Products, float32, of `x` with one column of tiles of each matrix, fetched some steps ahead of their use."""
+    """Compute float32 products of `x` with one column of tiles of each matrix, prefetched by `STAGES` steps."""
     across = plgpu.BlockSpec((TILE, TILE), lambda k: (0, k), transforms=_swizzled(x.dtype), delay_release=1)
     along = plgpu.BlockSpec((TILE, TILE), lambda k: (k, column), transforms=_swizzled(x.dtype), delay_release=1)
 
@@ -120,7 +141,7 @@ def _stream(steps: int, column, x, matrices) -> tuple[Array, ...]:
         def step(_, x_tile, *tiles):
             for total, tile in zip(sums, tiles, strict=True):
                 plgpu.wgmma(total, x_tile, tile)
-            # `delay_release=1`: the previous step's tiles are overwritten next, so its products must be done.
+            # `delay_release=1`: the previous step's tiles are overwritten next, so its products must be finished.
             plgpu.wgmma_wait(len(sums))
 
         specs = [across] + [along] * len(sums)
@@ -131,5 +152,5 @@ def _stream(steps: int, column, x, matrices) -> tuple[Array, ...]:
 
 
 def _swizzled(dtype: jax.typing.DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """How tiles lie in shared memory: what wgmma reads, and free of bank conflicts. 128 is in bytes."""
+    """Build the layout of tiles in shared memory that wgmma reads, free of bank conflicts; 128 is in bytes."""
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)

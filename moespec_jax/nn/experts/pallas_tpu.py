@@ -1,10 +1,12 @@
 """Expert compute as one fused TPU kernel over the `Flat` layout: each distinct expert's weights are read once, tiled.
 
-The grid runs over slots and tiles of the ffn axis. Pallas fetches the next step's tile while this one is computed, and
-fetches nothing where the block does not change: unused slots repeat the last used one and cost an empty step each.
+The grid runs over slots and tiles of the ffn axis. Pallas fetches the next step's tile during the computation of this
+one, and fetches nothing where the block does not change: unused slots repeat the block of the last slot in use, and
+each costs an empty step.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +21,16 @@ from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.quantization import Matrix, Quantized
 from moespec_jax.nn.routing import Routing, combine_weights
 
-# Two buffers of one tile of each of three matrices: what fits beside the rest in the 16 MiB of v5e and v5p.
+# For one tile of each of three matrices, double-buffered; a kernel may use 16 MiB in all on v5e and v5p.
 WEIGHT_BUFFER_BYTES = 12 * 2**20
 LANES = 128
 
 
 def pallas_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `Flat` layout for TPU; `layer` may be traced.
+    """Build the expert compute over the `Flat` layout for TPU; `layer` may be traced.
 
-    Elsewhere than on TPU the same kernel runs interpreted, which is slow and meant for tests. More than `SLOT_TOKENS`
-    tokens run in sorted blocks, as under `slots`.
+    On other platforms the kernel is interpreted, which is slow, for tests. More than `SLOT_TOKENS` tokens run in
+    blocks of rows sorted by expert, as in the back-end `slots`.
     """
     many_tokens = slot_experts(activation)
 
@@ -49,18 +51,27 @@ def pallas_experts(activation: str) -> ExpertCompute:
 def fused_experts(
     activation: str,
     x: Float[Array, "tokens model"],
-    gate: Float[Matrix, "all model ffn"],
-    up: Float[Matrix, "all model ffn"],
-    down: Float[Matrix, "all ffn model"],
+    gate: Float[Array, "all model ffn"] | Quantized,
+    up: Float[Array, "all model ffn"] | Quantized,
+    down: Float[Array, "all ffn model"] | Quantized,
     combine: Float[Array, "tokens slots"],
     rows: Int[Array, " slots"],
     active: Int[Array, ""],
     *,
     interpret: bool = False,
 ) -> Float[Array, "tokens model"]:
-    """All tokens through the experts in the first `active` of `rows`, weighted by `combine` and summed, float32.
+    """Run all tokens through the experts of the first `active` slots, and sum the outputs by combine weight, float32.
 
-    `rows` index the flat weights and must lie within them even past `active`, where they are not read.
+    Args:
+        activation: name of the activation.
+        x: tokens.
+        gate: matrices of all experts of all sparse layers.
+        up: as `gate`.
+        down: as `gate`.
+        combine: combine weight of every slot's expert for every token.
+        rows: index of every slot's expert in the matrices; valid in unused slots too, whose matrices are not read.
+        active: number of slots in use.
+        interpret: whether to interpret the kernel, on any platform.
     """
     quantized = isinstance(gate, Quantized)
     stored = gate.values if isinstance(gate, Quantized) else gate
@@ -68,27 +79,29 @@ def fused_experts(
     tile = ffn_tile(model, ffn, stored.dtype.itemsize)
     tiles = ffn // tile
 
-    def held(slot: Array, active: Array) -> Array:
+    # Index maps get `rows` and `active` as references to scalar memory.
+    def clamp(slot: Array, active: Any) -> Array:
         return jnp.minimum(slot, jnp.maximum(active[0] - 1, 0))
 
-    def up_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
-        return rows[held(slot, active)], 0, jnp.where(slot < active[0], f, tiles - 1)
+    def up_block(slot: Array, f: Array, rows: Any, active: Any) -> tuple[Array | int, ...]:
+        return rows[clamp(slot, active)], 0, jnp.where(slot < active[0], f, tiles - 1)
 
-    def down_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
+    def down_block(slot: Array, f: Array, rows: Any, active: Any) -> tuple[Array | int, ...]:
         row, zero, tile_index = up_block(slot, f, rows, active)
         return row, tile_index, zero
 
-    def scale_block(slot: Array, f: Array, rows: Array, active: Array) -> tuple[Array | int, ...]:
-        return rows[held(slot, active)], 0, 0
+    def scale_block(slot: Array, f: Array, rows: Any, active: Any) -> tuple[Array | int, ...]:
+        return rows[clamp(slot, active)], 0, 0
 
     whole = pl.BlockSpec((tokens, model), lambda *_: (0, 0))
-    # A quantized matrix comes with the steps of its output channels, as one row.
-    column, step = pl.BlockSpec((1, model, tile), up_block), pl.BlockSpec((1, 1, tile), up_block)
-    last, last_step = pl.BlockSpec((1, tile, model), down_block), pl.BlockSpec((1, 1, model), scale_block)
-    weights = [column, step, column, step, last, last_step] if quantized else [column, column, last]
+    # Each quantized matrix is followed by the scales of its output channels, as one row.
+    columns, scales = pl.BlockSpec((1, model, tile), up_block), pl.BlockSpec((1, 1, tile), up_block)
+    down_rows, down_scales = pl.BlockSpec((1, tile, model), down_block), pl.BlockSpec((1, 1, model), scale_block)
+    plain = [columns, columns, down_rows]
+    weights = [columns, scales, columns, scales, down_rows, down_scales] if quantized else plain
     operands = [part for w in (gate, up, down) for part in _as_operands(w)]
     if quantized and not interpret:
-        # Else the compiler may move the steps of all experts of all layers to VMEM, for every call.
+        # Without the constraint, the compiler may move the scales of all experts of all layers to VMEM for every call.
         operands = [pltpu.with_memory_space_constraint(part, pltpu.MemorySpace.HBM) for part in operands]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -96,7 +109,7 @@ def fused_experts(
         in_specs=[
             whole,
             *weights,
-            pl.BlockSpec((1, tokens, 1), lambda slot, f, rows, active: (held(slot, active), 0, 0)),
+            pl.BlockSpec((1, tokens, 1), lambda slot, f, rows, active: (clamp(slot, active), 0, 0)),
         ],
         out_specs=whole,
     )
@@ -104,7 +117,7 @@ def fused_experts(
         partial(_kernel, activation),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct((tokens, model), jnp.float32),
-        # Without it the scheduler takes the call to read the weights of all experts of all layers.
+        # Without an estimate, the scheduler assumes that the call reads the weights of all experts of all layers.
         cost_estimate=pl.CostEstimate(
             flops=6 * tokens * slots * model * ffn,
             bytes_accessed=slots * sum(part.nbytes // len(part) for part in operands),
@@ -116,20 +129,23 @@ def fused_experts(
 
 
 def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
-    """Width of a tile: the largest divisor of `ffn` in whole lanes whose buffers fit, or `ffn` where it has none."""
+    """Choose the width of a tile: the largest divisor of `ffn` that is a multiple of `LANES` and whose buffers fit,
+    the smallest such multiple where none fits, or `ffn` where it has none."""
     widths = [w for w in range(LANES, ffn + 1, LANES) if ffn % w == 0]
     fitting = [w for w in widths if 6 * model * w * itemsize <= WEIGHT_BUFFER_BYTES]
     return max(fitting, default=min(widths, default=ffn))
 
 
 def _as_operands(weights: Matrix) -> list[Array]:
+    """List the operands of the kernel for some matrices: values, and scales if they are quantized."""
     return [weights.values, weights.scale] if isinstance(weights, Quantized) else [weights]
 
 
 def _kernel(activation, rows, active, x_ref, *refs):
+    """Add one ffn tile of one slot's expert to the output."""
     *weight_refs, combine_ref, out_ref = refs
-    each = len(weight_refs) // 3
-    gate, up, down = (weight_refs[i * each : (i + 1) * each] for i in range(3))
+    per_matrix = len(weight_refs) // 3
+    gate, up, down = (weight_refs[i * per_matrix : (i + 1) * per_matrix] for i in range(3))
     slot, f = pl.program_id(0), pl.program_id(1)
 
     @pl.when((slot == 0) & (f == 0))
@@ -140,11 +156,11 @@ def _kernel(activation, rows, active, x_ref, *refs):
     def _():
         x, weight = x_ref[...], combine_ref[0]
         hidden = ACTIVATIONS[activation](_times(x, gate)) * _times(x, up)
-        # Select, do not multiply by 0: an expert's inf must not turn into NaN for tokens that never chose it.
+        # Select instead of multiplying by 0: inf of an expert would become NaN for tokens that do not use it.
         out_ref[...] += jnp.where(weight > 0, _times(hidden.astype(x.dtype), down) * weight, 0.0)
 
 
 def _times(x, refs):
-    """`x` times the block of a matrix, and each output channel times its step where it has one."""
+    """Multiply `x` by the block of a matrix, then each output channel by its scale where the matrix is quantized."""
     out = jnp.dot(x, refs[0][0].astype(x.dtype), preferred_element_type=jnp.float32)
     return out * refs[1][0] if len(refs) > 1 else out

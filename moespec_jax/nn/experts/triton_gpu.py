@@ -1,14 +1,15 @@
 """Expert compute as two fused Triton kernels over the `Flat` layout: each distinct expert's weights are read once.
 
-For Ampere, Ada and newer GPUs (`supported`). Lowered for CUDA and compiled for several of them, all on hosts without a
-GPU, and interpreted, but never run on a device yet: therefore opt-in.
+For Ampere, Ada and newer GPUs (`supported`). The kernels have been lowered for CUDA, compiled for several of these
+GPUs and interpreted, all on hosts without a GPU, and have not run on a device yet: the back-end is opt-in.
 
-Pallas' Triton lowering is deprecated since jax 0.11 in favour of Mosaic, and warns so. It is used nevertheless: before
-Hopper, no other form that we know reads experts where they lie. XLA copies an expert ahead of every product of several
-rows, and as of jax 0.12 even a trivial Mosaic kernel does not compile for Ampere.
+Pallas' Triton lowering is deprecated since jax 0.11 in favour of Mosaic, and emits a warning. It is used nevertheless:
+for GPUs before Hopper we know no other way to read experts without a copy. XLA copies an expert before every product
+of several rows, and as of jax 0.12 even a trivial Mosaic kernel does not compile for Ampere.
 
-The first launch makes every slot's hidden rows, the second its output rows. A block of threads makes one tile of 64
-columns and streams just the weights above it; blocks of unused slots return at once. XLA adds up the slots.
+The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
+one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA
+sums over slots.
 """
 
 import re
@@ -26,27 +27,27 @@ from moespec_jax.nn.experts.slots import add_slots
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
 
-# Columns of a block of threads, and how many rows of weights it multiplies at once.
+# Columns of a thread block, and rows of weights that it multiplies in one step.
 TILE = 64
-# The fewest rows of Triton's matrix product; row counts are powers of 2.
+# Smallest number of rows of Triton's matrix product; numbers of rows are powers of 2.
 FEWEST_ROWS = 16
-# One stage computes while the others' tiles arrive: up to 72 KiB, of the 99 that Ada gives a block of threads.
+# One stage computes during the loads of the others: up to 72 KiB, of the 99 KiB that Ada allows a thread block.
 STAGES, WARPS = 4, 4
 
-# What lowers in Triton: `erfc` (exact gelu) does not.
+# Activations that Triton lowers: not `erfc` (exact gelu).
 KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     name: ACTIVATIONS[name] for name in ("silu", "swish", "gelu_pytorch_tanh", "relu")
 }
 
 
 def triton_experts(activation: str) -> ExpertCompute:
-    """Expert compute over the `Flat` layout for NVIDIA GPUs (`gpu.kernel_experts`)."""
+    """Build the expert compute over the `Flat` layout for NVIDIA GPUs (`gpu.kernel_experts`)."""
     return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
 
 
 def supported(device: object) -> bool:
-    """Whether it is an NVIDIA GPU of Ampere or later: older ones do not multiply bfloat16."""
-    # Those of AMD's are no numbers.
+    """Test whether a device is an NVIDIA GPU of Ampere or later; older ones do not multiply bfloat16."""
+    # AMD's compute capabilities are names, not numbers.
     return re.fullmatch(r"([89]|\d\d)\.\d", getattr(device, "compute_capability", None) or "") is not None
 
 
@@ -62,9 +63,18 @@ def fused_experts(
     *,
     interpret: bool = False,
 ) -> Float[Array, "tokens model"]:
-    """All tokens through the experts in the first `active` of `rows`, weighted by `combine` and summed, float32.
+    """Run all tokens through the experts of the first `active` slots, and sum the outputs by combine weight, float32.
 
-    `rows` index the flat weights and are not looked at past `active`.
+    Args:
+        activation: name of the activation.
+        x: tokens.
+        gate: matrices of all experts of all sparse layers.
+        up: as `gate`.
+        down: as `gate`.
+        combine: combine weight of every slot's expert for every token.
+        rows: index of every slot's expert in the matrices; not read in unused slots.
+        active: number of slots in use.
+        interpret: whether to interpret the kernels, on any platform.
     """
     tokens = x.shape[0]
     run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
@@ -88,12 +98,22 @@ def _multiply(
     dtype: jax.typing.DTypeLike,
     interpret: bool,
 ) -> Float[Array, "slots rows columns"]:
-    """`finish` of `x` times every slot's matrices; the rows of unused slots are undefined."""
+    """Compute `finish` of the products of `x` with every slot's matrices, one launch.
+
+    Args:
+        finish: elementwise function of one float32 product for each of `weights`.
+        x: rows of every slot, or, with two axes, rows that all slots share.
+        weights: matrices of all experts.
+        rows: index of every slot's expert in the matrices.
+        active: number of slots in use; the output of the others is undefined.
+        dtype: dtype of the output.
+        interpret: whether to interpret the kernel.
+    """
     slots, height, (_, inner, columns) = rows.shape[0], x.shape[-2], weights[0].shape
 
     def block(rows, active, x, *references):
         *weights, out = references
-        # Neighbours in the first axis run together: they read neighbouring columns of the same rows.
+        # Neighbours in the first grid axis run at the same time, on neighbouring columns of the same rows.
         across, slot = pl.ds(pl.program_id(0) * TILE, TILE), pl.program_id(1)
 
         @pl.when(slot < active[0])
@@ -111,7 +131,7 @@ def _multiply(
             sums = (jnp.zeros((height, TILE), jnp.float32),) * len(weights)
             out[slot, :, across] = finish(*jax.lax.fori_loop(0, inner // TILE, step, sums)).astype(dtype)
 
-    # No block is cut from any array: the kernel is given where they begin, and moves what it indexes.
+    # Without block specs the kernel gets references to whole arrays, and loads only the parts that it indexes.
     return pl.pallas_call(
         block,
         grid=(columns // TILE, slots),

@@ -1,0 +1,163 @@
+"""Whole decoding programs under the CUDA compiler, on a machine without a GPU: `pip install "jax[cuda12]"`, then
+
+    python -m benchmarks.gpu_programs OLMoE-1B-7B triton sm_90
+
+compiles the loop of plain decoding, and of speculative rounds with a chain, a tree, and a tree under a budget of a
+quarter of the experts, ahead of time for a GPU as `gpu_compile.GPUS` describes it. Shapes are those of published
+checkpoints, bfloat16, batch 1, caches of 1024 slots. It prints one line of JSON for each program. Nothing runs: there
+are no times, and no autotuning (see `gpu_compile.py`).
+
+Columns:
+    model, backend, gpu, program: what was compiled; trees are size/depth/top-k.
+    stacked: whether the parameters of equal layers are stacked, so that a loop runs over them. `--stacked` and
+        `--unstacked` override the back-end's choice.
+    compile_s: seconds of lowering and compilation on this machine.
+    temp_mb: temporary memory of the program.
+    loops: the program itself (`entry`) and every loop in it, by its path in the traced program. `while` is the loop
+        over rounds; loops within it run over draft levels, layers and steps of acceptance. `trips` is how often a loop
+        runs, where the compiler knows it (layers, draft levels). `kernels` counts what the body launches (fusions,
+        library calls, Pallas kernels, copies), without loops within it; `condition` counts what the test launches.
+    kernels_per_round: launches of one round or token: the body of the loop over rounds, with every loop in it as often
+        as it runs, once where that is not known.
+    large_values: results of 4 MB or more that a program writes to memory, except updates in place, as
+        `operation dtype[dims]` with how many instructions write one. Weights in it are copied before they are used.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from benchmarks.gpu_compile import COMPUTES, GPUS, check_compiler, described_device, installed_versions, lowering_for
+from benchmarks.tpu_hlo import computations, large_values
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.nn.backend import BACKENDS, Backend
+from moespec_jax.parallel.mesh import MeshConfig, make_mesh
+from moespec_jax.plan.program import Workload, abstract_round
+from moespec_jax.runtime.programs import Programs
+
+SLOTS = 1024
+CHAIN, TREE = TreeConfig(depth=2, top_k=1, size=4), TreeConfig(depth=7, top_k=10, size=60)
+# Tree, and fraction of the experts that a verification may read.
+PROGRAMS: dict[str, tuple[TreeConfig | None, float | None]] = {
+    "plain": (None, None),
+    "chain 4/2/1": (CHAIN, None),
+    "tree 60/7/10": (TREE, None),
+    "tree 60/7/10, N/4": (TREE, 0.25),
+}
+# Takes parameters, a state and the number of rounds.
+Step = Callable[[Any, Any, Any], Any]
+_KERNEL = re.compile(
+    r" (fusion|fusion-start|custom-call|copy|copy-start|sort|dynamic-update-slice|all-reduce|convolution|dot)\("
+)
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_PATH = re.compile(r'op_name="(?:jit\(\w+\)/)?([^"]*)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ENTRY = re.compile(r"^ENTRY %?([\w.\-]+)", re.MULTILINE)
+# Computations that run in place of the instruction.
+_CALLED = re.compile(r"(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+
+
+def main() -> None:
+    """Compile every program for one model, back-end and GPU, and print a line for each."""
+    parser = argparse.ArgumentParser(description="Compile whole decoding programs for a GPU ahead of time.")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("backend", choices=COMPUTES)
+    parser.add_argument("gpu", choices=GPUS, nargs="?", default="sm_90")
+    parser.add_argument("--stacked", action="store_true", default=None, help="stack equal layers and loop over them")
+    parser.add_argument("--unstacked", action="store_false", dest="stacked", help="keep layers apart, without a loop")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    options = parser.parse_args()
+    if options.backend == "mosaic" and options.gpu != "sm_90":
+        parser.error("mosaic needs sm_90")  # other GPUs have no wgmma, over which some compilers end the process
+    check_compiler(installed_versions())
+    backend = BACKENDS[options.backend]
+    if options.stacked is not None:
+        backend = backend._replace(stacked=options.stacked)
+    for program in options.programs:
+        print(json.dumps(examine(options.model, backend, options.gpu, program)), flush=True)
+
+
+def examine(model: str, backend: Backend, gpu: str, program: str) -> dict[str, Any]:
+    """The row of one program."""
+    started = time.perf_counter()
+    step, arguments = step_of(model, backend, gpu, program)
+    with lowering_for(gpu):
+        lowered = Programs().lower(step, *arguments, donate=True)
+    compiled = lowered.compile()
+    seconds, memory, hlo = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None
+    found = loops(hlo)
+    return {
+        "model": model, "backend": backend.name, "stacked": backend.stacked, "gpu": gpu, "program": program,
+        "compile_s": round(seconds, 1), "temp_mb": round(memory.temp_size_in_bytes / 1e6, 2),
+        "loops": found, "kernels_per_round": kernels_per_round(found),
+        # Without sizes of weights: by size alone, a kernel's output may look like a copy.
+        "large_values": dict(Counter(large_values(hlo, set())[1])),
+    }  # fmt: skip
+
+
+def step_of(model: str, backend: Backend, gpu: str, program: str) -> tuple[Step, tuple[Any, Any, Any]]:
+    """A method's `step`, with parameters, state and number of rounds as shapes on the GPU."""
+    config, (tree, budget) = read_config(MODELS[model]), PROGRAMS[program]
+    device = described_device(gpu)
+    mesh, draft = make_mesh(MeshConfig(), [device]), draft_config(model, config)
+    limit = None if budget is None else BudgetConfig(budget)
+    method, params, state = abstract_round(Workload(config, draft, mesh, backend, tree or CHAIN, SLOTS, budget=limit))
+    rounds, sharding = jax.ShapeDtypeStruct((), jnp.int32), SingleDeviceSharding(device)
+    whole = (params.target, state.decoding, rounds) if tree is None else (params, state, rounds)
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        # On the device itself, as without a mesh.
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return method.target.step if tree is None else method.step, jax.tree.map(place, whole)
+
+
+def loops(hlo: str) -> list[dict[str, Any]]:
+    """Kernels of the entry computation and of every loop of an optimized HLO program, in the order of their paths."""
+    bodies, entry = computations(hlo), _ENTRY.search(hlo)
+    assert entry is not None
+    found = []
+    for line in (line for body in bodies.values() for line in body):
+        if loop := _WHILE.search(line):
+            path, trips = _PATH.search(line), _TRIPS.search(line)
+            found.append(
+                {
+                    "loop": path[1] if path else loop[2], "trips": int(trips[1]) if trips else None,
+                    "kernels": kernels(loop[2], bodies), "condition": kernels(loop[1], bodies),
+                }
+            )  # fmt: skip
+    found.sort(key=lambda row: (row["loop"], -row["kernels"]))
+    return [{"loop": "entry", "trips": 1, "kernels": kernels(entry[1], bodies), "condition": 0}, *found]
+
+
+def kernels(name: str, bodies: dict[str, list[str]]) -> int:
+    """Launches of one computation, with those of computations that it calls or branches to."""
+    called = [
+        match for line in bodies[name] if re.search(r" (call|conditional)\(", line) for match in _CALLED.findall(line)
+    ]
+    inner = [one for single, several in called for one in ([single] if single else re.findall(r"[\w.\-]+", several))]
+    return sum(bool(_KERNEL.search(line)) for line in bodies[name]) + sum(kernels(one, bodies) for one in inner)
+
+
+def kernels_per_round(found: list[dict[str, Any]]) -> int:
+    """Launches of one trip through the loop over rounds."""
+    outer = min((row["loop"] for row in found[1:]), key=len)
+    return sum(
+        (row["kernels"] + row["condition"]) * (1 if row["loop"] == outer else row["trips"] or 1) for row in found[1:]
+    )
+
+
+if __name__ == "__main__":
+    main()

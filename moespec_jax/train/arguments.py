@@ -1,0 +1,145 @@
+"""Flags of the training command: settings of the draft head, and of the training."""
+
+import argparse
+
+from moespec_jax.train.objective import LOSSES
+from moespec_jax.train.optimizer import OptimizerConfig
+from moespec_jax.train.run import Pace
+from moespec_jax.train.trainer import Recipe
+
+# Fields of `DraftConfig` that have a flag, with its help text.
+VARIANTS = {
+    "fc_norm": "RMS norm of each auxiliary hidden state of the target (EAGLE-3.1)",
+    "norm_before_fc": "one RMS norm over all auxiliary hidden states together",
+    "norm_before_residual": "start the residual stream from the normed features",
+    "norm_output": "pass the normed output to the next draft step (EAGLE-3.1)",
+}
+
+
+def add_head_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the settings of the draft head."""
+    group.add_argument(
+        "--draft-vocab-size",
+        type=_count,
+        metavar="N",
+        help="number of tokens that the head can draft, the most frequent of the data (default: 32000, or all of a"
+        " smaller vocabulary)",
+    )
+    group.add_argument(
+        "--boundaries",
+        metavar="2,24,45",
+        help="hidden states of the target that the head reads: b is the one that enters layer b, L that after the last"
+        " of L layers (default: 2, L/2, L - 3)",
+    )
+    group.add_argument(
+        "--intermediate-size",
+        type=_count,
+        metavar="N",
+        help="width of the head's MLP (default: that of the target's dense MLPs, else 3 times the hidden size)",
+    )
+    group.add_argument(
+        "--layers", type=_count, default=1, metavar="N", help="layers of the head (default: %(default)s)"
+    )
+    for name, meaning in VARIANTS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
+    group.add_argument("--qk-norm", action="store_true", help="RMS norm of each query and key, as in Qwen3")
+
+
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the settings of the training."""
+    defaults = OptimizerConfig(steps=1)
+    group.add_argument(
+        "--steps", type=_count, default=10_000, metavar="N", help="optimizer steps (default: %(default)s)"
+    )
+    group.add_argument(
+        "--batch", type=_count, default=Recipe.batch, metavar="N", help="rows a step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--length", type=_count, metavar="N", help="tokens a row (default: 2048, or the target's shorter context)"
+    )
+    group.add_argument(
+        "--unroll",
+        type=_count,
+        default=Recipe.unroll,
+        metavar="N",
+        help="draft steps that the head is unrolled over (default: %(default)s)",
+    )
+    group.add_argument(
+        "--decay",
+        type=float,
+        default=Recipe.decay,
+        metavar="X",
+        help="the loss of draft step j has the weight X^j (default: %(default)s)",
+    )
+    group.add_argument(
+        "--loss", choices=list(LOSSES), default=Recipe.loss, help="loss of a draft step (default: %(default)s)"
+    )
+    group.add_argument(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default=defaults.name,
+        help="adamw, or muon for matrices and adamw for the rest (default: %(default)s)",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        default=defaults.learning_rate,
+        metavar="X",
+        help="peak learning rate; with muon, that of matrices (default: %(default)s)",
+    )
+    group.add_argument(
+        "--adam-learning-rate",
+        type=float,
+        default=defaults.adam_learning_rate,
+        metavar="X",
+        help="with muon: peak learning rate of all other parameters, which AdamW updates (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        type=int,
+        default=defaults.warmup_steps,
+        metavar="N",
+        help="steps of linear warm-up (default: %(default)s)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=["linear", "cosine"],
+        default=defaults.schedule,
+        help="decay of the learning rate to 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=Recipe.seed, help="seed of all random numbers (default: %(default)s)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the target and of arithmetic (default: float32 on CPU, bfloat16 elsewhere)",
+    )
+    group.add_argument(
+        "--save-every",
+        type=_count,
+        default=Pace.save_every,
+        metavar="N",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    group.add_argument(
+        "--evaluate-every",
+        type=_count,
+        default=Pace.evaluate_every,
+        metavar="N",
+        help="steps between measurements of held-out accuracy (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-recompute",
+        action="store_true",
+        help="keep the activations of all draft steps for the backward pass: faster, needs more memory",
+    )
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+_count.__name__ = "count"  # the type's name in argparse's errors
