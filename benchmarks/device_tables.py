@@ -45,6 +45,53 @@ def whole_models(rounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in rounds["rows"]}
 
 
+def headline(gpu: dict[str, Any], quality: dict[str, Any]) -> Table:
+    """List speed on a GPU by tree and budget, beside the divergence of the embedded pair."""
+    rows = {row["spec"]: row for row in gpu["rows"] if row["backend"] == "triton"}
+    plain = rows["plain"]["tokens_per_s"]
+    names = {
+        "plain": ("plain decoding", None), "4/2/1": ("chain of 4", None), "16/4/4": ("tree of 16", None),
+        "60/7/10": ("tree of 60", None), "60/7/10 B=32": ("tree of 60, half of the experts", 2),
+        "60/7/10 B=16": ("tree of 60, a quarter of the experts", 4),
+    }  # fmt: skip
+    found = []
+    for spec, (name, part) in names.items():
+        row = rows[spec]
+        loss = "0" if part is None else f"{_divergence(quality, quality['num_experts'] // part):.4f} nats"
+        output = "exact" if part is None else "LOSSY"
+        speed = row["tokens_per_s"]
+        found.append(
+            [name, output, f"{speed:.0f} tokens/s", f"{speed / plain:.2f}x", f"{row['experts_read']:.0f}", loss]
+        )
+    head = ["decoding", "output", f"one {_card(gpu)}", "over plain", "experts read a layer, of 64", "divergence"]
+    return head, found
+
+
+def gpu_rounds(report: dict[str, Any]) -> Table:
+    """List milliseconds a round on a GPU, beside the time that its bytes take."""
+    found = []
+    for row in report["rows"]:
+        ms, prefill = row["ms"], row["prefill_ms"]
+        share = row["floor_ms"] / ms["median"]
+        found.append(
+            [f"`{row['backend']}`", row["spec"], "LOSSY" if row["lossy"] else "exact", f"{row['experts_read']:.1f}"]
+            + [f"{ms['median']:.2f} ({ms['min']:.2f} to {ms['max']:.2f})", f"{row['floor_ms']:.2f}", f"{share:.0%}"]
+            + [f"{row['accept_length']:.2f}", f"{row['tokens_per_s']:.0f}", f"{prefill['median']:.0f}"]
+        )
+    head = ["back-end", "tree and budget", "output", "experts read", "ms a round", "ms of its bytes", "share"]
+    return head + ["tokens a round (simulated)", "tokens/s", "prefill of 512, ms"], found
+
+
+def _divergence(quality: dict[str, Any], budget: int) -> float:
+    """Divergence of the default rule on held-out text."""
+    rows = [r for r in quality["rows"] if r["text"] == "held-out" and r["budget"] == budget]
+    return next(r["kl"] for r in rows if r["rule"].startswith("path, squares ("))
+
+
+def _card(report: dict[str, Any]) -> str:
+    return report["device"].removeprefix("gpu (NVIDIA ").removesuffix(" HBM3)")
+
+
 def expert_copies(report: dict[str, Any]) -> Table:
     """List copies of experts in GPU programs without a budget: one row a model, GPU and back-end, one column a number
     of tokens."""
@@ -157,6 +204,8 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "chip_memory": (chip_memory, ("tpu_verify.json", "tpu_speculate.json")),
     "card_memory": (card_memory, ("tpu_speculate.json",)),
     "embedded_pair": (embedded_pair, ("tpu_pair.json",)),
+    "headline": (headline, ("gpu_h100.json", "budget_quality.json")),
+    "gpu_rounds": (gpu_rounds, ("gpu_h100.json",)),
     "expert_copies": (expert_copies, ("gpu_compile.json",)),
     "sizing": (sizing, ("plan.json",)),
     "mesh_bytes": (mesh_bytes, ("tpu_mesh.json",)),

@@ -20,7 +20,7 @@ from moespec_jax.cli.round_trace import round_records
 from moespec_jax.measure.plots import draw_mask, draw_tree, token_labels
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
 TREE = TreeConfig(depth=3, top_k=3, size=12)

@@ -83,7 +83,7 @@ def _finding(config: DecoderConfig, plan: Plan, sets: Sequence[str], budget: int
         sentences.append(f"{over} ({found.against_paper.texts} texts): {standing_sentence(found, PAPER)}")
         if len(sentences) == 1:
             sentences[0] += _pruning_sentences(config, plan, texts, budget, by_rule, ledger)
-    head = f"B = {budget} of {config.num_experts} experts, among rules that prune no drafted token. "
+    head = f"B = {budget} of {config.num_experts} experts, among rules that prune no drafted token; "
     return Finding(head + sentences[0], sentences[1:])
 
 
