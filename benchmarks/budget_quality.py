@@ -1,4 +1,4 @@
-"""What a budget does to the embedded target's distribution, by rule and size of the budget:
+"""Effect of a budget on the embedded target's distribution, by rule and size of the budget:
 
     python -m benchmarks.budget_quality --out benchmarks/results
 

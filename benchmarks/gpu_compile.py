@@ -1,4 +1,4 @@
-"""Whether the CUDA compiler copies experts before it uses them, on a machine without a GPU: `pip install "jax[cuda12]"`
+"""Copies of experts in programs of the CUDA compiler, on a machine without a GPU: `pip install "jax[cuda12]"`, then
 
     python -m benchmarks.gpu_compile --out benchmarks/results
 

@@ -9,18 +9,19 @@ are no times, and no autotuning (see `gpu_compile.py`).
 
 Columns:
     model, backend, gpu, program: what was compiled; trees are size/depth/top-k.
-    stacked: whether the parameters of equal layers are stacked, so that a loop runs over them. `--stacked` and
+    stacked: true where the parameters of equal layers are stacked and a loop runs over them. `--stacked` and
         `--unstacked` override the back-end's choice.
     compile_s: seconds of lowering and compilation on this machine.
     temp_mb: temporary memory of the program.
     loops: the program itself (`entry`) and every loop in it, by its path in the traced program. `while` is the loop
-        over rounds; loops within it run over draft levels, layers and steps of acceptance. `trips` is how often a loop
-        runs, where the compiler knows it (layers, draft levels). `kernels` counts what the body launches (fusions,
-        library calls, Pallas kernels, copies), without loops within it; `condition` counts what the test launches.
-    kernels_per_round: launches of one round or token: the body of the loop over rounds, with every loop in it as often
-        as it runs, once where that is not known.
+        over rounds; loops within it run over draft levels, layers and steps of acceptance. `trips` is the trip
+        count where it is static (layers, draft levels). `kernels` counts launches of the body (fusions, library calls,
+        Pallas kernels, copies) without loops within it, and `condition` those of the test.
+    kernels_per_round: launches of one round (one token in plain decoding): body and test of the loop over rounds, with
+        every loop in it by its trip count, or once where that is not static.
     large_values: results of 4 MB or more that a program writes to memory, except updates in place, as
-        `operation dtype[dims]` with how many instructions write one. Weights in it are copied before they are used.
+        `operation dtype[dims]` with the number of instructions that write one. Slices of stacked weights and caches
+        among them are copies; results of custom calls and of matrix multiplications are not.
 """
 
 import argparse
@@ -53,7 +54,7 @@ PROGRAMS: dict[str, tuple[TreeConfig | None, float | None]] = {
     "plain": (None, None),
     "chain 4/2/1": (CHAIN, None),
     "tree 60/7/10": (TREE, None),
-    "tree 60/7/10, N/4": (TREE, 0.25),
+    "tree 60/7/10 N/4": (TREE, 0.25),
 }
 # Takes parameters, a state and the number of rounds.
 Step = Callable[[Any, Any, Any], Any]
@@ -64,8 +65,8 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _PATH = re.compile(r'op_name="(?:jit\(\w+\)/)?([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ENTRY = re.compile(r"^ENTRY %?([\w.\-]+)", re.MULTILINE)
-# Computations that run in place of the instruction.
-_CALLED = re.compile(r"(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+# Computations that run in place of a call or a conditional.
+_CALLED = re.compile(r"(?:to_apply|true_computation|false_computation|branch_computations)=(%?[\w.\-]+|\{[^}]*\})")
 
 
 def main() -> None:
@@ -97,11 +98,12 @@ def examine(model: str, backend: Backend, gpu: str, program: str) -> dict[str, A
     compiled = lowered.compile()
     seconds, memory, hlo = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
-    found = loops(hlo)
+    bodies, entry = computations(hlo), _ENTRY.search(hlo)
+    assert entry is not None
     return {
         "model": model, "backend": backend.name, "stacked": backend.stacked, "gpu": gpu, "program": program,
         "compile_s": round(seconds, 1), "temp_mb": round(memory.temp_size_in_bytes / 1e6, 2),
-        "loops": found, "kernels_per_round": kernels_per_round(found),
+        "loops": loops(bodies, entry[1]), "kernels_per_round": kernels_in_loops(entry[1], bodies),
         # Without sizes of weights: by size alone, a kernel's output may look like a copy.
         "large_values": dict(Counter(large_values(hlo, set())[1])),
     }  # fmt: skip
@@ -124,39 +126,40 @@ def step_of(model: str, backend: Backend, gpu: str, program: str) -> tuple[Step,
     return method.target.step if tree is None else method.step, jax.tree.map(place, whole)
 
 
-def loops(hlo: str) -> list[dict[str, Any]]:
-    """Kernels of the entry computation and of every loop of an optimized HLO program, in the order of their paths."""
-    bodies, entry = computations(hlo), _ENTRY.search(hlo)
-    assert entry is not None
+def loops(bodies: dict[str, list[str]], entry: str) -> list[dict[str, Any]]:
+    """Kernels of the entry computation and of every loop, by path in the traced program."""
     found = []
     for line in (line for body in bodies.values() for line in body):
         if loop := _WHILE.search(line):
-            path, trips = _PATH.search(line), _TRIPS.search(line)
-            found.append(
-                {
-                    "loop": path[1] if path else loop[2], "trips": int(trips[1]) if trips else None,
-                    "kernels": kernels(loop[2], bodies), "condition": kernels(loop[1], bodies),
-                }
-            )  # fmt: skip
+            path, (condition, body) = _PATH.search(line), loop.groups()
+            row = {"loop": path[1] if path else body, "trips": trips(line), "kernels": kernels(body, bodies)}
+            found.append(row | {"condition": kernels(condition, bodies)})
     found.sort(key=lambda row: (row["loop"], -row["kernels"]))
-    return [{"loop": "entry", "trips": 1, "kernels": kernels(entry[1], bodies), "condition": 0}, *found]
+    return [{"loop": "entry", "trips": 1, "kernels": kernels(entry, bodies), "condition": 0}, *found]
+
+
+def trips(line: str) -> int | None:
+    """Trip count of a loop; None where it is not static."""
+    known = _TRIPS.search(line)
+    return int(known[1]) if known else None
 
 
 def kernels(name: str, bodies: dict[str, list[str]]) -> int:
-    """Launches of one computation, with those of computations that it calls or branches to."""
-    called = [
-        match for line in bodies[name] if re.search(r" (call|conditional)\(", line) for match in _CALLED.findall(line)
-    ]
-    inner = [one for single, several in called for one in ([single] if single else re.findall(r"[\w.\-]+", several))]
-    return sum(bool(_KERNEL.search(line)) for line in bodies[name]) + sum(kernels(one, bodies) for one in inner)
+    """Launches of one computation without its loops, but with the computations that it calls or branches to."""
+    calls = [line for line in bodies[name] if re.search(r" (call|conditional)\(", line)]
+    called = [inner for line in calls for names in _CALLED.findall(line) for inner in re.findall(r"[\w.\-]+", names)]
+    return sum(bool(_KERNEL.search(line)) for line in bodies[name]) + sum(kernels(inner, bodies) for inner in called)
 
 
-def kernels_per_round(found: list[dict[str, Any]]) -> int:
-    """Launches of one trip through the loop over rounds."""
-    outer = min((row["loop"] for row in found[1:]), key=len)
-    return sum(
-        (row["kernels"] + row["condition"]) * (1 if row["loop"] == outer else row["trips"] or 1) for row in found[1:]
-    )
+def kernels_in_loops(name: str, bodies: dict[str, list[str]]) -> int:
+    """Launches of the loops of one computation, each by its trip count, or once where that is not static."""
+    total = 0
+    for line in bodies[name]:
+        if loop := _WHILE.search(line):
+            condition, body = loop.groups()
+            once = kernels(condition, bodies) + kernels(body, bodies) + kernels_in_loops(body, bodies)
+            total += (trips(line) or 1) * once
+    return total
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the TPU compiler makes of a speculative round, on a machine without a TPU: `pip install "jax[tpu]"`, then
+"""A speculative round under the TPU compiler, on a machine without a TPU: `pip install "jax[tpu]"`, then
 
     python -m benchmarks.tpu_speculate --out benchmarks/results
 
-compiles `Speculative.step` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a
-path and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
+compiles `Speculative.step` ahead of time: one `lax.while_loop` that drafts a tree, verifies it, accepts a path
+and keeps its cache rows. Targets have the shapes of published checkpoints, with an EAGLE-3 head of 32000 tokens;
 bfloat16, batch 1, caches of 2048 slots. Some verify under a budget of a quarter of the experts (score `path`, credit
 `squares`). Nothing runs, so there are no times: sizes and copies are the compiler's own.
 The committed compile seconds are from two cores busy with other work, and say only that it is a matter of a minute.

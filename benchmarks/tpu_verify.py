@@ -1,4 +1,4 @@
-"""What a verification under an expert budget reads on a TPU, on a machine without one: `pip install "jax[tpu]"`, then
+"""Bytes that a verification under an expert budget reads on a TPU, counted without one: `pip install "jax[tpu]"`, then
 
     python -m benchmarks.tpu_verify --out benchmarks/results
 
@@ -185,8 +185,11 @@ def compile_verification(
 def verify(
     method: Speculative[Any, Any], params: SpeculativeParams[Any], state: SpeculationState[Any], trees: Tree
 ) -> tuple[SpeculationState[Any], jax.Array, jax.Array | None]:
-    """What a greedy round takes from a verification: the cache, every node's best token, and the hidden states that the
-    head reads."""
+    """Verify as a greedy round does.
+
+    Returns:
+        The state with the new cache, every node's best token, and the hidden states that the head reads.
+    """
     logits, cache, info = method.verify(params, state, trees)
     state = dataclasses.replace(state, decoding=dataclasses.replace(state.decoding, cache=cache))
     return state, jnp.argmax(logits, axis=-1), info.aux_hidden_states

@@ -25,7 +25,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return write_pair(tmp_path_factory.mktemp("pair"), NEW, num_experts=12)
 
 
-def test_a_run_reports_what_the_budget_cost(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_reports_what_the_budget_cost(
+    pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "trace.jsonl"
     result = run_json(capsys, *pair, *PROMPTS, *TREE, "--expert-budget", "0.5", "--trace", str(file))
     assert result["exact"] is False

@@ -70,10 +70,10 @@ def budget_study_says(text: str) -> None:
     )}  # fmt: skip
     assert len(found) == 15
     for budget in (6, 8, 12, 16):
-        assert found["faithful", budget][0] < found["MoE-Spec", budget][0]
+        assert found["pruning", budget][0] < found["MoE-Spec", budget][0]
         assert found["default", budget][0] < found["MoE-Spec", budget][0]
-    assert found["faithful", 6][1] < 0.9 * found["faithful", 32][1]
-    assert all(found[rule, 32][0] == 0 for rule in ("MoE-Spec", "default", "faithful"))
+    assert found["pruning", 6][1] < 0.9 * found["pruning", 32][1]
+    assert all(found[rule, 32][0] == 0 for rule in ("MoE-Spec", "default", "pruning"))
 
 
 def convert_and_run_says(text: str) -> None:

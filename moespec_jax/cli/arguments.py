@@ -249,7 +249,7 @@ def add_budget_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def add_rule_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of a budget's rule. Second names of a flag are those from before 0.2."""
+    """Add the flags of a budget's rule. The second of two names is an older one."""
     rule = BudgetConfig
     group.add_argument(
         "--budget-coverage",
@@ -283,6 +283,11 @@ def add_rule_flags(group: argparse._ArgumentGroup) -> None:
         help="how many of the B experts are read: B (fixed), as few as hold --budget-mass of the scores (mass), or the"
         f" effective rank of the scores (rank) (default: {rule.size})",
     )
+    _add_rule_numbers(group)
+
+
+def _add_rule_numbers(group: argparse._ArgumentGroup) -> None:
+    rule = BudgetConfig
     group.add_argument(
         "--budget-mass",
         type=float,

@@ -132,7 +132,7 @@ def resolve(budget: BudgetConfig, config: DecoderConfig) -> BudgetConfig:
 
 
 def current_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename fields of files and flags from before 0.2: `faithfulness`, `guarantee`, and the coverage `guarantee`,
+    """Rename fields of older files and flags: `faithfulness`, `guarantee`, and the coverage `guarantee`,
     which is anchor `likely` with coverage `substitute`."""
     fields = {_RENAMED.get(name, name): value for name, value in fields.items()}
     if fields.get("coverage") == "guarantee":

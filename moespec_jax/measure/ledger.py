@@ -84,14 +84,14 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         raise RequestError(f"expected {path} to hold JSON lines; {error}") from None
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")
-    # Before 0.2 a task was a piece.
+    # In older ledgers a task is a piece.
     return [
         {"task" if name == "piece" else name: _current_keys(value) for name, value in line.items()} for line in lines
     ]
 
 
 def _current_keys(value: Any) -> Any:
-    """Rename the keys that values and budgets had before 0.2."""
+    """Rename keys of values and budgets of older ledgers."""
     if isinstance(value, list):
         return [_current_keys(item) for item in value]
     if not isinstance(value, dict):

@@ -60,7 +60,7 @@ def _check_integers(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def _read_budget(fields: dict[str, Any]) -> BudgetConfig:
-    """Read a budget, also with field names from before 0.2. A list of experts has one number for each layer."""
+    """Read a budget, also with its older field names. A list of experts has one number for each layer."""
     fields = current_fields(fields)
     experts = fields.pop("experts")
     if not all(type(count) in (int, float) for count in (experts if isinstance(experts, list) else [experts])):

@@ -88,7 +88,15 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch", type=int, default=8, metavar="N", help="texts that run at once; fewer need less memory (default: 8)"
     )
-    group = parser.add_argument_group("timing")
+    _add_timing_flags(parser.add_argument_group("timing"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("study"), metavar="DIR", help="directory of the results (default: study)"
+    )
+    parser.epilog = f"{EXAMPLE}\nrules (see docs/budgets.md):\n" + "".join(f"  {name}\n" for name in RULES)
+    return parser
+
+
+def _add_timing_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--timed", nargs="+", metavar="RULE", help="rules to time: names, few or all (default: few; --rules if given)"
     )
@@ -111,11 +119,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="turns, each of which decodes every case once (default: 3)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("study"), metavar="DIR", help="directory of the results (default: study)"
-    )
-    parser.epilog = f"{EXAMPLE}\nrules (see docs/budgets.md):\n" + "".join(f"  {name}\n" for name in RULES)
-    return parser
 
 
 def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from moespec_jax.files import parse_numbers
 from moespec_jax.parallel.processes import is_first_process
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
-from moespec_jax.train.arguments import VARIANTS, add_head_flags, add_training_flags
+from moespec_jax.train.arguments import VARIANTS, add_head_flags, add_optimizer_flags, add_training_flags
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.run import Pace, draw_training, train
@@ -222,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_head_flags(parser.add_argument_group("draft head"))
     add_training_flags(parser.add_argument_group("training"))
+    add_optimizer_flags(parser.add_argument_group("optimizer"))
     add_process_flags(parser.add_argument_group("several processes, which share the batch and the output directory"))
     return parser
 

@@ -47,7 +47,6 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for the settings of the training."""
-    defaults = OptimizerConfig(steps=1)
     group.add_argument(
         "--steps", type=_count, default=10_000, metavar="N", help="optimizer steps (default: %(default)s)"
     )
@@ -74,6 +73,38 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--loss", choices=list(LOSSES), default=Recipe.loss, help="loss of a draft step (default: %(default)s)"
     )
+    group.add_argument(
+        "--seed", type=int, default=Recipe.seed, help="seed of all random numbers (default: %(default)s)"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the target and of arithmetic (default: float32 on CPU, bfloat16 elsewhere)",
+    )
+    group.add_argument(
+        "--save-every",
+        type=_count,
+        default=Pace.save_every,
+        metavar="N",
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    group.add_argument(
+        "--evaluate-every",
+        type=_count,
+        default=Pace.evaluate_every,
+        metavar="N",
+        help="steps between measurements of held-out accuracy (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-recompute",
+        action="store_true",
+        help="keep the activations of all draft steps for the backward pass: faster, needs more memory",
+    )
+
+
+def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for optimizer and learning-rate schedule."""
+    defaults = OptimizerConfig(steps=1)
     group.add_argument(
         "--optimizer",
         choices=["adamw", "muon"],
@@ -106,33 +137,6 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
         choices=["linear", "cosine"],
         default=defaults.schedule,
         help="decay of the learning rate to 0 (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed", type=int, default=Recipe.seed, help="seed of all random numbers (default: %(default)s)"
-    )
-    group.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="dtype of the target and of arithmetic (default: float32 on CPU, bfloat16 elsewhere)",
-    )
-    group.add_argument(
-        "--save-every",
-        type=_count,
-        default=Pace.save_every,
-        metavar="N",
-        help="steps between checkpoints (default: %(default)s)",
-    )
-    group.add_argument(
-        "--evaluate-every",
-        type=_count,
-        default=Pace.evaluate_every,
-        metavar="N",
-        help="steps between measurements of held-out accuracy (default: %(default)s)",
-    )
-    group.add_argument(
-        "--no-recompute",
-        action="store_true",
-        help="keep the activations of all draft steps for the backward pass: faster, needs more memory",
     )
 
 
