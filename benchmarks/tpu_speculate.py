@@ -124,11 +124,8 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
         config, draft, BACKENDS[case.backend], TREES[case.tree], BUDGETS[case.budget], case.chip
     )
     sampling = SAMPLINGS[case.sampling]
-    plain, accept = (
-        dataclasses.replace(method.target, sampling=sampling),
-        accept_rule(sampling, method.tree.longest_path),
-    )
-    method = dataclasses.replace(method, target=plain, accept=accept)
+    accept = accept_rule(sampling, method.tree.longest_path)
+    method = dataclasses.replace(method, target=dataclasses.replace(method.target, sampling=sampling), accept=accept)
     rounds = placed(jax.ShapeDtypeStruct((), jnp.int32), state.decoding.length.sharding)
     program = compile_lowered(Programs().lower(method.step, params, state, rounds, donate=True))
     caches = (state.decoding.cache.k, state.decoding.cache.v, state.draft.cache.k, state.draft.cache.v)

@@ -1,4 +1,5 @@
-"""A hostile environment for every test: no silent promotion of rank or dtype, full matmul precision, CPU only."""
+"""A hostile environment for every test: shapes and types are checked at run time, ranks and dtypes are not promoted
+silently, matrix products have full precision, and there is a CPU only."""
 
 import functools
 import os
@@ -10,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports the package.
+install_import_hook("moespec_jax", "shape_checker.check")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -19,6 +24,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / f"xla-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `slow_except(...)`, all parameters but those of these ids are slow."""
+    for item in items:
+        marker = item.get_closest_marker("slow_except")
+        if marker is not None and isinstance(item, pytest.Function) and item.callspec.id not in marker.args:
+            item.add_marker("slow")
 
 
 @pytest.fixture

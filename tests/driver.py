@@ -1,4 +1,4 @@
-"""Running a decoder from a test: logits of whole sequences, and greedy decoding by the functions of `Autoregressive`."""
+"""Running a decoder from a test: logits of whole sequences, and greedy decoding by the steps of `Autoregressive`."""
 
 from collections.abc import Sequence
 from functools import lru_cache

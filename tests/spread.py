@@ -22,9 +22,9 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
-from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.drafter import SpeculativeParams
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
+from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder

@@ -186,6 +186,7 @@ def test_under_all_coins_the_rule_gives_the_target_exactly(config: TreeConfig, s
     np.testing.assert_allclose(two, joint(sampling), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", CUTS, ids=str)
 @pytest.mark.parametrize("config", TREES, ids=str)
 def test_two_tokens_are_distributed_as_the_target_says(config: TreeConfig, sampling: SamplingConfig) -> None:

@@ -90,6 +90,7 @@ def test_unseen_slots_and_other_layers_change_no_bit(dtype: Any, tiles: int) -> 
         np.testing.assert_array_equal(run((q, *other, mask), 1), clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
 def test_speculation_with_it_is_plain_decoding(family: str) -> None:
     """Whole rounds, three sequences; the second family has windows."""
@@ -100,6 +101,7 @@ def test_speculation_with_it_is_plain_decoding(family: str) -> None:
     assert run.accepted.sum() > 3
 
 
+@pytest.mark.slow
 def test_a_pass_with_it_equals_one_without() -> None:
     params, ids = build(CONFIG, TENSORS, BACKENDS["slots"]), ids_of(2, 12)
     one, other = (

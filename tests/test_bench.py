@@ -65,6 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_rows_are_what_the_recorded_turns_say(finished: Path) -> None:
     rows = {row["setting"]: row for row in read_lines(finished / "bench.jsonl")}
     tasks = {line["task"]: line["value"] for line in read_lines(finished / "turns.jsonl")[1:]}
@@ -240,9 +241,9 @@ def test_every_batch_size_has_its_plain_and_every_tree_its_exact_run() -> None:
     assert same == {"plain": TimingCase(), "4/2/1": TimingCase(DecodingSpec(tree))}
 
 
-def test_cases_are_recorded_as_before_0_2_and_apart_from_each_other() -> None:
+def test_cases_are_recorded_under_their_older_names_and_apart_from_each_other() -> None:
     """What the requests of turns.jsonl say of them, by which an interrupted sweep is found again."""
-    likely = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=0.5)
+    likely: dict[str, Any] = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=0.5)
     budgets = [
         BudgetConfig(8, **likely),
         BudgetConfig(8, coverage="truncate", **likely),

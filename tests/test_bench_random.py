@@ -69,6 +69,7 @@ def union(chances: np.ndarray, chosen: np.ndarray, size: int) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, size, published",
     [("OLMoE-1B-7B", 31, 39), ("OLMoE-1B-7B", 63, 54), ("Qwen3-30B-A3B", 63, 80), ("Mixtral-8x7B", 63, 7.5)],

@@ -59,6 +59,7 @@ def budgeted(
     return Decoding(dataclasses.replace(method, budget=None if rule is None else resolve(rule, config)), both)
 
 
+@pytest.mark.slow_except("mixtral-0.5-substitute", "olmoe-0.25-truncate")
 @pytest.mark.parametrize("coverage", ["substitute", "truncate"])
 @pytest.mark.parametrize("experts", [0.5, 0.25])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +98,7 @@ def walk(tokens: list[int], parents: list[int], logits: np.ndarray) -> list[int]
         path.append(found[0])
 
 
+@pytest.mark.slow_except("slots-0.0")
 @pytest.mark.parametrize(
     ("backend", "temperature"), [("switch", 0.0), ("switch", 0.9), ("slots", 0.0), ("pallas", 0.0)]
 )
@@ -109,6 +111,7 @@ def test_a_budget_of_all_experts_changes_no_bit(backend: str, temperature: float
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *caches)
 
 
+@pytest.mark.slow_except("slots-substitute-none", "switch-truncate-likely", "pallas-truncate-none")
 @pytest.mark.parametrize("anchor", ["none", "likely"])
 @pytest.mark.parametrize("coverage", ["substitute", "truncate"])
 @pytest.mark.parametrize("backend", ["switch", "slots", "pallas", "mosaic"])
@@ -151,6 +154,7 @@ def poison(params: Any, layout: str, num_experts: int, keep: list[set[int]]) -> 
 EXACT: dict[str, Any] = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=1.0)
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize(
     ("experts", "coverage"), [(2, "substitute"), (4, "substitute"), ((2, 7), "substitute"), (4, "truncate")], ids=str
 )
@@ -166,6 +170,7 @@ def test_budgets_that_prune_every_loss_are_exact(experts: Any, coverage: str) ->
     assert run.sums["experts_read"] / run.rounds <= np.mean(resolve(rule, config).experts)
 
 
+@pytest.mark.slow
 def test_budgets_that_prune_every_loss_are_exact_in_distribution_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without a budget (`test_speculate.py`): three tokens against enumerated probabilities, every tree under a
     budget of its own, of half the experts."""
@@ -189,6 +194,7 @@ def test_budgets_that_prune_every_loss_are_exact_in_distribution_too(monkeypatch
     assert np.abs(counts / draws - expected).sum() / 2 < 2 * floor
 
 
+@pytest.mark.slow_except("mass")
 @pytest.mark.parametrize("size", ["mass", "rank"])
 def test_sizes_that_follow_the_text_read_no_more_than_the_budget(size: str) -> None:
     rounds: list[RoundInfo] = []
@@ -204,6 +210,7 @@ def test_sizes_that_follow_the_text_read_no_more_than_the_budget(size: str) -> N
             assert set(np.flatnonzero(info.read[layer].any(axis=0))) <= set(shortlist.tolist())
 
 
+@pytest.mark.slow
 def test_only_verification_is_budgeted() -> None:
     """Prefill is the same program as without a budget, and the first token is its."""
     with_, without = budgeted("olmoe", TIGHT), budgeted("olmoe", None)

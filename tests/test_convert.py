@@ -76,6 +76,9 @@ def test_there_and_back_is_the_same_bytes(
         assert (back[name].dtype, back[name].tobytes()) == (value.dtype, value.tobytes()), name
 
 
+@pytest.mark.slow_except(
+    "olmoe-slots-bfloat16", "qwen2_moe-switch-float32", "qwen3_moe-slots-float32", "mixtral-slots-bfloat16"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", ["switch", "slots"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -156,6 +159,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow_except("before the manifest")
 @pytest.mark.parametrize("where", KILLED)
 def test_a_killed_conversion_leaves_nothing_that_loads(
     where: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,7 @@ def path_to(node: int) -> list[int]:
     return ([] if PARENTS[node] < 0 else path_to(PARENTS[node])) + [node]
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_a_tree_equals_its_paths_run_alone(backend: Backend) -> None:
     """Two prefixes of different lengths, one tree after both; windows cut through prefix and tree."""
@@ -101,6 +102,7 @@ def test_a_tree_equals_its_paths_run_alone(backend: Backend) -> None:
             np.testing.assert_allclose(hidden[b, node], alone[0, len(path) - 1], atol=TOLERANCE, err_msg=str(node))
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_padding_changes_nothing(backend: Backend) -> None:
     """What stands in the padding changes no bit; how much of it there is, nothing beyond rounding."""
@@ -152,6 +154,7 @@ def test_layer_runs_cover_the_layers_in_order() -> None:
     assert layer_runs(config) == [range(0, 1), range(1, 3), range(3, 5), range(5, 6)]
 
 
+@pytest.mark.slow_except("1-slots")
 @both_backends
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_prefill_in_chunks_equals_one_shot(backend: Backend, chunk: int) -> None:
@@ -195,6 +198,7 @@ def test_one_token_steps_equal_one_shot(backend: Backend) -> None:
         np.testing.assert_allclose(one[:, 0], hidden[:, t], atol=TOLERANCE)
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_a_batch_decodes_as_its_sequences_alone(backend: Backend) -> None:
     params = build(CONFIG, TENSORS, backend)
@@ -248,6 +252,7 @@ def test_one_trace_per_setting() -> None:
     assert traces == {"read": 1, "begin": 1, "step": 1}
 
 
+@pytest.mark.slow_except("1.0")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_do_not_depend_on_how_the_loop_is_cut(temperature: float) -> None:
     method = Autoregressive(CONFIG, SamplingConfig(temperature), BACKENDS["switch"])

@@ -122,6 +122,7 @@ def test_a_perfect_drafter_is_accepted_whole_and_keeps_its_state() -> None:
     assert programs.traces == {"DraftedPrefill.read": 1, "Speculative.begin": 1, "Speculative.step": 1}
 
 
+@pytest.mark.slow
 def test_sampled_output_has_the_targets_distribution() -> None:
     """Of 4096 sequences the second token's frequencies under a bad drafter and under plain decoding differ by no more
     than two plain runs do."""

@@ -7,6 +7,7 @@ from moespec_jax import load
 from moespec_jax.measure.prompt_sets import held_out_pieces
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.endurance.LENGTHS", (33, 47, 64))
     model, compilations = load(), Compilations()

@@ -89,6 +89,7 @@ def nats(model: Model, ids: list[int], given: int) -> np.ndarray:
     return np.array([-log_p[i, ids[i + 1]] for i in range(given, len(ids) - 1)])
 
 
+@pytest.mark.slow
 def test_figures_are_of_plain_passes(
     pair: list[str], given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,6 +69,7 @@ def assert_same_scores(found: list[Scored], expected: list[Scored], tolerance: f
             assert abs(a[0] - b[0]) < tolerance and a[1] == b[1]
 
 
+@pytest.mark.slow
 def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one chunk or several, side by side with other texts, filled up to the batch."""
     monkeypatch.setattr(decode, "PREFILL_CHUNK", 16)
@@ -81,6 +82,7 @@ def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.
     assert [len(s.tokens) for s in found] == [len(t.tokens) - t.given for t in texts]
 
 
+@pytest.mark.slow_except("chain")
 @pytest.mark.parametrize("tree", TREES)
 def test_verified_scores_without_loss_are_the_forward_passes(model: Model, tree: str) -> None:
     texts = random_texts(1)
@@ -98,6 +100,7 @@ def unequal(one: list[Scored], other: list[Scored]) -> float:
     )
 
 
+@pytest.mark.slow
 def test_scores_under_a_budget_are_each_texts_own(model: Model) -> None:
     """Whatever stands beside it; and they are not the model's."""
     texts, tight = random_texts(2), evaluated_spec(model, DecodingSpec(TREES["tree"], TIGHT))
@@ -106,6 +109,7 @@ def test_scores_under_a_budget_are_each_texts_own(model: Model) -> None:
     assert not tight.exact and unequal(together, score_batch(model, PLAIN, texts, 8)) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [TIGHT, PRUNING], ids=["tight", "pruning"])
 def test_what_is_generated_under_a_budget_is_what_scores_best(model: Model, budget: BudgetConfig) -> None:
     """Generation and scoring are different programs; greedy decoding takes what scoring calls most probable."""
@@ -119,6 +123,7 @@ def test_what_is_generated_under_a_budget_is_what_scores_best(model: Model, budg
     assert not all(best for scored in exact for _, best in (*scored.tokens, *scored.candidates))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [None, TIGHT], ids=["exact", "tight"])
 def test_a_batch_continues_as_each_prompt_alone(model: Model, budget: BudgetConfig | None) -> None:
     prompts = [[7, 9, 200], [31] * 20, [44, 3]]

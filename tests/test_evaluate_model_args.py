@@ -13,7 +13,7 @@ from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
 from moespec_jax.runtime.load import DEMO_TARGET
 
 
-@pytest.mark.parametrize("least", ["budget_min_kept_weight", "budget_faithfulness"])  # the second from before 0.2
+@pytest.mark.parametrize("least", ["budget_min_kept_weight", "budget_faithfulness"])  # the second is an older name
 def test_arguments_are_flags_without_dashes(least: str) -> None:
     found = read_model_args(
         {

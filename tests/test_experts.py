@@ -56,8 +56,8 @@ def routings(tokens: int) -> dict[str, Routing]:
     weights = rng.random((tokens, ACTIVE))
     cases = {"random": (chosen, weights)}
     cases["few experts"] = (np.where(chosen < 4, chosen, EXPERTS), weights)
-    cases["some tokens without experts"] = (np.where(rng.random((tokens, 1)) < 0.5, EXPERTS, chosen), weights)
-    cases["no experts at all"] = (np.full_like(chosen, EXPERTS), weights)
+    cases["some idle tokens"] = (np.where(rng.random((tokens, 1)) < 0.5, EXPERTS, chosen), weights)
+    cases["all tokens idle"] = (np.full_like(chosen, EXPERTS), weights)
     one = np.full_like(chosen, EXPERTS)
     one[:, 1] = 2
     cases["all to one expert"] = (one, weights)
@@ -145,7 +145,7 @@ def test_bfloat16(form: str, tokens: int) -> None:
     def narrow(tree: Any) -> Any:
         return jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
 
-    experts, x, routing = narrow(random_experts()), narrow(rows(tokens)), routings(tokens)["some tokens without experts"]
+    experts, x, routing = narrow(random_experts()), narrow(rows(tokens)), routings(tokens)["some idle tokens"]
     matrices = [tuple(np.asarray(m) for m in (e.gate, e.up, e.down)) for e in experts[LAYER]]
     expected = oracles.experts(
         np.asarray(x), matrices, np.asarray(routing.experts), np.asarray(routing.weights), "silu"

@@ -21,6 +21,7 @@ from moespec_jax.nn.backend import BACKENDS
 INDEX = "model.safetensors.index.json"
 
 
+@pytest.mark.slow_except("mixtral-slots", "qwen3_moe-switch")
 @pytest.mark.parametrize("backend", ["switch", "slots"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exported_parameters_come_back(family: str, backend: str, tmp_path: Path) -> None:
@@ -34,6 +35,7 @@ def test_exported_parameters_come_back(family: str, backend: str, tmp_path: Path
         assert same(load_parameters(tmp_path / dtype, config, BACKENDS[backend], dtype), params)
 
 
+@pytest.mark.slow
 def test_random_parameters_come_back(keys, tmp_path: Path) -> None:
     config = read_config(draw_fields("qwen3_moe", 2) | {"tie_word_embeddings": True})
     params = random_decoder(config, BACKENDS["slots"], next(keys), "bfloat16")
@@ -43,6 +45,7 @@ def test_random_parameters_come_back(keys, tmp_path: Path) -> None:
     assert (fields["dtype"], fields["eos_token_id"], fields["tie_word_embeddings"]) == ("bfloat16", 5, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 5_000, 30_000])
 def test_shards_keep_to_their_size(limit: int, keys, tmp_path: Path) -> None:
     config = read_config(draw_fields("qwen2_moe", 0))

@@ -139,6 +139,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda output, *more: bench.main([*TOY, *SWEEP, *more, "--output", str(output)])
 
 
+@pytest.mark.slow
 def test_a_bench_goes_on_with_what_it_had_written(
     toy: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_run_reports_what_the_budget_cost(
     assert result["mass_kept"] == pytest.approx(sum(means) / len(means), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_people_see_that_it_is_lossy(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*pair, *PROMPTS[:2], *TREE, "--expert-budget", "6", "--compare"]) == 0
     said = capsys.readouterr().err
@@ -59,6 +60,7 @@ def test_people_see_that_it_is_lossy(pair: list[str], capsys: pytest.CaptureFixt
         assert words in said
 
 
+@pytest.mark.slow
 def test_all_experts_is_exact_and_the_text_the_same(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     free, limited = (run_json(capsys, *pair, *PROMPTS, *TREE, *flags) for flags in ([], ["--expert-budget", "1.0"]))
     assert limited["exact"] and free["budget"] is None and limited["budget"]["experts"] == [12, 12, 12]
@@ -67,10 +69,11 @@ def test_all_experts_is_exact_and_the_text_the_same(pair: list[str], capsys: pyt
 
 PRUNING_FLAGS = {
     "now": "--budget-anchor likely --budget-anchor-probability 0 --budget-min-kept-weight 1",
-    "before 0.2": "--budget-policy guarantee --budget-guarantee 0 --budget-faithfulness 1",
+    "older names": "--budget-policy guarantee --budget-guarantee 0 --budget-faithfulness 1",
 }
 
 
+@pytest.mark.slow_except("now")
 @pytest.mark.parametrize("flags", PRUNING_FLAGS.values(), ids=PRUNING_FLAGS)
 def test_a_budget_that_prunes_every_loss_is_exact(
     pair: list[str], flags: str, capsys: pytest.CaptureFixture[str]
@@ -124,6 +127,7 @@ def test_unknown_names_are_refused() -> None:
         BudgetConfig(6, score="luck")
 
 
+@pytest.mark.slow
 def test_tight_budgets_are_warned_about(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*pair, *PROMPTS[:2], *TREE, "--expert-budget", "3"]) == 0
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]

@@ -72,6 +72,7 @@ def test_a_trace_that_cannot_be_written_is_one_line(
     assert "expected to write a trace" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_simulated_acceptance_is_marked_everywhere(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     result = run_json(capsys, *pair, *PROMPTS, *TREE, "--simulate-accept-length", "2")
     assert result["exact"] is False and result["simulated_accept_length"] == 2.0
@@ -100,6 +101,7 @@ def test_python_decodes_both_ways(pair: list[str]) -> None:
     assert drafted.prompts[0].text == plain.prompts[0].text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(DEMO_DRAFT).exists(), reason="the embedded head is not there")
 def test_the_embedded_pair_is_exact_and_its_head_is_good() -> None:
     """Chain and branched tree in float32; the head was measured at above 2.5 with either, far above chance."""
@@ -112,6 +114,7 @@ def test_the_embedded_pair_is_exact_and_its_head_is_good() -> None:
         assert sum(p.accept_length for p in drafted.prompts) / 2 > 2.0
 
 
+@pytest.mark.slow_except("0.0-slots")
 @pytest.mark.parametrize("backend", ["switch", "slots"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_bfloat16_decodes_too(pair: list[str], backend: str, temperature: float) -> None:

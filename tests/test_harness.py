@@ -56,7 +56,7 @@ def harness(pair: dict[str, str]) -> Iterator[Any]:
 
     def make(**model_args: Any) -> Any:
         lm = MoespecLM(**pair | model_args)
-        lm.model.programs = programs  # told apart by the method, whose back-end all models share
+        lm.model.programs = programs  # distinguished by the method, of which the back-end is a part
         return lm
 
     with pytest.MonkeyPatch.context() as patch:

@@ -165,6 +165,7 @@ def test_a_download_that_fails_half_way_can_be_tried_again(
     assert (directory / "model.safetensors").read_bytes() == (branches["main"] / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_line_with_a_hub_id(hub: FakeHub, branches: dict[str, Path], tmp_path: Path) -> None:
     """The whole way, each in a process of its own: download, then the same from the cache when the hub has gone."""
     of_directory = moespec_jax.load(str(branches["main"])).generate("the cat", max_new_tokens=4).prompts[0]

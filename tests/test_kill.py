@@ -49,6 +49,7 @@ def go_on(task: Task, place: Path, expected: Contents) -> None:
     assert contents(place / task.name / "killed") == expected
 
 
+@pytest.mark.slow
 def test_a_conversion_begins_anew(tasks: dict[str, Task], place: Path) -> None:
     task = tasks["to_orbax"]
     expected = whole(task, place)
@@ -63,6 +64,7 @@ def test_a_conversion_begins_anew(tasks: dict[str, Task], place: Path) -> None:
     go_on(task, place, expected)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_last_whole_checkpoint(tasks: dict[str, Task], place: Path) -> None:
     """Killed amid an asynchronous save, when three steps are saved, and again when the head is being written."""
     task = tasks["train"]

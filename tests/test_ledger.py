@@ -8,6 +8,8 @@ import pytest
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 
+# JSON can be read deeper than Python may recurse.
+DEEP = pytest.param('{"asked": ' + "[" * 700 + "]" * 700 + "}\n", id="deep")
 ASKED = {"model": "m", "budgets": [8, 0.5]}
 TASKS = {"a": {"x": 1.5}, "b": [1, 2], "ü": "text\nof two lines", "none": None}
 
@@ -43,7 +45,7 @@ def test_values_come_back_as_a_continued_run_finds_them(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "ledger.jsonl", ASKED).put("t", (1, 2)) == [1, 2]
 
 
-def test_a_ledger_from_before_0_2_is_continued(tmp_path: Path) -> None:
+def test_a_ledger_with_older_names_is_continued(tmp_path: Path) -> None:
     """Its lines, the values in them and the budgets of its request are read under their present names."""
     before = {"coverage": "guarantee", "anchor": "none", "guarantee": 0.0, "faithfulness": 0.5}
     now = {"coverage": "substitute", "anchor": "likely", "anchor_probability": 0.0, "min_kept_weight": 0.5}
@@ -71,7 +73,7 @@ def test_another_command_is_refused_and_leaves_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "ledger.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("text", ["not json\n", "[1]\n", '{"other": 1}\n'])
+@pytest.mark.parametrize("text", ["not json\n", "[1]\n", '{"other": 1}\n', DEEP])
 def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ledger.jsonl").write_text(text)
     with pytest.raises(RequestError, match="ledger.jsonl"):

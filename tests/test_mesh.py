@@ -24,6 +24,7 @@ MESHES = {
 }
 
 
+@pytest.mark.slow_except("mixtral")
 @pytest.mark.parametrize("family", MESHES)
 def test_a_mesh_of_eight_gives_what_one_device_gives(family: str) -> None:
     mesh, ways = MESHES[family]
@@ -34,6 +35,7 @@ def test_a_mesh_of_eight_gives_what_one_device_gives(family: str) -> None:
     same(found)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_device_gives() -> None:
     command = ["tests/spread.py", "qwen3_moe", "--mesh", "data=2,expert=2,tensor=2", "--ways", "global"]
     first, second = results(command, devices=4, processes=2)

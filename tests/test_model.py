@@ -59,6 +59,7 @@ def test_greedy_is_the_argmax_of_a_fresh_forward_pass(model: Model) -> None:
     assert greedy(slots, prompt, ignore_eos=True) == expected
 
 
+@pytest.mark.slow
 def test_a_batch_gives_each_prompt_its_solo_output(model: Model) -> None:
     batch = model.generate(PROMPTS, max_new_tokens=24, ignore_eos=True)
     for prompt, result in zip(PROMPTS, batch.prompts, strict=True):
@@ -240,6 +241,7 @@ def test_a_large_batch_gives_each_prompt_its_solo_output(model: Model) -> None:
     assert [p.token_ids for p in run.prompts] == [greedy(model, p, 6) for p in prompts]
 
 
+@pytest.mark.slow_except("yarn-256")
 @pytest.mark.parametrize(
     ("rope", "context"),
     [

@@ -152,10 +152,10 @@ def test_prompt_ids(text: str) -> None:
 
 PROFILE = {"format": FORMAT, "tree": {"depth": 2, "top_k": 3, "size": 8}, "device": "cpu", "budget": None}
 RULE = {"experts": [2, 4], "coverage": "substitute", "anchor": "root", "mass": 0.9, "min_kept_weight": 0}
-RULE_BEFORE_0_2 = {"experts": 0.5, "coverage": "guarantee", "guarantee": 0.0, "faithfulness": 0.5}
+RULE_IN_OLDER_NAMES = {"experts": 0.5, "coverage": "guarantee", "guarantee": 0.0, "faithfulness": 0.5}
 
 
-@pytest.mark.parametrize("budget", [None, RULE, RULE_BEFORE_0_2])
+@pytest.mark.parametrize("budget", [None, RULE, RULE_IN_OLDER_NAMES])
 def test_profile(budget: dict[str, Any] | None, model: Model, tmp_path: Path) -> None:
     """What passes are a tree and a budget that a model can be asked for."""
     file = tmp_path / "profile.json"
@@ -184,7 +184,7 @@ def test_profile(budget: dict[str, Any] | None, model: Model, tmp_path: Path) ->
 def ledgers(draw: st.DrawFn) -> bytes:
     """A ledger with one of its lines mutated, or its bytes damaged."""
     lines = [{"asked": {"model": "m"}}, {"task": "a", "value": {"x": 1.5}}, {"task": "b", "value": [1, 2]}]
-    if draw(st.booleans()):  # from before 0.2
+    if draw(st.booleans()):  # with older names
         lines[1] = {"piece": "a", "value": {"experts_loaded": 1.5, "coverage": "guarantee"}}
     texts = [json.dumps(line).encode() for line in lines]
     if draw(st.booleans()):

@@ -47,6 +47,7 @@ def test_these_are_all_notebooks() -> None:
     assert {path.stem for path in HERE.glob("*.ipynb")} == set(PICTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_notebook_runs(name: str, tmp_path: Path) -> None:
     ran = execute(HERE / f"{name}.ipynb", tmp_path, ENVIRONMENT)

@@ -14,6 +14,7 @@ from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.nn.backend import BACKENDS
 
 
+@pytest.mark.slow
 def test_generation(tmp_path: Path) -> None:
     """Two processes of one device: each has half of the experts, and the first prints."""
     flags = [*write_pair(tmp_path, 8), "--prompt-ids", "5,17,9", "--json", "--tree-depth", "1", "--tree-top-k", "3"]
@@ -29,6 +30,7 @@ def test_generation(tmp_path: Path) -> None:
     assert len(traced.read_text().splitlines()) == there["prompts"][0]["rounds"]
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("processes", [2, 4])
 def test_conversion(tmp_path: Path, processes: int) -> None:
     """Layers are shared out; the directory is the same, array by array."""
@@ -46,6 +48,7 @@ def test_conversion(tmp_path: Path, processes: int) -> None:
     assert same(*loaded)
 
 
+@pytest.mark.slow
 def test_training_steps(tmp_path: Path) -> None:
     """Two steps over four devices, of one process or of two: the same rows, the same step."""
     target = write_pair(tmp_path, 8)[1]

@@ -23,7 +23,7 @@ def test_it_comes_back_as_it_was_written(tmp_path: Path, budget: BudgetConfig | 
     assert json.loads((tmp_path / "p.json").read_text())["device"] == "cpu"
 
 
-def test_a_profile_from_before_0_2_is_read(tmp_path: Path) -> None:
+def test_a_profile_with_older_names_is_read(tmp_path: Path) -> None:
     budget = {"experts": [4, 6, 8], "coverage": "guarantee", "anchor": "none", "guarantee": 0.0, "faithfulness": 0.5}
     (tmp_path / "p.json").write_text(json.dumps({"format": FORMAT, "tree": {"depth": 2}, "budget": budget}))
     expected = BudgetConfig((4, 6, 8), anchor="likely", anchor_probability=0.0, min_kept_weight=0.5)

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import real_shapes
 
 
+@pytest.mark.slow
 def test_it_runs_at_toy_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--model toy --trees 6/2/2 --budgets 0.25 --repeats 1 --accept-length 2".split()
     monkeypatch.setattr(sys, "argv", ["real_shapes", *arguments])

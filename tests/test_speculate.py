@@ -64,6 +64,7 @@ def plain_tokens(family: str, backend: str, new: int) -> list[list[int]]:
     return decode(plainly(*pair(family, backend)[:3]), FastPrograms(), PROMPTS, new).sequences
 
 
+@pytest.mark.slow_except("60/7/10-qwen3_moe", "16/4/4-olmoe", "16/4/4-qwen2_moe", "chain of 4-mixtral")
 @every_family
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
@@ -75,6 +76,7 @@ def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
     assert programs.traces == {"DraftedPrefill.read": 1, "Speculative.begin": 1, "Speculative.step": 1}
 
 
+@pytest.mark.slow_except("16/4/4")
 @pytest.mark.parametrize("tree", TREES)
 def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
     three = decode(speculating(*pair(backend="slots"), TREES[tree]), FastPrograms(), PROMPTS, 120).sequences
@@ -84,6 +86,7 @@ def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
         assert alone == [sequence]
 
 
+@pytest.mark.slow_except("TreeConfig(depth=0, top_k=1, size=2)")
 @pytest.mark.parametrize("tree", [TreeConfig(0, 1, 2), TreeConfig(0, 4, 3), TreeConfig(1, 3, 13)], ids=str)
 def test_so_it_is_for_the_smallest_trees(tree: TreeConfig) -> None:
     run = decode(speculating(*pair(), tree), FastPrograms(), PROMPTS, 60)
@@ -121,6 +124,7 @@ def test_stop_ids_and_limits_cut_where_plain_decoding_stops() -> None:
     assert programs.traces["Speculative.step"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.9, 12, 0.95)], ids=["greedy", "sampled"])
 def test_streaming_changes_no_token(sampling: SamplingConfig) -> None:
     decoding, programs = speculating(*pair(), SMALL, sampling), FastPrograms()
@@ -158,6 +162,7 @@ def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: 
     return np.exp(np.asarray(fast_jit(score)(params, jnp.asarray(ids)), np.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [TreeConfig(1, 2, 5), TreeConfig(1, 1, 3)], ids=["tree", "chain"])
 @pytest.mark.parametrize("sampling", [SamplingConfig(2.0), SamplingConfig(2.0, 5, 0.9)], ids=["whole", "top-k top-p"])
 def test_sampled_output_is_distributed_as_the_target_says(
@@ -204,6 +209,7 @@ def rows_of(cache: Cache, sequence: int, count: int) -> np.ndarray:
     return np.stack([s[..., sequence, :, :count, :].reshape(-1, count, s.shape[-1]) for s in stores])
 
 
+@pytest.mark.slow_except("chain of 4-slots")
 @both_backends
 @pytest.mark.parametrize("tree", ["16/4/4", "chain of 4"])
 def test_caches_are_what_a_fresh_prefill_writes(backend: str, tree: str) -> None:
@@ -249,6 +255,7 @@ def test_the_verifying_pass_is_a_parameter() -> None:
     assert seen == [(3, 4)]
 
 
+@pytest.mark.slow_except("2.5")
 @pytest.mark.parametrize("length", [1.0, 2.5, 3.0])
 def test_simulated_acceptance_has_the_mean_asked_for(length: float) -> None:
     run = decode(speculating(*pair(), TreeConfig(3, 2, 8), simulate=length), FastPrograms(), PROMPTS, 300)

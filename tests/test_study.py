@@ -53,6 +53,7 @@ def seen(model: Model) -> TreeRouting:
     return list(observed_rounds(model, TREE, PROMPTS, 2))[1]
 
 
+@pytest.mark.slow
 def test_prefixes_by_score_are_the_smaller_trees(model: Model) -> None:
     whole = unions(tree_routing(model, TREE, PROMPTS, rounds=1))
     assert whole.shape == (LAYERS, len(PROMPTS), TREE.size)
@@ -202,6 +203,7 @@ def test_the_least_divergence_stands_first_and_says_how_sure_that_is() -> None:
     assert "“a” is best" in said and "diverges 2.0 times as much" in said and "do not distinguish" in said
 
 
+@pytest.mark.slow
 def test_texts_forced_in_parts_are_the_same(model: Model) -> None:
     texts = [[*prompt, *range(20, 30)] for prompt in PROMPTS]
     lengths = [len(prompt) for prompt in PROMPTS]
@@ -216,6 +218,7 @@ class Killed(KeyboardInterrupt):
     """What a kill looks like from inside."""
 
 
+@pytest.mark.slow
 def test_cut_off_and_continued_it_writes_the_same_bytes(
     model: Model, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

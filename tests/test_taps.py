@@ -1,4 +1,5 @@
-"""Auxiliary hidden states: what enters layer b is what a decoder of b layers leaves, unnormed; and what transformers says."""
+"""Auxiliary hidden states: what enters layer b is what a decoder of b layers leaves, unnormed; and what transformers
+says."""
 
 import dataclasses
 import functools
@@ -89,6 +90,7 @@ def cut_states() -> list[np.ndarray]:
     return states
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_every_boundary_is_what_a_shorter_decoder_leaves(backend: Backend, cut_states: list[np.ndarray]) -> None:
     aux = all_aux(backend)

@@ -46,6 +46,7 @@ def random_texts() -> list[list[int]]:
     return [[*p, *row[:n]] for p, row, n in zip(PROMPTS, drawn, lengths, strict=True)]
 
 
+@pytest.mark.slow
 def test_exactly_forced_a_text_has_the_probabilities_of_a_plain_pass(model: Model) -> None:
     texts, prompts = random_texts(), [len(p) for p in PROMPTS]
     stats = Texts(model, TREE, texts, prompts).teacher_force()

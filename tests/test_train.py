@@ -204,6 +204,7 @@ def test_mended_data_begin_anew(model: Model, tmp_path: Path) -> None:
     assert log_of(tmp_path) == log_of(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_the_loss_falls(model: Model, tmp_path: Path) -> None:
     """Four rows again and again: the head, which knows all tokens, learns them by heart."""
     optimizer = OptimizerConfig(80, learning_rate=1e-2, warmup_steps=5, clip=10.0)

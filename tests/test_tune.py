@@ -44,6 +44,7 @@ def model(pair: list[str]) -> Model:
     return load(pair[1], pair[3], backend=DENSE)
 
 
+@pytest.mark.slow
 def test_replayed_acceptance_is_that_of_decoding(model: Model) -> None:
     """Every tree of a width, from one pass over the model's own continuations."""
     texts = continued(model, PROMPTS, NEW + 3)
@@ -126,6 +127,7 @@ def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searching, "LOSSY_RULES", {"path, squares": {}})
 
 
+@pytest.mark.slow
 def test_a_search_chooses_what_measured_fastest_and_continues_to_the_same(
     pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def step_logits(variant: str) -> list[np.ndarray]:
     return [np.asarray(one[0]) for one in run(head)]
 
 
+@pytest.mark.slow_except("base", "norm_output")
 @variants
 def test_unrolled_chain_equals_drafting(variant: str) -> None:
     """Row t of a batch reads the true prefix up to pair t, then drafts on its own outputs and the same true tokens."""
@@ -165,6 +166,7 @@ def test_scores_equal_brute_force(name: str) -> None:
     assert unreachable > 5 and sum(float(score.hits) for score in scores) > 3
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_recomputation() -> None:
     config, head, embedding, aux, tokens = case("norm_output", 2)
     teacher, counts = teacher_of(head, aux, [np.zeros((2, TOKENS, 1))])
@@ -181,6 +183,7 @@ def test_gradients_do_not_depend_on_recomputation() -> None:
         np.testing.assert_allclose(one, other, atol=1e-6)  # the same sums, fused otherwise; gradients up to about 1
 
 
+@pytest.mark.slow
 def test_four_devices_take_the_same_step_as_one() -> None:
     """A step of plain descent at rate 1, so that what moves is the gradient itself; in a process with four devices."""
     flags = ["force_host_platform_device_count=4", "backend_optimization_level=0", "llvm_disable_expensive_passes=true"]

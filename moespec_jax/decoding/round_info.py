@@ -48,7 +48,7 @@ class RoundInfo(NamedTuple):
 
 
 class BudgetSums(NamedTuple):
-    """Sums over rounds under a budget.
+    """Sums over rounds of speculative decoding; without a budget, everything is read and kept.
 
     Fields:
         experts_read: distinct experts that a layer read, mean over sparse layers.
@@ -70,7 +70,7 @@ class RunInfo(NamedTuple):
         experts_wanted: sum of the distinct experts that a layer's rows selected, mean over sparse layers.
         experts_max_per_device: the same of the most that one device read.
         accepted: rounds of a sequence that committed a node of depth 1, 2, ...; None in plain decoding.
-        budget: None without a budget.
+        budget: None in plain decoding.
         last: the last round; None in plain decoding.
     """
 
@@ -116,17 +116,19 @@ def no_plain_rounds(batch: int) -> RunInfo:
 
 
 def no_tree_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | None, batch: int) -> RunInfo:
-    """Start the sums of speculative decoding; the last round is a placeholder of the right shapes."""
+    """Start the sums of speculative decoding; the last round is a placeholder of the right shapes.
+
+    The sums of a budget are carried without one, too: XLA:TPU places the values of a loop with fewer of them worse.
+    """
     shape, path, layers = (batch, tree.size), tree.longest_path, config.num_sparse_layers
     nodes = Tree(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
     count, zero = jnp.zeros((batch,), jnp.int32), jnp.float32(0.0)
     selected = jnp.zeros((layers, batch, config.num_experts), bool)
     accepted = Accepted(jnp.zeros((batch, path), jnp.int32), count, count)
-    last_budget, sums = None, None
+    last_budget, sums = None, BudgetSums(zero, zero, zero)
     if budget is not None and layers:
         shortlist = jnp.zeros((layers, budget.slots), jnp.int32)
         last_budget = BudgetInfo(shortlist, jnp.zeros((layers,), jnp.float32), zero)
-        sums = BudgetSums(zero, zero, zero)
     last = RoundInfo(count > 0, selected, selected, nodes, accepted, last_budget)
     by_depth = jnp.zeros((batch, path - 1), jnp.int32)
     return RunInfo(jnp.int32(0), count, zero, zero, by_depth, sums, last)
@@ -137,12 +139,12 @@ def add_round(info: RunInfo, last: RoundInfo, shards: int) -> RunInfo:
     accepted, budget = info.accepted, info.budget
     if accepted is not None and last.accepted is not None:
         accepted = accepted + committed_depths(last.accepted, last.active)[:, 1:].astype(jnp.int32)
-    if budget is not None and last.budget is not None:
-        budget = BudgetSums(
-            budget.experts_read + mean_distinct_experts(last.read),
-            budget.mass_kept + jnp.mean(last.budget.mass_kept),
-            budget.replaced + last.budget.replaced,
-        )
+    if budget is not None:
+        kept, replaced = jnp.float32(1.0), jnp.float32(0.0)
+        if last.budget is not None:
+            kept, replaced = jnp.mean(last.budget.mass_kept), last.budget.replaced
+        read = budget.experts_read + mean_distinct_experts(last.read)
+        budget = BudgetSums(read, budget.mass_kept + kept, budget.replaced + replaced)
     return RunInfo(
         info.rounds + 1,
         info.active + last.active.astype(jnp.int32),

@@ -65,5 +65,5 @@ def tree_run_info_specs(*, budget: bool) -> RunInfo:
         accepted=Accepted(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
         budget=BudgetInfo(REPLICATED, REPLICATED, REPLICATED) if budget else None,
     )
-    sums = BudgetSums(REPLICATED, REPLICATED, REPLICATED) if budget else None
+    sums = BudgetSums(REPLICATED, REPLICATED, REPLICATED)
     return RunInfo(REPLICATED, BY_SEQUENCE, REPLICATED, REPLICATED, BY_SEQUENCE, sums, last)

@@ -77,7 +77,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
-        lines = [json.loads(line) for line in text.split("\n")[:-1]]  # the last is incomplete, or empty
+        lines = [_current_keys(json.loads(line)) for line in text.split("\n")[:-1]]  # the last is incomplete, or empty
     except OSError as error:
         raise RequestError(f"expected {path} to be readable; {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -85,9 +85,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if not all(isinstance(line, dict) for line in lines):
         raise RequestError(f"expected {path} to hold JSON objects, one a line")
     # In older ledgers a task is a piece.
-    return [
-        {"task" if name == "piece" else name: _current_keys(value) for name, value in line.items()} for line in lines
-    ]
+    return [{"task" if name == "piece" else name: value for name, value in line.items()} for line in lines]
 
 
 def _current_keys(value: Any) -> Any:

@@ -114,7 +114,7 @@ class Programs:
         key = jax.random.key(seed)
         return key if self.mesh is None else jax.random.wrap_key_data(self.put(np.asarray(jax.random.key_data(key))))
 
-    def make(self, key: Hashable, function: Callable[[], PyTree], specs: PyTree) -> PyTree:
+    def make(self, key: Hashable, function: Callable[[], PyTree], specs: PyTree | None) -> PyTree:
         """Call `function()`, on a mesh with its result sharded from the start; equal keys stand for equal functions."""
         if self.mesh is None:
             return function()

@@ -112,7 +112,7 @@ class Run(Generic[Params, PrefillState, State]):
         tokens = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        specs, batch = prefill.specs(self._params), len(prompts)
+        specs, batch = None if programs.mesh is None else prefill.specs(self._params), len(prompts)
         state = programs.make((prefill, batch, slots), lambda: prefill.init(self._params, batch, slots), specs)
         start, prompt_lengths = 0, programs.put(lengths, BY_SEQUENCE)
         for chunk in chunks:
@@ -122,12 +122,15 @@ class Run(Generic[Params, PrefillState, State]):
             start += chunk
         ends, key = programs.put(np.array(limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
         given = Prompts(programs.put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, key)
-        method, (specs, _) = self._method, self._method.specs(self._params)
-        return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs)
+        method, specs = self._method, self._specs()
+        return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs and specs[0])
 
     def _step(self, state: State, rounds: int) -> tuple[State, RunInfo]:
         method, limit = self._method, self._programs.put(np.array(rounds, np.int32))
-        return self._timed("decode_s", type(method).step, method, state, limit, specs=method.specs(self._params))
+        return self._timed("decode_s", type(method).step, method, state, limit, specs=self._specs())
+
+    def _specs(self) -> tuple[State, RunInfo] | None:
+        return None if self._programs.mesh is None else self._method.specs(self._params)
 
     def _timed(
         self,
@@ -135,7 +138,7 @@ class Run(Generic[Params, PrefillState, State]):
         function: Callable[[InputState, Params, *Arguments], Result],
         settings: InputState,
         *arguments: *Arguments,
-        specs: Result,
+        specs: Result | None,
     ) -> Result:
         """Run a program, donating its state, and add the seconds to a clock."""
         compiled, started = self._programs.compile_s, time.perf_counter()
