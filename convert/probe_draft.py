@@ -91,6 +91,7 @@ def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
 
     @jax.jit
     def scores(params: Decoder, head: DraftHead, tokens: jax.Array) -> list[StepScore]:
+        assert head.target_ids is not None
         teacher = run_teacher(model.config, params, model.backend, union, head.target_ids, tokens)
         states = jnp.split(teacher.aux_hidden_states, len(union), axis=-1)
         first_step = functools.partial(unrolled_scores, draft.config, head, params.embed)

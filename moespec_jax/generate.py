@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> None:
     join_processes(arguments)
     check_processes(arguments)
     spec = requested_spec(arguments)
-    texts, ids = gather_texts(arguments, sys.stdin), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
+    texts, ids = gather_texts(arguments, sys.stdin.read), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
     model = load_requested(arguments, spec.budget)
     first = is_first_process()
     if first and model.draft is not None and arguments.draft_model is not None and not arguments.json:

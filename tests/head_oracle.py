@@ -2,7 +2,6 @@
 variants), row by row and head by head; and random heads of every variant, in which nothing is zero or one."""
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DraftConfig
 from moespec_jax.decoding.drafter import SpeculativeParams
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 
 MODEL, VOCAB = 32, 48
@@ -52,7 +52,7 @@ def head_of(variant: str, seed: int = 0) -> tuple[DraftConfig, DraftHead, jax.Ar
 
     embedding = draw(VOCAB, config.target_hidden_size, gain=0.7)
     ids = jnp.asarray(np.sort(rng.permutation(VOCAB)[: config.draft_vocab_size]), jnp.int32)
-    target: Any = _Target(draw(VOCAB, MODEL, gain=0.2), draw(MODEL))
+    target = Decoder(draw(VOCAB, MODEL, gain=0.2), layers=(), experts=None, norm=draw(MODEL), lm_head=None)
     head = dataclasses.replace(random_head(config, target, ids, jax.random.key(seed)), target_ids=None)
     head = jax.tree.map(lambda x: x * 0.8 + draw(*x.shape, gain=0.1), head)
     if config.attention_bias:
@@ -67,17 +67,7 @@ def head_of(variant: str, seed: int = 0) -> tuple[DraftConfig, DraftHead, jax.Ar
 
 def beside(head: DraftHead, embedding: jax.Array) -> SpeculativeParams[DraftHead]:
     """The head with as much of a target as it reads: the embedding."""
-    target: Any = SimpleNamespace(embed=embedding)
-    return SpeculativeParams(target, head)
-
-
-@dataclasses.dataclass
-class _Target:
-    """As much of a decoder as a new head takes from one."""
-
-    lm_head: jax.Array
-    norm: jax.Array
-    embed: None = None
+    return SpeculativeParams(Decoder(embedding, layers=(), experts=None, norm=embedding[0], lm_head=None), head)
 
 
 def fuse(config: DraftConfig, head: Any, aux: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Heads go out in the formats other engines read and come back bit for bit, or are refused by name."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,6 @@ INEXPRESSIBLE: dict[str, tuple[dict[str, Any], str, str]] = {
     "other target": ({"boundaries": (2, 4, 60)}, "specforge", "boundaries from 0 to 8"),
     "other head": ({"hidden_size": 32}, "specforge", r"fc.weight kept as \[48, 32\]; the head has one of \[48, 16\]"),
     "no embedding": ({}, "speculators", r"the target's embedding \[40, 16\] .*; got none"),
-    "format": ({}, "gguf", "a format among specforge, speculators"),
 }
 
 
@@ -183,6 +183,14 @@ def test_what_a_format_cannot_express_is_refused_by_name(what: str, tmp_path: Pa
     changed = first._replace(config=dataclasses.replace(first.config, **changes))
     with pytest.raises(CheckpointError, match=message):
         export(changed, tmp_path / "out", format)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    first = load(write_head(tmp_path / "in", specforge_fields(), head_tensors()))
+    unchecked: Any = inspect.unwrap(export_draft)
+    with pytest.raises(CheckpointError, match="a format among specforge, speculators"):
+        unchecked(first.head, first.config, tmp_path / "out", "gguf", target=target())
     assert not (tmp_path / "out").exists()
 
 

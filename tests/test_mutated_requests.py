@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mutations import bounded_examples, damaged, json_files, outcome, size_of
 from tiny import CONFIG, byte_level_tokenizer, write_json, write_tiny
 
+from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.checkpoint.read import load_config
 from moespec_jax.checkpoint.tokenizer import chat_prompt, load_tokenizer, read_stop_ids
 from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
@@ -44,9 +45,9 @@ def model(tmp_path: Path) -> Model:
     directory = write_tiny(tmp_path / "model")
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
     write_json(directory / "tokenizer_config.json", fields)
-    nothing: Any = None
-    kind, tokenizer = jnp.dtype("float32"), byte_level_tokenizer()
-    return Model(load_config(directory), nothing, BACKENDS["switch"], kind, tokenizer, (), directory)
+    config, backend, kind = load_config(directory), BACKENDS["switch"], jnp.dtype("float32")
+    nothing = abstract_decoder(config, backend, kind)
+    return Model(config, nothing, backend, kind, byte_level_tokenizer(), (), directory)
 
 
 def test_tokenizer(model: Model) -> None:
@@ -134,7 +135,7 @@ def test_prompt_file(suffix: str, model: Model, tmp_path: Path) -> None:
     @given(json_files(QUESTION), st.sampled_from([b"\n", b"\r\n", b"\x00", b"\n\n\n", b"\xe2\x80\xa8"]))
     def check(data: bytes, end: bytes) -> None:
         file.write_bytes(data + end + data)
-        texts = outcome(lambda: gather_texts(asked, io.StringIO()), 2 * len(data))
+        texts = outcome(lambda: gather_texts(asked, io.StringIO().read), 2 * len(data))
         for text in texts or []:
             ids = outcome(lambda text=text: model.encode(text), 20 * len(data))
             assert ids is None or max(ids, default=0) < 320

@@ -78,7 +78,7 @@ def test_several_tiles_of_the_ffn_axis_add_up(monkeypatch: pytest.MonkeyPatch) -
     # A weight for every slot: only `active` may keep the unused ones out.
     combine = combine_weights(Routing(jnp.asarray(ids), jnp.asarray(weights)), slots).at[:, 2:].set(1.0)
     got = fused_experts(
-        "silu", x, experts.gate, experts.up, experts.down, combine, EXPERTS + slots, active, interpret=True
+        "silu", jnp.asarray(x), experts.gate, experts.up, experts.down, combine, EXPERTS + slots, active, interpret=True
     )
     np.testing.assert_allclose(np.asarray(got), by_hand(experts, 1, x, ids, weights), rtol=1e-5, atol=1e-5)
 

@@ -18,15 +18,15 @@ def test_prompts_come_in_order_and_a_dash_reads_standard_input(tmp_path: Path) -
     file = tmp_path / "prompts.txt"
     file.write_text("third\n\n  \nfourth\n", encoding="utf-8")
     given = arguments(prompt=["first", "-"], prompt_file=[str(file)])
-    assert gather_texts(given, io.StringIO("second\nline")) == ["first", "second\nline", "third", "fourth"]
+    assert gather_texts(given, io.StringIO("second\nline").read) == ["first", "second\nline", "third", "fourth"]
 
 
 def test_without_any_prompt_there_is_the_built_in_one() -> None:
-    assert gather_texts(arguments(), io.StringIO("not read")) == [DEFAULT_PROMPT]
+    assert gather_texts(arguments(), io.StringIO("not read").read) == [DEFAULT_PROMPT]
 
 
 def test_token_ids_alone_need_no_text() -> None:
-    assert gather_texts(arguments(prompt_ids=["1,2"]), io.StringIO()) == []
+    assert gather_texts(arguments(prompt_ids=["1,2"]), io.StringIO().read) == []
 
 
 def test_json_lines_give_their_first_turn(tmp_path: Path) -> None:

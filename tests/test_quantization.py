@@ -1,5 +1,6 @@
 """int8 experts: what rounding may cost, and that every form of expert compute multiplies by the same numbers."""
 
+import inspect
 from pathlib import Path
 
 import jax
@@ -123,4 +124,4 @@ def test_an_unknown_quantization_is_refused(tmp_path: Path) -> None:
     from moespec_jax import load
 
     with pytest.raises(RequestError, match="expected a quantization of int8; got 'int3'"):
-        load(str(write_tiny(tmp_path)), quantization="int3")  # pyright: ignore[reportArgumentType]
+        inspect.unwrap(load)(str(write_tiny(tmp_path)), quantization="int3")  # pyright: ignore[reportArgumentType]

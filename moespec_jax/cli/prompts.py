@@ -2,8 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from moespec_jax.errors import RequestError
 
@@ -17,13 +17,13 @@ def read_lines(path):
     with open(path'''
 
 
-def gather_texts(arguments: argparse.Namespace, stdin: TextIO) -> list[str]:
+def gather_texts(arguments: argparse.Namespace, read_stdin: Callable[[], str]) -> list[str]:
     """Read all text prompts, those of `--prompt` (`-` is standard input) before those of files; else a built-in one.
 
     Raises:
         RequestError: a file or standard input cannot be read, or a file holds no prompt.
     """
-    texts = [_read_stdin(stdin) if text == "-" else text for text in arguments.prompt or []]
+    texts = [_decoded(read_stdin) if text == "-" else text for text in arguments.prompt or []]
     for file in arguments.prompt_file or []:
         texts += read_prompt_file(Path(file))
     if not texts and not arguments.prompt_ids:
@@ -63,9 +63,9 @@ def parse_prompt_ids(text: str) -> list[int]:
         raise RequestError(f"expected --prompt-ids like 5,17,9; got {text!r}") from None
 
 
-def _read_stdin(stdin: TextIO) -> str:
+def _decoded(read: Callable[[], str]) -> str:
     try:
-        return stdin.read()
+        return read()
     except UnicodeDecodeError:
         raise RequestError("expected a prompt of UTF-8 text on standard input; it is not UTF-8") from None
 

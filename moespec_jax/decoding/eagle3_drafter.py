@@ -149,6 +149,8 @@ def grow_trees(
         The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
     """
     head, embed, confirmed, k = params.draft, _embedding(params), cache.length, tree.top_k
+    ids = head.target_ids
+    assert ids is not None  # only a head in training has none
 
     def log_probabilities(outputs: Array) -> Array:
         return jax.nn.log_softmax(draft_logits(config, head, outputs), axis=-1)
@@ -160,13 +162,11 @@ def grow_trees(
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache)
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
-        candidates, beam = jax.vmap(lambda b, lp: next_level(tree, level, b, lp, head.target_ids))(
-            beam, log_probabilities(outputs)
-        )
+        candidates, beam = jax.vmap(lambda b, lp: next_level(tree, level, b, lp, ids))(beam, log_probabilities(outputs))
         features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)
         return (cache, beam, features), candidates
 
-    first, beam = jax.vmap(lambda lp: first_level(tree, lp, head.target_ids))(log_probabilities(outputs))
+    first, beam = jax.vmap(lambda lp: first_level(tree, lp, ids))(log_probabilities(outputs))
     features = next_features(config, head, outputs)[:, None, :]
     features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
     levels = jnp.arange(tree.depth, dtype=jnp.int32)

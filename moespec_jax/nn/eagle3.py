@@ -46,7 +46,8 @@ class DraftHead:
         layers: layers in order of depth.
         norm: last norm.
         lm_head: output matrix; on a mesh, a device's shard of its rows.
-        target_ids: id in the target's vocabulary of each token of the draft vocabulary, ascending.
+        target_ids: id in the target's vocabulary of each token of the draft vocabulary, ascending; None while a head is
+            trained, since ids have no gradient.
         fc_bias: None where the variant has none.
         fc_norms: norms before `fc`: one over all auxiliary hidden states (`norm_before_fc`), or one for each
             (`fc_norm`).
@@ -58,7 +59,7 @@ class DraftHead:
     layers: tuple[DraftLayer, ...]
     norm: Float[Array, " model"]
     lm_head: Float[Array, "draft_vocab_shard model"]
-    target_ids: Int[Array, " draft_vocab"]
+    target_ids: Int[Array, " draft_vocab"] | None
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
     embed: Float[Array, "vocab model"] | None = None

@@ -84,7 +84,7 @@ def shard_routing(routing: Routing, num_experts: int, shards: int) -> Routing:
     return Routing(jnp.where(held, local, size), jnp.where(held, routing.weights, 0.0), most, sharded=True)
 
 
-def normalise(weights: Float[Array, "tokens active"]) -> Float[Array, "tokens active"]:
+def normalise(weights: Float[Array, "*tokens active"]) -> Float[Array, "*tokens active"]:
     """Scale each token's weights to a sum of 1; weights that are all 0 stay 0."""
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, 1.0)

@@ -112,6 +112,7 @@ def unrolled_scores(
     At step j, index t is position t + 1 + j. `counts[b, p]` is True where the prediction at position p counts.
     Positions whose most probable token is not in the draft vocabulary have no loss, and count as misses.
     """
+    assert head.target_ids is not None
     choice = jnp.searchsorted(head.target_ids, teacher.choice, side="left").astype(jnp.int32)
 
     def score(step: int, logits: Array) -> StepScore:

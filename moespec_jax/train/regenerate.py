@@ -67,7 +67,7 @@ def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = 
         yield ids
 
 
-def _check_prompt(model: Model, ids: list[int], where: str) -> None:
+def _check_prompt(model: Model, ids: Sequence[object], where: str) -> None:
     """Check a prompt before generation begins, which takes hours."""
     vocab, context = model.config.vocab_size, model.config.context_length
     if not all(type(i) is int and 0 <= i < vocab for i in ids):

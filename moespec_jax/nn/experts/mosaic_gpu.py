@@ -1,7 +1,7 @@
 """Expert compute as two fused Hopper kernels over the `Flat` layout: each distinct expert's weights are read once.
 
-The kernels have been lowered for CUDA, compiled for an H100 and emulated, all on hosts without a GPU, and have not run
-on a device yet: the back-end is opt-in. They need `wgmma`, which only Hopper GPUs have (H100, H200, GH200).
+Measured on an H100 (`docs/gpu.md`), and emulated in tests. They need `wgmma`, which only Hopper GPUs have (H100, H200,
+GH200).
 
 The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
 one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA

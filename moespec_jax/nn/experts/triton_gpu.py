@@ -1,7 +1,7 @@
 """Expert compute as two fused Triton kernels over the `Flat` layout: each distinct expert's weights are read once.
 
-For Ampere, Ada and newer GPUs (`supported`). The kernels have been lowered for CUDA, compiled for several of these
-GPUs and interpreted, all on hosts without a GPU, and have not run on a device yet: the back-end is opt-in.
+For Ampere, Ada and newer GPUs (`supported`). Measured on an H100 (`docs/gpu.md`); compiled for other GPUs, and
+interpreted in tests.
 
 Pallas' Triton lowering is deprecated since jax 0.11 in favour of Mosaic, and emits a warning. It is used nevertheless:
 for GPUs before Hopper we know no other way to read experts without a copy. XLA copies an expert before every product
