@@ -30,9 +30,10 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stands_for_array(value: Any) -> bool:
-    """True for objects of JAX that are no arrays (shardings, shapes), and for the plain objects that it flattens."""
+    """True for objects of JAX and optax that are no arrays (shardings, shapes, masks), and for plain objects."""
     kind = type(value)
-    return kind is object or (kind.__module__.split(".")[0] in ("jax", "jaxlib") and not isinstance(value, jax.Array))
+    library = kind.__module__.split(".")[0] in ("jax", "jaxlib", "optax")
+    return kind is object or (library and not isinstance(value, jax.Array))
 
 
 def is_mapped_tree(instance: Any, *fields: Any) -> bool:
