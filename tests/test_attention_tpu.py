@@ -111,6 +111,7 @@ def test_a_pass_with_it_equals_one_without() -> None:
     np.testing.assert_allclose(one, other, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_back_end_for_tpus_decodes_elsewhere_too() -> None:
     run = decode(speculating(*pair(backend="pallas"), SMALL), FastPrograms(), PROMPTS, 30)
     assert run.sequences == plain_tokens("qwen3_moe", "slots", 30)

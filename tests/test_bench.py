@@ -87,6 +87,7 @@ def test_rows_are_what_the_recorded_turns_say(finished: Path) -> None:
         assert row["round_ms"]["max"] == pytest.approx(max(ms))
 
 
+@pytest.mark.slow
 def test_a_round_reads_what_it_must_at_the_speed_of_a_copy(finished: Path) -> None:
     """The floor is a line in the experts read: its slope is the bytes of an expert, over a bandwidth of 1 GB/s."""
     model, expert = fast_toy("toy", None, None), 3 * 64 * 32 * 4
@@ -98,6 +99,7 @@ def test_a_round_reads_what_it_must_at_the_speed_of_a_copy(finished: Path) -> No
         assert (row["verify_share_of_copy_bandwidth"] is None) == (row["verify_ms"] is None) == (row["steps"] == 0)
 
 
+@pytest.mark.slow
 def test_a_budget_reads_less_and_is_in_every_row(finished: Path) -> None:
     plain, exact, budgeted = read_lines(finished / "bench.jsonl")
     assert budgeted["experts_read"] <= 4 < exact["experts_read"] == exact["experts_wanted"]
@@ -108,6 +110,7 @@ def test_a_budget_reads_less_and_is_in_every_row(finished: Path) -> None:
     assert [[row[w] for w in words] for row in (plain, exact, budgeted)] == [[1, 0, 0, 0], [1, 3, 2, 6], [1, 3, 2, 6]]
 
 
+@pytest.mark.slow
 def test_what_is_simulated_says_so_everywhere(finished: Path) -> None:
     rows = read_lines(finished / "bench.jsonl")
     for row in rows:
@@ -121,6 +124,7 @@ def test_what_is_simulated_says_so_everywhere(finished: Path) -> None:
     assert (finished / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 1, 4, 7])
 def test_cut_off_anywhere_it_goes_on_to_the_same_rows(
     finished: Path, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -149,6 +153,7 @@ def test_cut_off_anywhere_it_goes_on_to_the_same_rows(
     assert ("nothing is measured" in err) == (kept == 7)
 
 
+@pytest.mark.slow
 def test_another_sweep_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "turns.jsonl").read_bytes()
     assert bench.main([*TOY, "--trees", "4/2/1", "--output", str(finished)]) == 2

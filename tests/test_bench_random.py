@@ -80,6 +80,7 @@ def test_trees_want_as_many_experts_as_published(model: str, size: int, publishe
     assert union(chances, chosen, size) == pytest.approx(published, rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model, size, published", [("OLMoE-1B-7B", 31, 39), ("Qwen3-30B-A3B", 63, 80)])
 def test_without_the_skew_they_want_many_more(model: str, size: int, published: float) -> None:
     chances, chosen, _ = measured(model, 0.0)

@@ -120,6 +120,7 @@ def check(rule: BudgetConfig, router: str, bound: int, seed: int) -> bool:
     return True
 
 
+@pytest.mark.slow_except("0", "24", "48")
 @pytest.mark.parametrize("number", range(0, len(RULES), 6))
 def test_rules_are_what_the_oracle_says(number: int) -> None:
     """Six rules a case, each on a router of its own, so that all rules and routers meet over the cases."""

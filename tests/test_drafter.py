@@ -141,6 +141,7 @@ def test_sampled_output_has_the_targets_distribution() -> None:
     assert float(jnp.sum(jnp.abs(drafted - first))) < 1.3 * floor  # total variation of two samples, with its spread
 
 
+@pytest.mark.slow
 def test_generate_takes_a_drafter_in_place_of_a_head() -> None:
     """Through the public call: exact, named in the result, and refused nothing for lack of a head."""
     from moespec_jax import load

@@ -121,6 +121,7 @@ class Killed(BaseException):
     """What nothing catches."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_files(
     pair: list[str], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def test_direct_scores_are_the_forward_passes(model: Model, monkeypatch: pytest.
     assert [len(s.tokens) for s in found] == [len(t.tokens) - t.given for t in texts]
 
 
-@pytest.mark.slow_except("chain")
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", TREES)
 def test_verified_scores_without_loss_are_the_forward_passes(model: Model, tree: str) -> None:
     texts = random_texts(1)

@@ -164,6 +164,7 @@ def test_help_names_every_flag_in_use(capsys: pytest.CaptureFixture[str]) -> Non
         assert flag in said
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_its_programs(directory: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
     environment |= {"XDG_CACHE_HOME": str(tmp_path)}

@@ -86,6 +86,7 @@ def test_a_budget_that_prunes_every_loss_is_exact(
     assert rule == {"coverage": "substitute", "anchor": "likely", "anchor_probability": 0.0, "min_kept_weight": 1.0}
 
 
+@pytest.mark.slow
 def test_layers_can_differ(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     result = run_json(capsys, *pair, *PROMPTS, *TREE, "--expert-budget", "4,1.0,6", "--budget-size", "mass")
     assert result["budget"]["experts"] == [4, 12, 6] and result["budget"]["size"] == "mass"

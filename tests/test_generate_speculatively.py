@@ -114,7 +114,7 @@ def test_the_embedded_pair_is_exact_and_its_head_is_good() -> None:
         assert sum(p.accept_length for p in drafted.prompts) / 2 > 2.0
 
 
-@pytest.mark.slow_except("0.0-slots")
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["switch", "slots"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_bfloat16_decodes_too(pair: list[str], backend: str, temperature: float) -> None:

@@ -24,7 +24,7 @@ MESHES = {
 }
 
 
-@pytest.mark.slow_except("mixtral")
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MESHES)
 def test_a_mesh_of_eight_gives_what_one_device_gives(family: str) -> None:
     mesh, ways = MESHES[family]

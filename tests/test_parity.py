@@ -76,6 +76,7 @@ def test_draws_cover_every_setting(family: str) -> None:
         assert sum("layer_types" in fields for fields in drawn) > 3
 
 
+@pytest.mark.slow_except(*(f"{family}-{number}" for family in FAMILIES for number in range(6)))
 @pytest.mark.parametrize("number", range(DRAWS))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family: str, number: int, tmp_path: Path) -> None:

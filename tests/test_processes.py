@@ -30,7 +30,7 @@ def test_generation(tmp_path: Path) -> None:
     assert len(traced.read_text().splitlines()) == there["prompts"][0]["rounds"]
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_conversion(tmp_path: Path, processes: int) -> None:
     """Layers are shared out; the directory is the same, array by array."""

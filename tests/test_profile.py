@@ -30,6 +30,7 @@ def test_a_profile_with_older_names_is_read(tmp_path: Path) -> None:
     assert read_profile(tmp_path / "p.json") == {"tree": TreeConfig(2), "budget": expected}
 
 
+@pytest.mark.slow
 def test_generate_decodes_as_its_flags_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = [*write_pair(tmp_path, 12, num_experts=12), "--prompt", "the cat"]
     flags = ["--tree-depth", "2", "--tree-top-k", "3", "--tree-size", "8", "--expert-budget", "6"]

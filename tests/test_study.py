@@ -81,6 +81,7 @@ def test_kept_mass_is_what_the_heaviest_experts_hold(seen: TreeRouting) -> None:
         assert (mass[layer, tree] < 0.6).sum() == least_budget(mass, 0.6)[layer, tree] - 1
 
 
+@pytest.mark.slow
 def test_committed_nodes_are_the_text_and_chose_what_its_tokens_choose(model: Model) -> None:
     """Exact verification of a tree routes as one plain pass over the text does."""
     rounds = tree_routing(model, TREE, PROMPTS, rounds=3)

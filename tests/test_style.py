@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ["moespec_jax", "convert", "benchmarks", "notebooks", "tests"]
 
 
+@pytest.mark.slow_except("format", "lint")
 @pytest.mark.parametrize(
     "command",
     [

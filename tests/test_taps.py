@@ -88,7 +88,9 @@ def cut_states() -> list[np.ndarray]:
             gone = tuple(f"model.layers.{i}." for i in range(layers, CONFIG.num_hidden_layers))
             kept = {name: tensor for name, tensor in TENSORS.items() if not name.startswith(gone)}
             params: Any = build(config, kept, backend)
-            states.append(np.asarray(run(config, params.replace(norm=params.norm.astype(jnp.float16)), backend, IDS, ())[0]))
+            states.append(
+                np.asarray(run(config, params.replace(norm=params.norm.astype(jnp.float16)), backend, IDS, ())[0])
+            )
     return states
 
 

@@ -60,6 +60,7 @@ def test_exactly_forced_a_text_has_the_probabilities_of_a_plain_pass(model: Mode
     np.testing.assert_array_equal(every.log_probability, stats.log_probability)
 
 
+@pytest.mark.slow
 def test_what_a_budget_wrote_is_forced_in_the_rounds_that_wrote_it(model: Model) -> None:
     """Decoding under a budget and forcing its output under the same budget are one and the same."""
     run = model.generate(PROMPTS[:1], tree=TREE, budget=TIGHT, max_new_tokens=NEW, ignore_eos=True)
