@@ -293,6 +293,7 @@ def test_standard_input_that_is_not_text(
         assert "UTF-8" in refused(["--model", str(good), "--prompt", "-"], capsys)
 
 
+@pytest.mark.slow_except("text")
 @pytest.mark.parametrize("json_flag", [[], ["--json"]], ids=["text", "json"])
 def test_a_reader_that_goes_away_is_no_error(good: Path, json_flag: list[str]) -> None:
     command = [sys.executable, "-m", "moespec_jax.generate", "--model", str(good), "--prompt", "the cat", *json_flag]

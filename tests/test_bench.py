@@ -191,6 +191,7 @@ def test_best_exact_is_the_highest_median_of_its_batch_without_a_budget() -> Non
     assert [output_word(row | {"simulated": False}) for row in rows] == ["exact", "exact", "LOSSY", "exact"]
 
 
+@pytest.mark.slow
 def test_a_loop_of_verifications_reads_what_one_reads() -> None:
     """And makes as many passes as are asked of it, each of the same tokens."""
     model = fast_toy("toy", None, "float32")

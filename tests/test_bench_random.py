@@ -87,6 +87,7 @@ def test_without_the_skew_they_want_many_more(model: str, size: int, published: 
     assert union(chances, chosen, size) > 1.15 * published
 
 
+@pytest.mark.slow
 def test_the_heaviest_half_of_olmoes_experts_holds_the_published_mass() -> None:
     _, _, mass = measured("OLMoE-1B-7B", EXPONENTS["OLMoE-1B-7B"])
     shares = -np.sort(-mass.sum(axis=2), axis=-1)

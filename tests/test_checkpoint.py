@@ -136,6 +136,7 @@ def test_tensors_that_hold_nothing_new_are_ignored(tmp_path: Path) -> None:
     assert params.lm_head is None
 
 
+@pytest.mark.slow
 def test_placement_decides_where_leaves_live(tmp_path: Path) -> None:
     """Experts split over four devices by row, everything else on all of them: same values, asked shardings."""
     fields = draw_fields("qwen3_moe", 0) | {"num_experts": 4, "mlp_only_layers": [], "decoder_sparse_step": 1}

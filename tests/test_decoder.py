@@ -129,6 +129,7 @@ def test_unused_slots_of_the_cache_change_nothing(backend: Backend) -> None:
     np.testing.assert_array_equal(run(clean, *arguments)[0], run(dirty, *arguments)[0])
 
 
+@pytest.mark.slow_except("sparse1", "sparse2")
 @pytest.mark.parametrize("sparse", [(True,) * 3, (False,) * 3, (False, True, True), (True, False, True)])
 def test_stacked_equals_unrolled(sparse: tuple[bool, ...]) -> None:
     config = dataclasses.replace(CONFIG, sparse_layers=sparse)

@@ -28,7 +28,7 @@ def blocks(page: Path) -> list[tuple[int, str, str | None]]:
     return [(text.count("\n", 0, match.start(1)) + 1, match[1], match[2]) for match in found]
 
 
-@pytest.mark.slow_except("devices.md")
+@pytest.mark.slow
 @pytest.mark.skipif(not DEMO.exists(), reason="the embedded model is not there")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs_in_turn_and_prints_what_the_page_says(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:

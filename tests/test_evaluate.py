@@ -175,6 +175,7 @@ def test_answers_are_counted_and_compared_with_plain_decodings(
     assert [row["questions"] for row in rows] == [2] * 3
 
 
+@pytest.mark.slow
 def test_a_profile_says_tree_and_budget(pair: list[str], given: list[str], tmp_path: Path) -> None:
     write_profile(tmp_path / "p.json", TreeConfig(2, 2, 6), BudgetConfig(2, score="probability", credit="all"), {})
     command = [*pair, *given[6:], "--profile", str(tmp_path / "p.json")]

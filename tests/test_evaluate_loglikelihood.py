@@ -142,6 +142,7 @@ def test_decoding_ends_when_all_have_said_enough(model: Model) -> None:
     assert 3 <= len(some[0]) and 4 <= len(some[1]) and len(some[0]) < len(whole[0])
 
 
+@pytest.mark.slow
 def test_number_of_programs_does_not_grow_with_the_texts(model: Model) -> None:
     counts: Any = model.programs
     tight, rng = evaluated_spec(model, DecodingSpec(TREES["tree"], TIGHT)), np.random.default_rng(3)

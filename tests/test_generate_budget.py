@@ -73,7 +73,7 @@ PRUNING_FLAGS = {
 }
 
 
-@pytest.mark.slow_except("now")
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", PRUNING_FLAGS.values(), ids=PRUNING_FLAGS)
 def test_a_budget_that_prunes_every_loss_is_exact(
     pair: list[str], flags: str, capsys: pytest.CaptureFixture[str]

@@ -80,6 +80,7 @@ def test_simulated_acceptance_is_marked_everywhere(pair: list[str], capsys: pyte
     assert "SIMULATED" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_people_see_boundaries_acceptance_and_comparison(pair: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*pair, *PROMPTS[:2], "--compare"]) == 0
     said = capsys.readouterr().err

@@ -20,7 +20,7 @@ def test_every_family_is_there() -> None:
     assert [path.name for path in DIRECTORIES] == ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 
 
-@pytest.mark.slow_except("olmoe-slots", "qwen2_moe-switch", "qwen3_moe-slots", "mixtral-switch")
+@pytest.mark.slow_except("olmoe-slots", "mixtral-switch")
 @pytest.mark.parametrize("name", ["switch", "slots"])
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
 def test_golden(directory: Path, name: str) -> None:

@@ -235,6 +235,7 @@ def test_prefill_is_compiled_once_for_every_way_of_sampling(model: Model) -> Non
     assert len(fresh.programs) == programs + 2  # the first token's draw and the loop, not the prompt
 
 
+@pytest.mark.slow
 def test_a_large_batch_gives_each_prompt_its_solo_output(model: Model) -> None:
     prompts = [[1 + i, *PROMPTS[i % len(PROMPTS)]] for i in range(11)]
     run = model.generate(prompts, max_new_tokens=6, ignore_eos=True)

@@ -89,6 +89,7 @@ def test_logits(family: str, number: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(reference_logits(config, params, random_ids(number)), expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow_except(*(f"{family}-{number}" for family in FAMILIES for number in range(2)))
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_the_back_ends(family: str, number: int, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:
     assert programs.traces == {"DraftedPrefill.read": 1, "Speculative.begin": 1, "Speculative.step": 1}
 
 
-@pytest.mark.slow_except("16/4/4")
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", TREES)
 def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
     three = decode(speculating(*pair(backend="slots"), TREES[tree]), FastPrograms(), PROMPTS, 120).sequences
@@ -86,7 +86,7 @@ def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
         assert alone == [sequence]
 
 
-@pytest.mark.slow_except("TreeConfig(depth=0, top_k=1, size=2)")
+@pytest.mark.slow
 @pytest.mark.parametrize("tree", [TreeConfig(0, 1, 2), TreeConfig(0, 4, 3), TreeConfig(1, 3, 13)], ids=str)
 def test_so_it_is_for_the_smallest_trees(tree: TreeConfig) -> None:
     run = decode(speculating(*pair(), tree), FastPrograms(), PROMPTS, 60)

@@ -114,6 +114,7 @@ def test_reconstruction_error_is_what_numpy_says(model: Model, seen: TreeRouting
     assert (found.errors[:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_stacked_layers_route_and_lose_the_same(flags: list[str], model: Model, seen: TreeRouting) -> None:
     rule, programs = BudgetConfig(EXPERTS, **RULES[PAPER]), model.programs
     stacked = dataclasses.replace(load(flags[1], flags[3], backend=BACKENDS["slots"]), programs=programs)

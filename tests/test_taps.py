@@ -103,6 +103,7 @@ def test_every_boundary_is_what_a_shorter_decoder_leaves(backend: Backend, cut_s
         assert all(np.abs(expected - other).max() > 0.1 for other in cut_states[:b])
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_some_boundaries_are_some_of_all_side_by_side(backend: Backend) -> None:
     some = (0, 2, 4)
@@ -111,6 +112,7 @@ def test_some_boundaries_are_some_of_all_side_by_side(backend: Backend) -> None:
     np.testing.assert_allclose(aux, expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow_except("slots")
 @both_backends
 def test_boundaries_change_no_hidden_state(backend: Backend) -> None:
     params = build(CONFIG, TENSORS, backend)

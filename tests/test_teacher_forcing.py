@@ -74,6 +74,7 @@ def test_what_a_budget_wrote_is_forced_in_the_rounds_that_wrote_it(model: Model)
     assert figures["tokens_replaced"] > 0.2 and figures["kl"] > 1e-4
 
 
+@pytest.mark.slow
 def test_texts_side_by_side_do_not_see_each_other(model: Model) -> None:
     texts, prompts = random_texts(), [len(p) for p in PROMPTS]
     budget = BudgetConfig(12, coverage="truncate")

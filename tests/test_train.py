@@ -110,6 +110,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow_except("adamw")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_that_was_killed_ends_with_the_same_bits(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

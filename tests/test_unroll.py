@@ -41,7 +41,7 @@ def step_logits(variant: str) -> list[np.ndarray]:
     return [np.asarray(one[0]) for one in run(head)]
 
 
-@pytest.mark.slow_except("base", "norm_output")
+@pytest.mark.slow_except("norm_output")
 @variants
 def test_unrolled_chain_equals_drafting(variant: str) -> None:
     """Row t of a batch reads the true prefix up to pair t, then drafts on its own outputs and the same true tokens."""
