@@ -82,6 +82,16 @@ def gpu_rounds(report: dict[str, Any]) -> Table:
     return head + ["tokens a round (simulated)", "tokens/s", "prefill of 512, ms"], found
 
 
+def gpu_prefill(report: dict[str, Any]) -> Table:
+    """List milliseconds of the prefill of one prompt on a GPU."""
+    found = []
+    for row in report["prefill"]:
+        ms = row["ms"]
+        rate = f"{row['tokens'] / ms['median'] * 1e3:,.0f}"
+        found.append([str(row["tokens"]), f"{ms['median']:.1f} ({ms['min']:.1f} to {ms['max']:.1f})", rate])
+    return ["tokens of the prompt", "ms", "tokens/s"], found
+
+
 def _divergence(quality: dict[str, Any], budget: int) -> float:
     """Divergence of the default rule on held-out text."""
     rows = [r for r in quality["rows"] if r["text"] == "held-out" and r["budget"] == budget]
@@ -206,6 +216,7 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "embedded_pair": (embedded_pair, ("tpu_pair.json",)),
     "headline": (headline, ("gpu_h100.json", "budget_quality.json")),
     "gpu_rounds": (gpu_rounds, ("gpu_h100.json",)),
+    "gpu_prefill": (gpu_prefill, ("gpu_h100.json",)),
     "expert_copies": (expert_copies, ("gpu_compile.json",)),
     "sizing": (sizing, ("plan.json",)),
     "mesh_bytes": (mesh_bytes, ("tpu_mesh.json",)),

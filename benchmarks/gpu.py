@@ -15,7 +15,7 @@ SIMULATED routing skew (`moespec_jax/bench/random_pair.py`): times mean somethin
 - `experts_read`: distinct experts a layer;
 - `floor_ms`: bytes of the weights that the verification must read (experts read, all else once) over the copy
 bandwidth;
-- `prefill_ms`: a prompt of 512 tokens.
+- `prefill_ms`: prompts of 512 tokens; `prefill` has more lengths.
 
 `copy_gb_per_s` is that of a large copy out of place, bytes read and written.
 """
@@ -25,7 +25,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="OLMoE-1B-7B")
     parser.add_argument("--layers", type=int, help="cut the model to its first layers")
-    parser.add_argument("--backends", nargs="+", default=["slots", "triton", "mosaic"])
+    parser.add_argument("--backends", nargs="+", default=["triton", "mosaic", "slots"])
     parser.add_argument("--full", default="triton", help="back-end that is timed with every tree and budget")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
@@ -72,14 +72,14 @@ def main() -> int:
     report = {"device": device_name(), "versions": versions(), "model": arguments.model, "simulated": True}
     report["embedded"] = check_embedded(Path(__file__).parent / "results" / "embedded_tokens.json")
     report["copy_gb_per_s"] = round(copy_bandwidth() / 1e9, 1)
-    report["rows"] = []
+    report |= {"rows": [], "prefill": []}
     for name in arguments.backends:
         model = random_model(arguments.model, arguments.layers, "bfloat16", BACKENDS[name])
-        specs = all_specs(model) if name == arguments.full else few_specs(model)
-        report["rows"] += timed_rows(model, specs, arguments.repeats, report["copy_gb_per_s"] * 1e9)
+        for kind, rows in _measure(model, name == arguments.full, arguments.repeats, report["copy_gb_per_s"] * 1e9):
+            report[kind] += rows
+            if arguments.out:  # what is measured so far, should time run out
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         del model
-        if arguments.out:  # what is measured so far, should time run out
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -102,30 +102,46 @@ def check_embedded(reference: Path) -> dict[str, int]:
     return {name: int(count) for name, count in equal.items()}
 
 
-def all_specs(model: Model) -> list[DecodingSpec]:
-    """Plain decoding, and every tree exactly and under budgets of N/2, N/4 and N/8."""
-    least = model.config.num_experts_per_tok
-    budgets = [None, *(model.config.num_experts // part for part in (2, 4, 8))]
+def _measure(model: Model, full: bool, repeats: int, bandwidth: float) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Time a model with few settings, or with all settings, lengths of prompts, and a batch of 4."""
+    few = [*specs_of(model, TREES[:1]), *specs_of(model, TREES[-1:], (4,))[1:]]
+    if not full:
+        yield "rows", timed_rows(model, few, repeats, bandwidth)
+        return
+    every = [*specs_of(model, TREES[:-1], (8,)), *specs_of(model, TREES[-1:], (2, 4, 8))[1:]]
+    yield "rows", timed_rows(model, every, repeats, bandwidth)
+    yield "prefill", [prefill_row(model, length, repeats) for length in (64, 512, 2048)]
+    yield "rows", timed_rows(model, few[:2], repeats, bandwidth, batch=4)
+
+
+def specs_of(model: Model, trees: Sequence[TreeConfig], parts: Sequence[int] = ()) -> list[DecodingSpec]:
+    """Plain decoding, and every tree exactly and under budgets of a half, a quarter, ... (`parts`) of the experts."""
+    least, budgets = model.config.num_experts_per_tok, [model.config.num_experts // part for part in parts]
     return [DecodingSpec()] + [
         DecodingSpec(tree, None if b is None else BudgetConfig(max(b, least)), published_accept_length(tree))
-        for tree in TREES
-        for b in budgets
+        for tree in trees
+        for b in (None, *budgets)
     ]
 
 
-def few_specs(model: Model) -> list[DecodingSpec]:
-    """Plain decoding, the chain exactly, and the large tree exactly and under N/4."""
-    names = ("plain", "4/2/1", "60/7/10", f"60/7/10 B={model.config.num_experts // 4}")
-    return [spec for spec in all_specs(model) if spec.name in names]
+def prefill_row(model: Model, length: int, repeats: int) -> dict[str, Any]:
+    """Time the prefill of one prompt of `length` tokens, without a head."""
+    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length)).tolist()
+    results = [model.generate(prompt, tree=None, max_new_tokens=1, ignore_eos=True) for _ in range(repeats + 1)]
+    row = {"backend": model.backend.name, "tokens": length, "ms": _spread([r.prefill_s * 1e3 for r in results[1:]])}
+    print(json.dumps(row), flush=True)
+    return row
 
 
-def timed_rows(model: Model, specs: Sequence[DecodingSpec], repeats: int, bandwidth: float) -> list[dict[str, Any]]:
+def timed_rows(
+    model: Model, specs: Sequence[DecodingSpec], repeats: int, bandwidth: float, batch: int = 1
+) -> list[dict[str, Any]]:
     """Compile all specs side by side, then time each."""
-    prompt = [np.random.default_rng(0).integers(0, model.config.vocab_size, PREFILL).tolist()]
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (batch, PREFILL)).tolist()
 
     def run(spec: DecodingSpec) -> moespec_jax.RunResult:
         return model.generate(
-            prompt, tree=spec.tree, budget=spec.budget, simulate_accept_length=spec.simulate_accept_length,
+            prompts, tree=spec.tree, budget=spec.budget, simulate_accept_length=spec.simulate_accept_length,
             max_new_tokens=NEW, ignore_eos=True,
         )  # fmt: skip
 
@@ -145,6 +161,7 @@ def _row(
     row = {
         "backend": model.backend.name,
         "layers": model.config.num_hidden_layers,
+        "batch": len(last.prompts),
         "spec": spec.name,
         "lossy": spec.budget is not None,
         "ms": _spread(ms),
@@ -159,14 +176,12 @@ def _row(
 
 
 def copy_bandwidth(gigabytes: int = 2, repeats: int = 10) -> float:
-    """Measure the bytes per second, read and written, of a large copy out of place: the best of `repeats`."""
-    array, copy, times = jnp.ones((gigabytes << 28,), jnp.float32), jax.jit(lambda a: a + 1.0), []
+    """Measure the bytes per second, read and written, of large copies out of place. The host waits for the last."""
+    array, copy = jnp.ones((gigabytes << 28,), jnp.float32), jax.jit(lambda a: a + 1.0)
     jax.block_until_ready(copy(array))
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(copy(array))
-        times.append(time.perf_counter() - started)
-    return 2 * array.nbytes / min(times)
+    started = time.perf_counter()
+    jax.block_until_ready([copy(array) for _ in range(repeats)][-1])
+    return 2 * array.nbytes * repeats / (time.perf_counter() - started)
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

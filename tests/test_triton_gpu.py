@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +28,10 @@ from flat_experts import (
     some_choice,
 )
 
+from moespec_jax.nn.experts.gpu import sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts
-from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, fused_experts, supported, triton_experts
+from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts
+from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, slot_outputs, supported, triton_experts
 from moespec_jax.nn.routing import Routing, combine_weights
 
 # Said at lowering, from jax 0.11 on; the module says why it is used all the same.
@@ -38,13 +40,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
     """The kernels block by block on the CPU; what was not written reads as NaN."""
+    if x.shape[0] > SLOT_TOKENS:
+        grouped = partial(sum_grouped, activation, outputs=partial(slot_outputs, interpret=True))
+        return fast_jit(lambda *a: grouped(*a))(experts, jnp.int32(LAYER), x, routing)
     ids, active = distinct_experts(routing, experts.num_experts)
     # Past the active slots no row is looked at: it would be the last one, which is poisoned unless it is chosen.
     rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
     # A weight for every slot: only `active` may keep the unused ones out.
     combine = jnp.where(jnp.arange(len(ids))[None, :] < active, combine_weights(routing, ids), 1.0)
-    arguments = (x, experts.gate, experts.up, experts.down, combine, rows, active)
-    return fast_jit(lambda *a: fused_experts(activation, *a, interpret=True))(*arguments)
+    arguments = (x, experts.gate, experts.up, experts.down, rows, active)
+    return add_slots(fast_jit(lambda *a: slot_outputs(activation, *a, interpret=True))(*arguments), combine, active)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +76,7 @@ def test_activations_interpreted(activation: str) -> None:
     check(interpret(activation, experts, x, routing), experts, x, routing, activation)
 
 
-@pytest.mark.parametrize("tokens", [16, 17, SLOT_TOKENS])
+@pytest.mark.parametrize("tokens", [16, 17, SLOT_TOKENS, SLOT_TOKENS + 1, 200])
 def test_several_steps_and_columns_with_rows_to_spare_or_none(tokens: int) -> None:
     experts = random_experts(model=3 * TILE, ffn=2 * TILE)
     x, routing = random_input(experts, some_choice(tokens))
@@ -86,12 +91,23 @@ def test_slots_are_no_more_than_the_routing_allows() -> None:
     check(interpret("silu", experts, x, routing), experts, x, routing)
 
 
-def test_an_infinite_expert_leaves_other_tokens_alone() -> None:
+@pytest.mark.parametrize("others", [1, SLOT_TOKENS])
+def test_an_infinite_expert_leaves_other_tokens_alone(others: int) -> None:
     experts = random_experts()
     experts = experts.replace(down=experts.down.at[LAYER * EXPERTS + 4].set(jnp.inf))
-    x, routing = random_input(experts, [[4, 1], [1, 2]])
+    x, routing = random_input(experts, [[4, 1], *[[1, 2]] * others])
     got = np.asarray(interpret("silu", experts, x, routing))
     assert not np.isfinite(got[0]).any() and np.isfinite(got[1]).all()
+
+
+def test_many_tokens_read_no_expert_that_none_uses() -> None:
+    """Nor does a token without experts: all of its output is 0."""
+    chosen = np.tile([[4, 1], [1, EXPERTS], [EXPERTS, EXPERTS]], (30, 1))
+    experts = poison_unused(random_experts(), {1, 4})
+    x, routing = random_input(experts, chosen)
+    got = interpret("silu", experts, x, routing)
+    check(got, jax.tree.map(jnp.nan_to_num, experts), x, routing)
+    assert not np.asarray(got)[2::3].any()
 
 
 def lowered(activation: str, arguments: tuple[Any, ...]) -> str:
@@ -113,7 +129,7 @@ def test_lowers_at_real_shapes_and_nothing_but_the_kernels_touches_weights(model
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("activation", KERNEL_ACTIVATIONS)
-@pytest.mark.parametrize("tokens", [1, SLOT_TOKENS])
+@pytest.mark.parametrize("tokens", [1, SLOT_TOKENS, 2 * SLOT_TOKENS])
 def test_every_activation_and_dtype_lowers(activation: str, dtype: Any, tokens: int) -> None:
     assert "xla.gpu.triton" in lowered(activation, shapes(EXPERTS, MODEL, FFN, 2, tokens, dtype))
 
@@ -125,7 +141,6 @@ def test_every_activation_and_dtype_lowers(activation: str, dtype: Any, tokens: 
         pytest.param("silu", shapes(EXPERTS, MODEL, FFN, 2, 3, jnp.float32), id="dtype"),
         pytest.param("silu", shapes(EXPERTS, MODEL, FFN + 32, 2, 3), id="ffn"),
         pytest.param("silu", shapes(EXPERTS, MODEL + 32, FFN, 2, 3), id="model"),
-        pytest.param("silu", shapes(EXPERTS, MODEL, FFN, 2, SLOT_TOKENS + 1), id="tokens"),
     ],
 )
 def test_what_does_not_fit_runs_without_kernels(activation: str, arguments: tuple[Any, ...]) -> None:

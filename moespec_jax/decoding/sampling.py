@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.nn.top_k import top_k
 from moespec_jax.parallel.collectives import first_sequence
 
 
@@ -51,7 +52,7 @@ def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch voc
         return jnp.where(best, 0.0, -jnp.inf)
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
+        kth = top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sampling.top_p < 1.0:
         logits = jnp.where(_outside_nucleus(logits, sampling.top_p), -jnp.inf, logits)

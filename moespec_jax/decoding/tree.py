@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import TreeConfig
+from moespec_jax.nn.top_k import top_k
 
 
 class Tree(NamedTuple):
@@ -171,8 +172,7 @@ def depths(mask: Bool[Array, "nodes nodes"]) -> Int[Array, " nodes"]:
 def _best(log_probs: Float[Array, " draft_vocab"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:
     """Take the k largest, lower indices first among equals. A logarithm may round to above 0, or to -0, which `top_k`
     ranks below 0: in both cases a child could precede its parent."""
-    values, ids = jax.lax.top_k(jnp.where(log_probs < 0, log_probs, 0.0), k)
-    return values, ids
+    return top_k(jnp.where(log_probs < 0, log_probs, 0.0), k)
 
 
 def _own_slot(config: TreeConfig, level_index: Int[Array, ""]) -> Bool[Array, "beam drafted"]:

@@ -75,16 +75,19 @@ BACKENDS = {
     "switch": Backend("switch", "per_expert", False, cpu_experts),
     "slots": Backend("slots", "flat", True, slot_experts),
     "pallas": Backend("pallas", "flat", True, _pallas_experts, attention=_pallas_attention),
-    # Chosen by name only: for Ampere to Hopper, and for Hopper alone.
-    "triton": Backend("triton", "flat", True, _triton_experts, _triton_supported),
-    "mosaic": Backend("mosaic", "flat", True, _mosaic_experts, _mosaic_supported),
+    # Layers apart: of a slice of stacked weights, XLA:GPU makes a copy before every product of several rows.
+    "triton": Backend("triton", "flat", False, _triton_experts, _triton_supported),
+    "mosaic": Backend("mosaic", "flat", False, _mosaic_experts, _mosaic_supported),
 }
 
 
-def default_backend(platform: str | None = None) -> Backend:
-    """Back-end of a platform (`cpu`, `gpu`, `tpu`; None is JAX's default).
+def default_backend(device: Any = None) -> Backend:
+    """Choose the back-end of a `jax.Device` (None is JAX's first).
 
-    On CPU the fastest that was measured; on TPU the one with the least memory traffic by the compiler's count.
+    On CPU and NVIDIA GPUs of Ampere or later, the fastest that was measured (`docs/gpu.md`); on TPU the one with the
+    least memory traffic by the compiler's count; `slots` elsewhere. What `triton` does not support, such as float32 or
+    quantized experts, runs as `slots` (`experts/gpu.py`).
     """
-    preferred = {"cpu": "switch", "tpu": "pallas"}
-    return BACKENDS[preferred.get(platform or jax.default_backend(), "slots")]
+    device = device or jax.devices()[0]
+    preferred = BACKENDS[{"cpu": "switch", "gpu": "triton", "tpu": "pallas"}.get(device.platform, "slots")]
+    return preferred if preferred.supported(device) else BACKENDS["slots"]

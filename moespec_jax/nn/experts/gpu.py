@@ -1,13 +1,19 @@
-"""Expert compute by a GPU kernel: the conditions under which it runs, and the fallback elsewhere."""
+"""Expert compute by a GPU kernel: the conditions under which it runs, and the fallback elsewhere.
+
+Up to `SLOT_TOKENS` tokens, a slot is one distinct expert, and all tokens run through it: the time is that of reading
+the weights, and additional rows cost none. More tokens are sorted by expert, and a slot is a block of `BLOCK` rows of
+one expert (a grouped product): the number of slots is static, so that the device does not wait for the host.
+"""
 
 from collections.abc import Callable, Container
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from moespec_jax.nn.experts.blocks import lay_out_routes
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
+from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts, slot_experts
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.quantization import Quantized
 from moespec_jax.nn.routing import Routing, combine_weights
@@ -15,11 +21,14 @@ from moespec_jax.nn.routing import Routing, combine_weights
 # Dtypes whose products tensor cores compute exactly; float32 would be rounded to a mantissa of 10 bits (TF32).
 DTYPES = (jnp.bfloat16, jnp.float16)
 
-# (activation, x, gate, up, down, combine, rows, active) -> float32, as `triton_gpu.fused_experts`.
-FusedExperts = Callable[..., Array]
+# Rows of a slot of more than `SLOT_TOKENS` tokens.
+BLOCK = 64
+
+# (activation, x, gate, up, down, rows, active) -> float32, as `triton_gpu.slot_outputs`.
+SlotOutputs = Callable[..., Array]
 
 
-def kernel_experts(activation: str, activations: Container[str], tile: int, fused: FusedExperts) -> ExpertCompute:
+def kernel_experts(activation: str, activations: Container[str], tile: int, outputs: SlotOutputs) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout from a CUDA kernel; `layer` may be traced.
 
     On other platforms, and for quantized weights, activations without a kernel and operands that do not fit (`fits`),
@@ -29,15 +38,13 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, fuse
         activation: name of the activation.
         activations: names that the kernel supports.
         tile: side of the kernel's tiles.
-        fused: the kernel.
+        outputs: the kernel.
     """
     fallback = slot_experts(activation)
 
     def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
-        ids, active = distinct_experts(routing, experts.num_experts)
-        rows = layer * experts.num_experts + ids
-        combine = combine_weights(routing, ids)
-        return fused(activation, x, experts.gate, experts.up, experts.down, combine, rows, active)
+        run = sum_distinct if x.shape[0] <= SLOT_TOKENS else sum_grouped
+        return run(activation, experts, layer, x, routing, outputs)
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
@@ -51,6 +58,42 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, fuse
 
 
 def fits(x: Float[Array, "tokens model"], gate: Float[Array, "all model ffn"], tile: int) -> bool:
-    """Test whether a kernel supports the operands: few tokens, matrices of whole tiles, 16-bit floats."""
-    whole_tiles = all(size % tile == 0 for size in gate.shape[1:])
-    return x.shape[0] <= SLOT_TOKENS and whole_tiles and x.dtype == gate.dtype in DTYPES
+    """Test whether a kernel supports the operands: matrices of whole tiles, 16-bit floats."""
+    return all(size % tile == 0 for size in gate.shape[1:]) and x.dtype == gate.dtype in DTYPES
+
+
+def sum_distinct(
+    activation: str,
+    experts: Flat,
+    layer: Int[Array, ""],
+    x: Float[Array, "tokens model"],
+    routing: Routing,
+    outputs: SlotOutputs,
+) -> Float[Array, "tokens model"]:
+    """Run all tokens through every distinct expert, and sum the outputs by combine weight, float32."""
+    ids, active = distinct_experts(routing, experts.num_experts)
+    rows = layer * experts.num_experts + ids
+    out = outputs(activation, x, experts.gate, experts.up, experts.down, rows, active)
+    return add_slots(out, combine_weights(routing, ids), active)
+
+
+def sum_grouped(
+    activation: str,
+    experts: Flat,
+    layer: Int[Array, ""],
+    x: Float[Array, "tokens model"],
+    routing: Routing,
+    outputs: SlotOutputs,
+) -> Float[Array, "tokens model"]:
+    """Run every token through its own experts, in blocks of rows of one expert, and sum the outputs by combine weight,
+    float32."""
+    routes = lay_out_routes(routing, experts.num_experts, BLOCK)
+    blocks = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token].reshape(-1, BLOCK, x.shape[1])
+    end = routes.begin + routes.length
+    starts = jnp.arange(len(blocks), dtype=jnp.int32) * BLOCK
+    ids = jnp.minimum(jnp.searchsorted(end, starts, side="right").astype(jnp.int32), experts.num_experts - 1)
+    rows, active = layer * experts.num_experts + ids, end[-1] // BLOCK
+    out = outputs(activation, blocks, experts.gate, experts.up, experts.down, rows, active)
+    # A route without an expert has the row after the last; rows of unused blocks are undefined, and no route has one.
+    mixed = out.reshape(-1, out.shape[-1]).at[routes.row].get(mode="fill", fill_value=0.0)
+    return jnp.einsum("tkd,tk->td", mixed.reshape(*routing.weights.shape, -1), routing.weights)

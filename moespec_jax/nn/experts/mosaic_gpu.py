@@ -5,7 +5,7 @@ GH200).
 
 The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
 one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA
-sums over slots.
+sums over slots, or over each token's rows (`gpu.py`).
 """
 
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.nn.experts.gpu import kernel_experts
-from moespec_jax.nn.experts.slots import add_slots
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
 
@@ -37,7 +36,7 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def mosaic_experts(activation: str) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
-    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, fused_experts)
+    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, slot_outputs)
 
 
 def supported(device: object) -> bool:
@@ -45,42 +44,39 @@ def supported(device: object) -> bool:
     return getattr(device, "compute_capability", None) == "9.0"
 
 
-def fused_experts(
+def slot_outputs(
     activation: str,
-    x: Float[Array, "tokens model"],
+    x: Float[Array, "*slots tokens model"],
     gate: Float[Array, "all model ffn"],
     up: Float[Array, "all model ffn"],
     down: Float[Array, "all ffn model"],
-    combine: Float[Array, "tokens slots"],
     rows: Int[Array, " slots"],
     active: Int[Array, ""],
     *,
     interpret: object = None,
-) -> Float[Array, "tokens model"]:
-    """Run all tokens through the experts of the first `active` slots, and sum the outputs by combine weight, float32.
+) -> Float[Array, "slots tokens model"]:
+    """Run tokens through the experts of the first `active` slots, float32; the output of other slots is undefined.
 
     Args:
         activation: name of the activation.
-        x: at most `TILE` tokens.
+        x: at most `TILE` tokens of every slot, or, with two axes, tokens that all slots share.
         gate: matrices of all experts of all sparse layers.
         up: as `gate`.
         down: as `gate`.
-        combine: combine weight of every slot's expert for every token.
         rows: index of every slot's expert in the matrices; not read in unused slots.
         active: number of slots in use.
         interpret: settings of Pallas' GPU emulator, for tests; None compiles the kernels.
     """
-    tokens = x.shape[0]
+    tokens = x.shape[-2]
     run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up
 
-    padded = jnp.pad(x, ((0, TILE - tokens), (0, 0)))
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, TILE - tokens), (0, 0)])
     hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
     # A slice of a swizzled tile has a multiple of 8 rows.
-    out = run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
-    return add_slots(out, combine, active)
+    return run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
 
 
 def _multiply(

@@ -1,0 +1,40 @@
+"""The k largest values of a long axis, in the order of `jax.lax.top_k`.
+
+On NVIDIA GPUs, one row of `jax.lax.top_k` over a vocabulary occupies a small part of the device. Two stages occupy all
+of it: the largest of each part of the axis, and then the largest of those.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+PARTS = 64
+# Shorter axes take one stage.
+SHORTEST = 4096
+
+
+def top_k(values: Float[Array, "*rows n"], k: int) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Find the k largest values, descending, and their indices; lower indices first among equals."""
+    if values.shape[-1] < max(SHORTEST, PARTS * k):
+        return _one_stage(values, k=k)
+    return jax.lax.platform_dependent(values, cuda=partial(two_stages, k=k), default=partial(_one_stage, k=k))
+
+
+def two_stages(values: Float[Array, "*rows n"], *, k: int) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Compute `top_k` from the k largest of each of `PARTS` parts of the axis; a part has at least k values."""
+    *rows, n = values.shape
+    width = -(-n // PARTS)
+    # Padding has the highest indices of all, and so comes after a value of -inf.
+    padded = jnp.pad(values, [(0, 0)] * len(rows) + [(0, PARTS * width - n)], constant_values=-jnp.inf)
+    best, ids = jax.lax.top_k(padded.reshape(*rows, PARTS, width), k)
+    ids = ids + width * jax.lax.broadcasted_iota(jnp.int32, ids.shape, len(rows))
+    # Parts follow each other, and equals within a part too: positions are in the order of indices among equals.
+    top, position = jax.lax.top_k(best.reshape(*rows, PARTS * k), k)
+    return top, jnp.take_along_axis(ids.reshape(*rows, PARTS * k), position, axis=-1)
+
+
+def _one_stage(values: Array, *, k: int) -> tuple[Array, Array]:
+    top, ids = jax.lax.top_k(values, k)
+    return top, ids
