@@ -37,6 +37,7 @@ def test_plainly_and_speculatively(how: str, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.torch
+@pytest.mark.slow_except("qwen2_moe-switch")
 @pytest.mark.parametrize(("family", "backend"), [("qwen3_moe", "slots"), ("qwen2_moe", "switch")])
 def test_logits_as_in_transformers(family: str, backend: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
