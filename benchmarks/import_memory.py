@@ -27,7 +27,8 @@ import numpy as np
 
 from moespec_jax.checkpoint.leaves import Source
 from moespec_jax.checkpoint.orbax_io import write_orbax
-from moespec_jax.checkpoint.read import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.shards import INDEX
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.checkpoint.write import write_config, write_safetensors
 from moespec_jax.config import DecoderConfig

@@ -13,7 +13,7 @@ import numpy as np
 
 from convert import ALLOW_NON_FINITE, Parser, add_output_flags, atomic_directory, make_parser, run
 from convert.integrity import check_finite
-from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.read import load_draft, share_lm_head
 from moespec_jax.checkpoint.head.write import FORMATS, export_draft
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config, open_source, read_architectures
@@ -21,7 +21,7 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.files import parse_numbers
 from moespec_jax.nn.eagle3 import DraftHead
 
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def main() -> int:
@@ -32,10 +32,13 @@ def main() -> int:
     draft = locate(arguments.draft_model, torch_archives=True)
     boundaries = None if arguments.boundaries is None else parse_numbers(arguments.boundaries, "--boundaries")
     loaded = load_draft(draft, target, None, name=arguments.draft_model, boundaries=boundaries)
+    if loaded.head.lm_head is None:
+        output = _EMBEDDING if target.tie_word_embeddings else _LM_HEAD
+        loaded = share_lm_head(loaded, jnp.asarray(_read_target(model, target, output)))
     if not arguments.allow_non_finite:
         check_finite(_floats(loaded.head), f"{ALLOW_NON_FINITE} converts it unchanged")
     needs_embedding = arguments.format == "speculators" and loaded.head.embed is None
-    embedding = _read_embedding(model, target) if needs_embedding else None
+    embedding = _read_target(model, target, _EMBEDDING) if needs_embedding else None
     with atomic_directory(arguments.output) as directory:
         warnings = export_draft(
             loaded.head,
@@ -67,9 +70,9 @@ def _parser() -> Parser:
     return parser
 
 
-def _read_embedding(model: Path, target: DecoderConfig) -> np.ndarray:
-    """Read the target's embedding `[vocab, model]`."""
-    return next(array.copy() for _, array in open_source(model, target).read([_EMBEDDING]))
+def _read_target(model: Path, target: DecoderConfig, name: str) -> np.ndarray:
+    """Read a tensor of the target."""
+    return next(array.copy() for _, array in open_source(model, target).read([name]))
 
 
 def _floats(head: DraftHead) -> Iterator[tuple[str, np.ndarray]]:

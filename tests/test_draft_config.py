@@ -74,6 +74,28 @@ def test_published_heads_tap_what_they_were_trained_on(row: str) -> None:
     assert found.values == expected and found.origin
 
 
+# Ids in eagle_config that do not begin with 1: what is tapped, and whether the origin calls it ambiguous.
+AMBIGUOUS: list[tuple[Any, int, dict[str, Any], tuple[int, ...], bool]] = [
+    ("specforge", 48, output_ids(2, 24, 45), (2, 24, 45), True),  # the default boundaries themselves
+    ("eagle", 32, output_ids(2, 16, 29), (2, 16, 29), True),
+    ("specforge", 48, output_ids(2, 24, 44), (3, 25, 45), True),
+    ("specforge", 48, output_ids(0, 23, 44), (1, 24, 45), True),
+    ("specforge", 48, output_ids(1, 23, 44), (2, 24, 45), False),
+    ("specforge", 48, output_ids(1, 23, 44) | boundary_ids(2, 24, 45), (2, 24, 45), False),
+    ("specforge", 48, output_ids(1, 23, 44) | boundary_ids(1, 23, 44), (2, 24, 45), True),
+    ("speculators", 48, boundary_ids(2, 24, 45), (2, 24, 45), False),
+]
+
+
+@pytest.mark.parametrize(("head_format", "layers", "fields", "expected", "ambiguous"), AMBIGUOUS)
+def test_ids_of_two_conventions_name_the_probe(
+    head_format: Any, layers: int, fields: dict[str, Any], expected: tuple[int, ...], ambiguous: bool
+) -> None:
+    found = resolve_boundaries(fields, head_format, target(layers=layers))
+    assert found.values == expected
+    assert ("ambiguous" in found.origin and "python -m convert.probe_draft" in found.origin) == ambiguous
+
+
 def test_explicit_boundaries_win_over_everything() -> None:
     found = resolve_boundaries(
         output_ids(1, 2, 3), "specforge", target(layers=36), "x/gpt-oss-120b-Eagle3-v3", (0, 5, 36)
@@ -189,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "activation": (eagle_fields(hidden_act="relu2"), {}, "hidden_act"),
     "both norms": (eagle_fields(fc_norm=True), {"input_norm.weight": (48,)}, "one of norm_before_fc and fc_norm"),
     "rope": (eagle_fields(rope_scaling={"type": "mrope"}), {}, "rope_type"),
-    "rope, no object": (eagle_fields(rope_scaling=3), {}, "wrong type"),
+    "rope, no object": (eagle_fields(rope_scaling=3), {}, "rope_scaling to be an object"),
     "no head count": (eagle_fields(num_attention_heads=None), {}, "num_attention_heads"),
     "heads": (eagle_fields(num_attention_heads=3), {}, "3 and 2 heads of one even size"),
     "odd heads": (eagle_fields(num_attention_heads=32, num_key_value_heads=16), {}, "one even size"),

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hf_models import FAMILIES, Fields, draw_fields
 
-from moespec_jax.checkpoint.families import read_config, read_rope
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.rope import read_rope
 from moespec_jax.config import RopeConfig
 from moespec_jax.errors import UnsupportedConfig
+from moespec_jax.nn.layers import rope_frequencies
 
 
 def fields_of(family: str, **changes: Any) -> Fields:
@@ -150,6 +153,118 @@ def test_both_spellings_of_the_experts_count() -> None:
     fields = fields_of("qwen3_moe")
     count = fields.pop("num_experts")
     assert read_config(fields | {"num_local_experts": count}) == read_config(fields | {"num_experts": count})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dual_chunk_attention_config", {"chunk_size": 262144, "local_size": 8192}),
+        ("sparse_attention_config", {"block": 64}),
+        ("attention_chunk_size", 8192),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("query_pre_attn_scalar", 256),
+        ("use_logn_attn", True),
+        ("attn_temperature_tuning", True),
+        ("alibi", True),
+        ("rotary_pct", 0.25),
+        ("rotary_base", 500_000),
+        ("no_rope_layers", [1, 1, 1, 0]),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("logits_scaling", 6.0),
+        ("logit_scale", 0.0625),
+        ("scoring_func", "sigmoid"),
+        ("routed_scaling_factor", 2.5),
+        ("n_group", 8),
+        ("hidden_activation", "relu2"),
+        ("compression_config", {"quant_method": "compressed-tensors"}),
+    ],
+)
+def test_what_changes_numbers_and_leaves_no_tensor_is_refused(family: str, name: str, value: Any) -> None:
+    refused(family, name, **{name: value})
+
+
+def test_neutral_values_of_foreign_fields_are_accepted() -> None:
+    neutral: Fields = dict(logits_scaling=1.0, alibi=False, scoring_func="softmax", dual_chunk_attention_config=None)
+    neutral |= dict(attn_logit_softcapping=None, no_rope_layers=[], n_group=1, routed_scaling_factor=1)
+    for family in FAMILIES:
+        assert read_config(fields_of(family, **neutral)) == read_config(fields_of(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"norm_topk_prob": False}),
+        ("qwen3_moe", {"clip_qkv": 8.0}),
+        ("olmoe", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ],
+)
+def test_a_setting_of_another_family_is_refused(family: str, changes: Fields) -> None:
+    refused(family, next(iter(changes)), **changes)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {"type": "default"}, "rope_theta": 1e6},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "factor": 2.0}, "rope_theta": 1e6},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"type": "default"}},  # transformers takes 10000
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+        {"rope_scaling": {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}},
+    ],
+)
+def test_contradictory_rotary_settings_are_refused(fields: Fields) -> None:
+    with pytest.raises(UnsupportedConfig, match=r"expected rope_\w+[.\w]* and rope_\w+[.\w]* to agree, or one of them"):
+        read_rope(fields, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 1e6, "rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": YARN},
+        {"rope_parameters": {**YARN, "rope_theta": 1e6}, "rope_scaling": {**YARN, "rope_theta": 1e6, "mscale": None}},
+        {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": None},
+        {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": {}},
+        {"rope_parameters": {"full_attention": {**YARN, "rope_theta": 1e6}}},
+        {"rope_theta": 1e6, "rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}},
+        {"rope_theta": 1e6, "rope_scaling": YARN | {"finetuned": True}},
+        {"rope_theta": 1e6, "rope_scaling": YARN | {"original_max_position_embeddings": 32.0}},
+        {"rope_theta": 1e6, "rope_scaling": YARN | {"attn_factor": 1.0, "extrapolation_factor": 1}},
+        {"rope_theta": 1_000_000, "rope_scaling": YARN | {"factor": 4, "beta_fast": 32, "truncate": True}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 32.0},
+    ],
+)
+def test_rotary_settings_that_agree_are_read_in_any_form(fields: Fields) -> None:
+    assert read_rope(fields, 10_000.0) == RopeConfig("yarn", 1e6, 4.0, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize(
+    "change", [{"original_max_position_embeddings": 32.5}, {"attn_factor": 0.5}, {"apply_yarn_scaling": False}]
+)
+def test_yarn_parameters_that_would_be_read_over_are_refused(change: Fields) -> None:
+    with pytest.raises(UnsupportedConfig, match=next(iter(change))):
+        read_rope({"rope_scaling": YARN | change}, 10_000.0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("extra", [{"finetuned": True}, {"original_max_position_embeddings": 32.0}, {"mscale": 0}])
+def test_yarn_as_in_transformers(extra: Fields) -> None:
+    torch = pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    fields = fields_of("qwen3_moe", head_dim=12, rope_theta=1e6, rope_scaling=YARN | extra, max_position_embeddings=128)
+    fields.pop("rope_parameters", None)
+    theirs, scale = rope_utils.ROPE_INIT_FUNCTIONS["yarn"](transformers.Qwen3MoeConfig(**fields), torch.device("cpu"))
+    ours, our_scale = rope_frequencies(read_config(fields).rope, 12, 128)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
+    assert our_scale == pytest.approx(scale)
 
 
 def test_both_spellings_of_the_rotary_settings() -> None:

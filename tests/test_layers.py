@@ -13,7 +13,7 @@ import pytest
 from driver import fast_jit
 from hf_models import ROPES, draw_rope
 
-from moespec_jax.checkpoint.families import read_rope
+from moespec_jax.checkpoint.rope import read_rope
 from moespec_jax.config import RopeConfig
 from moespec_jax.nn.attention import attend, causal_mask, within_window
 from moespec_jax.nn.layers import ACTIVATIONS, GatedMlp, apply_rope, gated_mlp, rms_norm, rope_angles, rope_frequencies

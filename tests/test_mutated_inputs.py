@@ -19,7 +19,8 @@ from published import draw_tensors, write
 from safetensors.numpy import load_file
 
 from moespec_jax.checkpoint.orbax_io import write_orbax
-from moespec_jax.checkpoint.read import INDEX, load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_safetensors, open_source
+from moespec_jax.checkpoint.shards import INDEX
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
 from moespec_jax.files import read_json
@@ -67,9 +68,10 @@ def test_config(family: str, checkpoints: dict[str, Path]) -> None:
     """A config.json that passes is of a checkpoint whose tensors are loaded, or refused as not its own."""
     directory, good = checkpoints[family], GOOD[family]
     original = tensors_of(directory, load_config(directory))
+    stated = {name: value for name, value in good.items() if name != "rope_parameters"}
 
     @bounded_examples(60)
-    @given(json_files(good | {"layer_types": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
+    @given(json_files(stated | {"layer_types": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}))
     def check(data: bytes) -> None:
         (directory / "config.json").write_bytes(data)
         config = outcome(lambda: usable(load_config(directory)), len(data))

@@ -129,3 +129,39 @@ def test_bad_temperatures_are_refused(wrong: dict[str, float], also: dict[str, i
 def test_bad_cuts_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         SamplingConfig(**{"temperature": 1.0, name: value})  # type: ignore[arg-type]
+
+
+# The smallest denormal and normal numbers of float32, numbers that it cannot hold, and others near them.
+TINY = [5e-324, 1.4e-45, 1e-39, 1.17e-38, 1.2e-38, 1e-35]
+
+
+@pytest.mark.parametrize("also", [{}, {"top_k": 4}, {"top_p": 1e-40}])
+def test_a_tiny_temperature_is_greedy(also: dict[str, Any]) -> None:
+    logits, index = jnp.asarray(some_logits(ties=False) * 1e3), jnp.arange(12, dtype=jnp.int32)
+    greedy = np.exp(np.asarray(log_probabilities(SamplingConfig(), logits)))
+    for temperature in (*TINY, 1e-25):
+        sampling = SamplingConfig(temperature, **also)
+        np.testing.assert_array_equal(np.exp(np.asarray(log_probabilities(sampling, logits))), greedy)
+        assert draw(sampling, jax.random.key(1), logits, index).tolist() == greedy.argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_tiny_top_p_draws_the_most_probable_token(jitted: bool) -> None:
+    logits = jnp.asarray(some_logits(ties=True))
+    greedy = np.exp(np.asarray(log_probabilities(SamplingConfig(), logits)))
+    for top_p in TINY:
+        run = partial(log_probabilities, SamplingConfig(temperature=1.0, top_p=top_p))
+        np.testing.assert_array_equal(np.exp(np.asarray((jax.jit(run) if jitted else run)(logits))), greedy)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 3.5e38, 1e39, 1e300])
+def test_a_huge_temperature_is_uniform(temperature: float) -> None:
+    probabilities = np.exp(np.asarray(log_probabilities(SamplingConfig(temperature), jnp.asarray(some_logits(False)))))
+    np.testing.assert_allclose(probabilities, 1 / 23, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1 - 1e-9, 1 - 2**-53])
+def test_a_top_p_just_below_one_keeps_all_that_float32_can_tell_apart(top_p: float) -> None:
+    logits = jnp.asarray(some_logits(ties=False))
+    nearly = np.exp(np.asarray(log_probabilities(SamplingConfig(1.0, top_p=top_p), logits)))
+    np.testing.assert_allclose(nearly, np.exp(np.asarray(log_probabilities(SamplingConfig(1.0), logits))), atol=1e-6)

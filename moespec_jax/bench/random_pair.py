@@ -148,6 +148,7 @@ def sharpened(config: DraftConfig, head: DraftHead) -> DraftHead:
         return dataclasses.replace(layer, attention=attention)
 
     spread = _LOGIT_SPREAD * math.sqrt(2 * math.log(config.draft_vocab_size))
+    assert head.lm_head is not None
     return dataclasses.replace(head, layers=tuple(map(own, head.layers)), lm_head=head.lm_head * spread)
 
 

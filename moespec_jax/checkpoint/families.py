@@ -17,7 +17,9 @@ from moespec_jax.checkpoint.config_fields import (
     require_count,
     shown,
 )
-from moespec_jax.config import DecoderConfig, RopeConfig
+from moespec_jax.checkpoint.rope import read_rope
+from moespec_jax.checkpoint.unsupported import check_neutral
+from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.nn.layers import ACTIVATIONS
 
@@ -57,6 +59,7 @@ def read_config(fields: Fields) -> DecoderConfig:
     if fields.get("quantization_config") is not None:
         found = shown(fields["quantization_config"])
         raise UnsupportedConfig(f"quantization_config is not supported: expected plain weights; got {found}")
+    check_neutral(fields)
     try:
         config = FAMILIES[model_type].read(fields)
     except UnsupportedConfig:
@@ -116,7 +119,8 @@ def _read_olmoe(fields: Fields) -> DecoderConfig:
         moe_intermediate_size=require_count([fields], "intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=(True,) * layers,
-        sliding_windows=(0,) * layers,  # the published code ignores the window of the file
+        # The published code has no windows, whatever sliding_window is.
+        sliding_windows=_uniform_windows(fields, layers, 0),
         norm_topk_prob=read_flag([fields], "norm_topk_prob", False),
         qkv_bias=bias,
         o_bias=bias,
@@ -221,57 +225,6 @@ def _windows(fields: Fields, layers: int, window: int) -> tuple[int, ...]:
     if "sliding_attention" in kinds and not window:
         raise UnsupportedConfig("expected a sliding_window for sliding_attention in layer_types; it is not set")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
-    """Read rotary settings in either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`.
-
-    Raises:
-        UnsupportedConfig: a scaling other than default, linear, dynamic, yarn or llama3, an unknown parameter, or
-            partial rotary heads.
-    """
-    given = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
-    rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    theta = as_number("rope_theta", given.pop("rope_theta", None) or fields.get("rope_theta") or default_theta)
-    if rope_type not in ("default", "linear", "dynamic", "yarn", "llama3"):
-        raise UnsupportedConfig(
-            f"expected rope_type default, linear, dynamic, yarn or llama3; config.json has {shown(rope_type)}"
-        )
-    for source in (given, fields):
-        if source.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedConfig("partial_rotary_factor other than 1 is not supported")
-    given.pop("partial_rotary_factor", None)
-    given = {name: value for name, value in given.items() if value is not None}
-    if rope_type == "default":
-        given = {}
-    if rope_type in ("yarn", "llama3") and (original := fields.get("original_max_position_embeddings")) is not None:
-        given["original_max_position_embeddings"] = original  # has precedence, as in transformers
-    rope = RopeConfig(rope_type=rope_type, rope_theta=theta, **_scaling(given, rope_type))
-    if rope_type == "yarn" and theta == 1.0:
-        raise UnsupportedConfig("expected rope_theta other than 1 for rope_type 'yarn'")
-    if rope.low_freq_factor >= rope.high_freq_factor:
-        low, high = rope.low_freq_factor, rope.high_freq_factor
-        raise UnsupportedConfig(f"expected low_freq_factor below high_freq_factor; config.json has {low}, {high}")
-    return rope
-
-
-def _scaling(given: Fields, rope_type: str) -> dict[str, Any]:
-    """Check the parameters of a rotary scaling. `truncate` is a flag, all others are numbers."""
-    known = {f for f in RopeConfig.__dataclass_fields__ if f not in ("rope_type", "rope_theta")}
-    if unknown := set(given) - known:
-        raise UnsupportedConfig(f"unknown rope parameter {shown(sorted(unknown)[0])} for rope_type {rope_type!r}")
-    if rope_type != "default" and "factor" not in given:
-        raise UnsupportedConfig(f"rope_type {rope_type!r} needs the parameter 'factor'")
-    read: dict[str, Any] = {}
-    for name, value in given.items():
-        if name == "truncate":
-            read[name] = read_flag([given], name, False)
-        elif name == "original_max_position_embeddings":
-            read[name] = require_count([given], name)
-        else:  # published files have an mscale of 0
-            read[name] = 0.0 if name.startswith("mscale") and value == 0 else as_number(name, value)
-    return read
 
 
 def _check(config: DecoderConfig) -> None:

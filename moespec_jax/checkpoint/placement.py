@@ -120,3 +120,9 @@ def place_head(head: DraftHead, config: DraftConfig, placement: Placement) -> Dr
         return put_global(array, placement.sharding(names, array.shape))
 
     return dataclasses.replace(jax.tree_util.tree_map_with_path(place, head), sharding=placement.plan)
+
+
+def place_output(matrix: jax.Array, head: DraftHead, mesh: Mesh) -> jax.Array:
+    """Shard the target's output matrix as that of a head on the same mesh."""
+    sharding = NamedSharding(mesh, leaf_spec(head.sharding, False, ("lm_head",), matrix.ndim))
+    return jax.jit(lambda whole: whole, out_shardings=sharding)(matrix)

@@ -1,26 +1,30 @@
 """The checkpoint's tokenizer, chat template and stop tokens, and incremental decoding of text."""
 
 import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from moespec_jax.checkpoint.added_tokens import add_stated_tokens
 from moespec_jax.checkpoint.config_fields import shown
 from moespec_jax.errors import CheckpointError, first_line
 from moespec_jax.files import read_json
 
+_NO_MERGES = re.compile(r'"merges"\s*:\s*\[\s*\]')
 _LARGEST_ID = 2**31 - 1  # ids are int32 on the device
 
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """Load the tokenizer of a checkpoint directory; None where it has none.
 
-    `tokenizer.json` is read by the tokenizers library. Older formats are converted by transformers.
+    `tokenizer.json` is read by the tokenizers library, with the tokens that other files add to it. Older formats are
+    converted by transformers.
 
     Raises:
-        CheckpointError: there is a tokenizer file and it cannot be read.
+        CheckpointError: there is a tokenizer file and it cannot be read, or another file contradicts it.
     """
     file = directory / "tokenizer.json"
     if file.exists():
@@ -30,6 +34,8 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             raise CheckpointError(f"expected a tokenizer in {file}; {error}") from None
+        _check_merges(file)
+        add_stated_tokens(tokenizer, directory)
         # Some files hold settings of truncation and padding, which must not apply to prompts.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -40,6 +46,15 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         return _transformers_tokenizer(directory)._tokenizer
     except Exception as error:  # of any type: transformers and sentencepiece document none
         raise CheckpointError(f"expected a tokenizer in {directory}; {first_line(error)}") from None
+
+
+def _check_merges(file: Path) -> None:
+    """Refuse a tokenizer.json without the merges that stand beside it: it would split text into single bytes."""
+    merges = file.with_name("merges.txt")
+    if merges.exists() and _NO_MERGES.search(file.read_text(encoding="utf-8", errors="replace")):
+        lines = merges.read_text(encoding="utf-8", errors="replace").splitlines()
+        if any(line.strip() and not line.startswith("#") for line in lines):
+            raise CheckpointError(f"expected the merges of {merges} in {file}; it has none")
 
 
 def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool) -> str:

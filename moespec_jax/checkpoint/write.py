@@ -22,7 +22,7 @@ from moespec_jax.checkpoint.dtypes import FLOAT_CODES
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.leaves import Source, cast, copy_into, with_progress
 from moespec_jax.checkpoint.parameters import build_decoder, leaf_shapes, place_of
-from moespec_jax.checkpoint.read import INDEX, SINGLE_FILE
+from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
 from moespec_jax.checkpoint.tensor_table import Path as TreePath
 from moespec_jax.checkpoint.tensor_table import Tensor, tensor_table
 from moespec_jax.config import DecoderConfig, RopeConfig

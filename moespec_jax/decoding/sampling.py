@@ -9,13 +9,19 @@ from jaxtyping import Array, Float, Int
 from moespec_jax.nn.top_k import top_k
 from moespec_jax.parallel.collectives import first_sequence
 
+# Logits divided by less may overflow float32. At this temperature a token whose logit is lower by 1e-28, far less than
+# one unit in the last place of any logit of usual size, has probability 0: the distribution is the greedy one.
+_COLDEST = 1e-30
+# The smallest normal float32: a smaller number counts as 0 in comparisons on most devices.
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """Distribution that tokens are drawn from.
 
     Fields:
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; 0 is greedy, and so are values whose quotients float32 cannot represent.
         top_k: number of most probable tokens to draw from; 0 is all.
         top_p: draw from the smallest set of most probable tokens that holds this probability; 1 is all.
 
@@ -38,7 +44,7 @@ class SamplingConfig:
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is always drawn."""
-        return self.temperature == 0.0
+        return self.temperature < _COLDEST
 
 
 def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
@@ -76,4 +82,4 @@ def _outside_nucleus(logits: Array, top_p: float) -> Array:
     order = jnp.argsort(-logits, axis=-1, stable=True)
     sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-    return jnp.take_along_axis(before >= top_p, jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.take_along_axis(before >= max(top_p, _SMALLEST), jnp.argsort(order, axis=-1), axis=-1)

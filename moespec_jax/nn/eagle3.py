@@ -45,7 +45,8 @@ class DraftHead:
         fc: projection of the auxiliary hidden states to a feature, `[in, out]`.
         layers: layers in order of depth.
         norm: last norm.
-        lm_head: output matrix; on a mesh, a device's shard of its rows.
+        lm_head: output matrix; on a mesh, a device's shard of its rows. None only until a head that shares the target's
+            is given it.
         target_ids: id in the target's vocabulary of each token of the draft vocabulary, ascending; None while a head is
             trained, since ids have no gradient.
         fc_bias: None where the variant has none.
@@ -58,7 +59,7 @@ class DraftHead:
     fc: Float[Array, "aux model"]
     layers: tuple[DraftLayer, ...]
     norm: Float[Array, " model"]
-    lm_head: Float[Array, "draft_vocab_shard model"]
+    lm_head: Float[Array, "draft_vocab_shard model"] | None
     target_ids: Int[Array, " draft_vocab"] | None
     fc_bias: Float[Array, " model"] | None = None
     fc_norms: tuple[Float[Array, " width"], ...] = ()
@@ -166,6 +167,7 @@ def draft_logits(
     config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]
 ) -> Float[Array, "*batch draft_vocab"]:
     """Compute float32 logits over the draft vocabulary."""
+    assert head.lm_head is not None
     hidden = rms_norm(outputs, head.norm, config.rms_norm_eps)
     logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
     return all_gather(logits, head.sharding.vocabulary)

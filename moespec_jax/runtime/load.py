@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding
+from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding, share_lm_head
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.placement import (
     Placement,
     decoder_placement,
     head_placement,
     place_head,
+    place_output,
     with_repeated_heads,
 )
 from moespec_jax.checkpoint.read import load_config, load_parameters
@@ -22,6 +23,7 @@ from moespec_jax.checkpoint.tokenizer import load_tokenizer, read_stop_ids
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
 from moespec_jax.runtime.model import Model
@@ -91,13 +93,8 @@ def load(
         draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
         draft = draft if placement is None else _shard_draft(draft, placement)
     tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
-    vocabulary = 0 if tokenizer is None else tokenizer.get_vocab_size()
-    if vocabulary > config.vocab_size:
-        raise CheckpointError(
-            f"expected a tokenizer of at most {config.vocab_size} tokens; it has {vocabulary} ({directory})"
-        )
     params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
-    draft = draft and share_embedding(draft, params.embed)
+    draft = draft and _share(draft, params, placement)
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
     return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
@@ -117,6 +114,14 @@ def _backend(placement: Placement | None) -> Backend:
     """Choose the platform's back-end; on a CPU with a mesh another one, since the CPU's has one array per expert."""
     preferred = default_backend()
     return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
+
+
+def _share(draft: LoadedDraft, params: Decoder, placement: Placement | None) -> LoadedDraft:
+    """Share the target's embedding and output matrix with a head that has the same embedding, or no output matrix."""
+    if draft.head.lm_head is None:
+        output = params.embed if params.lm_head is None else params.lm_head
+        draft = share_lm_head(draft, output if placement is None else place_output(output, draft.head, placement.mesh))
+    return share_embedding(draft, params.embed)
 
 
 def _shard_draft(draft: LoadedDraft, placement: Placement) -> LoadedDraft:

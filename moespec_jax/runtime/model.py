@@ -30,7 +30,7 @@ from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.request import sequence_limits
+from moespec_jax.runtime.request import known_ids, sequence_limits
 from moespec_jax.runtime.results import PromptResult, RunResult, device_name, versions
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 
@@ -76,13 +76,17 @@ class Model:
         return str(self.dtype) if self.quantization is None else f"{self.dtype}, {self.quantization} experts"
 
     def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
-        """Tokenize a prompt, by default with the special tokens that the tokenizer adds."""
+        """Tokenize a prompt, by default with the special tokens that the tokenizer adds.
+
+        Raises:
+            RequestError: there is no tokenizer, or the prompt is not valid text or has a token outside the vocabulary.
+        """
         if self.tokenizer is None:
             raise RequestError(f"expected token ids (--prompt-ids): {self.directory} has no tokenizer")
         # Surrogates: bytes of a command line that are not UTF-8.
         if any("\ud800" <= c <= "\udfff" for c in prompt):
             raise RequestError(f"expected a prompt of valid UTF-8 text, got {prompt[:40]!r}")
-        return self.tokenizer.encode(prompt, add_special_tokens=special_tokens).ids
+        return known_ids(self.config, self.tokenizer, self.tokenizer.encode(prompt, add_special_tokens=special_tokens))
 
     def decode(self, token_ids: Sequence[int], after: Sequence[int] = ()) -> str | None:
         """Decode token ids, without special tokens; None without a tokenizer.

@@ -2,8 +2,25 @@
 
 from collections.abc import Sequence
 
+from tokenizers import Encoding, Tokenizer
+
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import RequestError
+
+
+def known_ids(config: DecoderConfig, tokenizer: Tokenizer, encoding: Encoding) -> list[int]:
+    """Return the ids of a text. Some tokenizers have tokens, often `<pad>`, for which the embedding has no row.
+
+    Raises:
+        RequestError: the text has such a token.
+    """
+    largest = max(encoding.ids, default=0)
+    if largest >= config.vocab_size:
+        raise RequestError(
+            f"expected tokens with ids below the model's vocabulary of {config.vocab_size}; the tokenizer has"
+            f" {tokenizer.id_to_token(largest)!r} as {largest}"
+        )
+    return encoding.ids
 
 
 def sequence_limits(

@@ -16,6 +16,7 @@ import numpy as np
 from moespec_jax.checkpoint.tokenizer import render_chat
 from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.request import known_ids
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -119,4 +120,4 @@ def _chat_sample(model: Model, turns: list[dict[str, str]], where: str) -> Sampl
     counts = np.zeros(len(begins), bool)
     for begin, end in spans:
         counts |= (begins >= begin) & (begins < end)
-    return Sample(np.array(encoding.ids, np.int32), counts)
+    return Sample(np.array(known_ids(model.config, model.tokenizer, encoding), np.int32), counts)

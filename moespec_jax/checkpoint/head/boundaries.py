@@ -78,18 +78,28 @@ def resolve_boundaries(
     if override.boundaries is not None:
         return _checked(Boundaries(override.boundaries, f"known for {name}, in place of its config.json"), target)
     ids, convention, place = _stated_ids(fields, head_format)
-    if ids:
-        convention = override.convention or convention
-        shift = 1 if convention == "layer output" else 0
-        origin = f"{place} {_listed(ids)}, {_MEANING[convention]}"
-        return _checked(Boundaries(tuple(i + shift for i in ids), origin), target)
-    return _checked(_formula(head_format, target), target)
+    formula = _formula(head_format, target)
+    if not ids:
+        return _checked(formula, target)
+    ambiguous = convention == "layer output" and ids[0] != 1
+    if ambiguous and ids == formula.values:
+        convention = "boundary"
+    convention = override.convention or convention
+    shift = 1 if convention == "layer output" else 0
+    values = tuple(i + shift for i in ids)
+    doubt = _DOUBT if ambiguous and override.convention is None else _contradiction(fields, place, values)
+    return _checked(Boundaries(values, f"{place} {_listed(ids)}, {_MEANING[convention]}{doubt}"), target)
 
 
 _MEANING = {
     "boundary": "each the boundary before a layer",
     "layer output": "each the output of a layer",
 }
+
+
+# SGLang reads ids that begin with 1 as outputs of layers and others as boundaries (pull request 25454), older versions
+# all as outputs. Ids that are the default boundaries are read as such; other ids keep the format's meaning.
+_DOUBT = "; ambiguous, since engines differ in ids that do not begin with 1: check with python -m convert.probe_draft"
 
 
 def _stated_ids(fields: Fields, head_format: Format) -> tuple[tuple[int, ...], Convention, str]:
@@ -99,6 +109,14 @@ def _stated_ids(fields: Fields, head_format: Format) -> tuple[tuple[int, ...], C
         return _integers(nested, f"eagle_config.{IDS}"), "layer output", f"eagle_config.{IDS}"
     # Ids at the top level are read by vLLM only, as boundaries.
     return _integers(fields.get(IDS) or (), IDS), "boundary", IDS
+
+
+def _contradiction(fields: Fields, place: str, values: tuple[int, ...]) -> str:
+    """Describe ids at the top level that name other boundaries than those that are used; empty where there are none."""
+    top = fields.get(IDS)
+    if place == IDS or not top or _integers(top, IDS) == values:
+        return ""
+    return f"; ambiguous, since {IDS} names {_listed(top)}: check with python -m convert.probe_draft"
 
 
 def _formula(head_format: Format, target: DecoderConfig) -> Boundaries:

@@ -15,10 +15,10 @@ from moespec_jax.checkpoint.config_fields import (
     read_number,
     section,
 )
-from moespec_jax.checkpoint.families import read_rope
 from moespec_jax.checkpoint.head.boundaries import Format, resolve_boundaries
-from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, layer_number
+from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, LM_HEAD, layer_number
 from moespec_jax.checkpoint.head.unsupported import Shapes, check_supported
+from moespec_jax.checkpoint.rope import read_rope
 from moespec_jax.config import DecoderConfig, DraftConfig, QkNorm
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import listing
@@ -27,7 +27,7 @@ _MOST_LAYERS = 1 << 6
 # Tensors whose shapes give the head's sizes.
 _SIZED = (
     "fc.weight",
-    "lm_head.weight",
+    LM_HEAD,
     "midlayer.self_attn.q_proj.weight",
     "midlayer.self_attn.k_proj.weight",
     "midlayer.mlp.gate_proj.weight",
@@ -41,11 +41,13 @@ class HeadDescription(NamedTuple):
         config: settings.
         format: format of the files.
         notes: lines to show the user: the origin of the boundaries, and contradictions and ambiguities of the files.
+        shares_lm_head: whether it has no output matrix, and shares the target's.
     """
 
     config: DraftConfig
     format: Format
     notes: tuple[str, ...]
+    shares_lm_head: bool = False
 
 
 class _Sizes(NamedTuple):
@@ -106,6 +108,9 @@ def _describe(
     inner = section(fields, "transformer_layer_config") if head_format == "speculators" else fields
     places = (inner, section(fields, "eagle_config"), fields)
     check_supported(places, shapes)
+    shares_lm_head = LM_HEAD not in shapes and _shares_lm_head(places, shapes, target)
+    if shares_lm_head:
+        shapes = {**shapes, LM_HEAD: (target.vocab_size, target.hidden_size)}
     if missing := [tensor for tensor in _SIZED if tensor not in shapes]:
         raise UnsupportedConfig(
             f"expected the tensors of an EAGLE-3 head; got {len(missing)} missing: {listing(missing)}"
@@ -133,8 +138,19 @@ def _describe(
         qk_norm=_qk_norm(inner, shapes, head_format),
         own_embedding=EMBEDDING in shapes or sizes.hidden_size != target.hidden_size,
     )
+    if shares_lm_head:
+        warnings.append(f"there is no {LM_HEAD}: the head shares the target's, as in vLLM and SGLang")
     origin = f"boundaries {', '.join(map(str, boundaries.values))}: {boundaries.origin}"
-    return HeadDescription(config, head_format, (origin, *warnings, *variant_warnings))
+    return HeadDescription(config, head_format, (origin, *warnings, *variant_warnings), shares_lm_head)
+
+
+def _shares_lm_head(places: Places, shapes: Shapes, target: DecoderConfig) -> bool:
+    """Whether a head without an output matrix can share the target's: it has the target's vocabulary and width, and is
+    not tied to an embedding, which is another matrix."""
+    whole = read_count(places, "draft_vocab_size", None) in (None, target.vocab_size)
+    tied = read_flag(places, "tie_word_embeddings", False)
+    same = not tied or (target.tie_word_embeddings and EMBEDDING not in shapes)
+    return whole and shapes.get("fc.weight", ())[:1] == (target.hidden_size,) and same
 
 
 def _read_sizes(places: Places, shapes: Shapes) -> tuple[_Sizes, list[str]]:

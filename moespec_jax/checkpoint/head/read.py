@@ -15,14 +15,22 @@ from jax.typing import DTypeLike
 from moespec_jax.checkpoint.dtypes import CODES, FLOAT_DTYPES, INTEGER_DTYPES
 from moespec_jax.checkpoint.head.boundaries import Format
 from moespec_jax.checkpoint.head.config import describe_head
-from moespec_jax.checkpoint.head.tensor_table import O_BIAS, build_head, canonical_name, draft_table, is_ignorable
+from moespec_jax.checkpoint.head.tensor_table import (
+    LM_HEAD,
+    O_BIAS,
+    build_head,
+    canonical_name,
+    draft_table,
+    is_ignorable,
+)
 from moespec_jax.checkpoint.head.vocabulary import read_target_ids
 from moespec_jax.checkpoint.leaves import cast
-from moespec_jax.checkpoint.read import read_headers, read_tensors
+from moespec_jax.checkpoint.shards import read_headers, read_tensors
 from moespec_jax.checkpoint.tensor_table import Path as TreePath
 from moespec_jax.checkpoint.tensor_table import Tensor, raise_problems, table_problems
 from moespec_jax.checkpoint.torch_archive import read_arrays, read_index
 from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.errors import CheckpointError
 from moespec_jax.files import read_json
 from moespec_jax.nn.eagle3 import DraftHead
 
@@ -72,7 +80,7 @@ def load_draft(
     name: str = "",
     boundaries: tuple[int, ...] | None = None,
 ) -> LoadedDraft:
-    """Load the draft head of a directory.
+    """Load the draft head of a directory. Where it shares the target's output matrix, `share_lm_head` must follow.
 
     Args:
         directory: local directory.
@@ -91,14 +99,19 @@ def load_draft(
         fields, stored.shapes, target, name=name or str(directory), boundaries=boundaries, where=str(directory)
     )
     config = described.config
-    table = draft_table(config, o_bias=O_BIAS in stored.shapes)
+    table = draft_table(config, o_bias=O_BIAS in stored.shapes, lm_head=not described.shares_lm_head)
     _check(table, stored, directory)
     maps = {key: array.copy() for key, array in stored.read([key for key in _MAPS if key in stored.shapes])}
     ids, notes = read_target_ids(
         maps.get("d2t"), maps.get("t2d"), config.vocab_size, config.draft_vocab_size, str(directory)
     )
-    leaves: dict[TreePath, Any] = {("target_ids",): jnp.asarray(ids)}
+    if described.shares_lm_head and np.any(ids != np.arange(len(ids))):
+        raise CheckpointError(f"expected {LM_HEAD} for tokens in the order of d2t; there is none in {directory}")
+    order = np.argsort(ids)
+    leaves: dict[TreePath, Any] = {("target_ids",): jnp.asarray(ids[order])}
     for key, array in stored.read(table):
+        if key == LM_HEAD and np.any(ids != ids[order]):
+            array = array[order]  # rows by id, in whichever order they are stored
         converted = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {directory}")
         leaves[table[key].path] = _to_device(converted, table[key].transpose)
     head, name = build_head(config, leaves), name or str(directory)
@@ -119,6 +132,13 @@ def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:
     return loaded._replace(
         config=dataclasses.replace(config, own_embedding=False), head=dataclasses.replace(head, embed=None)
     )
+
+
+def share_lm_head(loaded: LoadedDraft, matrix: jax.Array) -> LoadedDraft:
+    """Give the target's output matrix `[vocab, model]` to a head that has none; its memory is shared."""
+    if loaded.head.lm_head is not None:
+        return loaded
+    return loaded._replace(head=dataclasses.replace(loaded.head, lm_head=matrix))
 
 
 def _open(directory: Path) -> _Stored:

@@ -21,7 +21,7 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
 from moespec_jax.nn.layers import GatedMlp
 
-EMBEDDING = "embed_tokens.weight"
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 O_BIAS = "midlayer.self_attn.o_proj.bias"
 _LAYER = re.compile(r"(?:layers|midlayer)\.([0-9]{1,4})\.(.+)")
 _ROTARY = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -52,15 +52,19 @@ def is_ignorable(name: str) -> bool:
     return _ROTARY.fullmatch(name) is not None
 
 
-def draft_table(config: DraftConfig, o_bias: bool = False) -> dict[str, Tensor]:
-    """List the float tensors of a head by canonical name. `o_bias`: whether attention with biases has one on its output
-    too; published heads differ in that, and their configs do not state it."""
+def draft_table(config: DraftConfig, o_bias: bool = False, lm_head: bool = True) -> dict[str, Tensor]:
+    """List the float tensors of a head by canonical name.
+
+    `o_bias`: whether attention with biases has one on its output too; published heads differ in that, and their configs
+    do not state it. `lm_head`: whether there is an output matrix; a head without one shares the target's.
+    """
     model = config.hidden_size
     table = {
         "fc.weight": Tensor(("fc",), (model, config.aux_size), transpose=True),
         "norm.weight": Tensor(("norm",), (model,)),
-        "lm_head.weight": Tensor(("lm_head",), (config.draft_vocab_size, model)),
     }
+    if lm_head:
+        table[LM_HEAD] = Tensor(("lm_head",), (config.draft_vocab_size, model))
     if config.fc_bias:
         table["fc.bias"] = Tensor(("fc_bias",), (model,))
     if config.norm_before_fc:
@@ -97,7 +101,7 @@ def build_head(config: DraftConfig, leaves: Mapping[Path, Any]) -> DraftHead:
         fc=leaves[("fc",)],
         layers=tuple(layers),
         norm=leaves[("norm",)],
-        lm_head=leaves[("lm_head",)],
+        lm_head=leaves.get(("lm_head",)),
         target_ids=leaves[("target_ids",)],
         fc_bias=leaves.get(("fc_bias",)),
         fc_norms=tuple(leaves[("fc_norms", i)] for i in range(norms)),

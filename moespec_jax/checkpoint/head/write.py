@@ -21,7 +21,7 @@ from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, draft_table, lay
 from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
 from moespec_jax.checkpoint.leaves import cast
 from moespec_jax.checkpoint.parameters import final_shape
-from moespec_jax.checkpoint.read import INDEX, SINGLE_FILE
+from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
 from moespec_jax.checkpoint.write import published_fields
 from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
 from moespec_jax.errors import CheckpointError
