@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from dense_experts import dense_experts
 from driver import fast_jit
 from full_disk import full_disk
 from tiny import write_tiny
@@ -25,6 +24,7 @@ from moespec_jax.config import DraftConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.train import run, trainer
