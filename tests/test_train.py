@@ -273,7 +273,8 @@ def test_command_line(model: Model, data: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "got 2, 1, -1 (2, L/2, L - 3 with L = 2: choose others with --boundaries)"),
+        ([], "cannot: boundary 0 (the embedding): choose the format speculators (--format)"),
+        (["--norm-output"], "cannot: norm_output, boundary 0 (the embedding): choose the format speculators"),
         (["--boundaries", "0,2,2"], "strictly increasing boundaries from 0 to 2; got 0, 2, 2"),
         (["--boundaries", "0,1,3"], "boundaries from 0 to 2"),
         (["--boundaries", "1,2"], "expected three"),
