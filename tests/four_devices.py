@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from dense_experts import dense_experts
 from driver import build, random_tensors
 from jax.sharding import Mesh
 from speculation import draft_config, small_head
 from test_decoder import CONFIG
 
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.train import run, trainer
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.rows import Rows

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax  # noqa: F401  # before `jax.jit` is replaced: its own programs are compiled inside others
 import pytest
 from driver import FAST_COMPILE
 from jaxlib.xla_client import generate_pjrt_gpu_plugin_options

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from driver import cached_logits
 from speculation import FastPrograms
 from tiny import write_tiny
@@ -26,6 +25,7 @@ from moespec_jax.evaluate.__main__ import main
 from moespec_jax.evaluate.report import within
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.tuned_profile import write_profile

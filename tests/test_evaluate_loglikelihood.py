@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from driver import cached_logits
 from speculation import FastPrograms
 from tiny_pair import write_pair
@@ -22,6 +21,7 @@ from moespec_jax.evaluate.generation import continue_batch, cut_at
 from moespec_jax.evaluate.loglikelihood import Scored, Text, score_batch
 from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from speculation import FastPrograms
 from tiny_pair import write_pair
 
 from moespec_jax.cli import arguments
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")

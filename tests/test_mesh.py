@@ -1,20 +1,34 @@
 """On a mesh of devices, and in several processes, what comes out is what one device gives: token for token, and in all
 measurements. Every family on every mesh: `python -m benchmarks.meshes`; here, each family on one."""
 
+import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from devices import results
+from jax.sharding import Mesh
 from tiny import write_tiny
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.generate import main
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.parallel.mesh import MeshConfig, ShardingPlan, best_mesh, make_mesh, parse_mesh, shard_decoder
-from moespec_jax.runtime.load import load
+from moespec_jax.parallel.mesh import (
+    MeshConfig,
+    ShardingPlan,
+    adopt_mesh,
+    best_mesh,
+    make_mesh,
+    parse_mesh,
+    shard_decoder,
+)
+from moespec_jax.runtime.load import _placement, load
 
 MESHES = {
     "olmoe": ("tensor=8", ["tree"]),
@@ -86,6 +100,71 @@ def test_all_devices_are_taken_as_suits_the_model(tmp_path: Path) -> None:
     results = [model.generate([[5, 6, 7]], max_new_tokens=4) for model in (spread, plain)]
     assert results[0].mesh == dict(data=1, expert=1, tensor=1) and results[1].mesh is None
     assert results[0].prompts == results[1].prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """In place of a `jax.Device`."""
+
+    id: int
+    process_index: int = 0
+
+
+def devices(*shape: int) -> Any:
+    return np.array([Device(i) for i in range(int(np.prod(shape)))]).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes"),
+    [
+        (("data", "expert", "tensor"), (1, 4, 2), {"data": 1, "expert": 4, "tensor": 2}),
+        (("tensor", "expert"), (2, 4), {"tensor": 2, "expert": 4, "data": 1}),
+        (("data",), (3,), {"data": 3, "expert": 1, "tensor": 1}),
+        (("pipeline", "expert"), (1, 2), {"expert": 2, "data": 1, "tensor": 1}),
+        (("x",), (1,), {"data": 1, "expert": 1, "tensor": 1}),
+    ],
+)
+def test_a_callers_mesh_keeps_its_devices_in_order(
+    axes: tuple[str, ...], shape: tuple[int, ...], sizes: dict[str, int]
+) -> None:
+    given = devices(*shape)[::-1]
+    found = adopt_mesh(Mesh(given, axes))
+    assert dict(found.shape) == sizes and found.devices.flatten().tolist() == given.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "given"),
+    [
+        (("dp", "tp"), (2, 4), "dp=2, tp=4"),
+        (("expert", "model"), (4, 2), "expert=4, model=2"),
+        (("x",), (8,), "x=8"),
+    ],
+)
+def test_a_mesh_of_other_axes_is_refused(axes: tuple[str, ...], shape: tuple[int, ...], given: str) -> None:
+    with pytest.raises(ValueError, match=f"axes among data, expert, tensor, .*; got one of {given}$"):
+        adopt_mesh(Mesh(devices(*shape), axes))
+
+
+def test_a_model_is_loaded_on_a_callers_mesh(tmp_path: Path) -> None:
+    directory, device = str(write_tiny(tmp_path)), jax.devices()[:1]
+    ours, theirs = (load(directory, mesh=mesh) for mesh in (MeshConfig(), Mesh(device, ("tensor",))))
+    assert theirs.programs.mesh is not None and dict(theirs.programs.mesh.shape) == {
+        "tensor": 1,
+        "data": 1,
+        "expert": 1,
+    }
+    for one, other in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        assert (one == other).all() and one.sharding.spec == other.sharding.spec
+    unchecked = inspect.unwrap(_placement)  # types of arguments, as for a caller
+    for wrong in (device, np.array(device), "data=1", Mesh(device, ("x",)).abstract_mesh):
+        with pytest.raises(RequestError, match=r'expected a MeshConfig, a jax\.sharding\.Mesh or "auto"; got'):
+            unchecked(ours.config, wrong)
+
+
+@pytest.mark.slow
+def test_some_devices_in_another_order_give_what_one_device_gives() -> None:
+    ((one, *others),) = results(["tests/own_mesh.py"], devices=8)
+    assert len(others) == 3 and all(tokens == one for tokens in others)
 
 
 OF_TWO = ["--coordinator", "localhost:1", "--processes", "2", "--process-id"]

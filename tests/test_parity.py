@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from driver import cached_logits, continue_greedily, fast_jit, positions_of
 from hf_models import CONTEXT, FAMILIES, TOKENS, Fields, draw_fields, hf_greedy, hf_logits, write_checkpoint
 
@@ -17,6 +16,7 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.nn.experts.layouts import flat_from_per_expert
 
 pytest.importorskip("torch")

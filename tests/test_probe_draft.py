@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from driver import FAST_COMPILE
 from tiny import CONTEXT, write_tiny
 
@@ -19,6 +18,7 @@ from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.config import DraftConfig
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from driver import fast_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +19,7 @@ from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.generate import main
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.experts.cpu import cpu_experts
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.pallas_tpu import pallas_experts
 from moespec_jax.nn.experts.slots import slot_experts

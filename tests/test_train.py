@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from dense_experts import dense_experts
 from driver import fast_jit
 from full_disk import full_disk
 from tiny import write_tiny
@@ -25,6 +24,7 @@ from moespec_jax.config import DraftConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.train import run, trainer
@@ -273,7 +273,8 @@ def test_command_line(model: Model, data: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "got 2, 1, -1 (2, L/2, L - 3 with L = 2: choose others with --boundaries)"),
+        ([], "cannot: boundary 0 (the embedding): choose the format speculators (--format)"),
+        (["--norm-output"], "cannot: norm_output, boundary 0 (the embedding): choose the format speculators"),
         (["--boundaries", "0,2,2"], "strictly increasing boundaries from 0 to 2; got 0, 2, 2"),
         (["--boundaries", "0,1,3"], "boundaries from 0 to 2"),
         (["--boundaries", "1,2"], "expected three"),

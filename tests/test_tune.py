@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dense_experts import dense_experts
 from tiny_pair import write_pair
 
 from moespec_jax import TreeConfig, load, read_profile
@@ -15,6 +14,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.prompt_sets import continued
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.runtime.model import Model
 from moespec_jax.tune import search as searching
 from moespec_jax.tune.__main__ import main

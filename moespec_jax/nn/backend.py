@@ -8,6 +8,8 @@ from jaxtyping import Array
 
 from moespec_jax.nn.attention import LayerAttention, attend_layer
 from moespec_jax.nn.experts.cpu import cpu_experts
+from moespec_jax.nn.experts.dense import dense_experts
+from moespec_jax.nn.experts.forward_only import kernel, kernel_operands, loop
 from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.moe import ExpertCompute
 
@@ -44,6 +46,7 @@ def _pallas_experts(activation: str) -> ExpertCompute:
 def _pallas_attention(q: Array, k: Array, v: Array, layer: Array, mask: Array) -> Array:
     from moespec_jax.nn.attention_tpu import attend_layer_tpu
 
+    q, k, v = kernel_operands("pallas", (q, k, v))
     return attend_layer_tpu(q, k, v, layer, mask)
 
 
@@ -72,12 +75,14 @@ def _triton_supported(device: Any) -> bool:
 
 
 BACKENDS = {
-    "switch": Backend("switch", "per_expert", False, cpu_experts),
-    "slots": Backend("slots", "flat", True, slot_experts),
-    "pallas": Backend("pallas", "flat", True, _pallas_experts, attention=_pallas_attention),
+    "switch": Backend("switch", "per_expert", False, loop("switch", cpu_experts)),
+    "slots": Backend("slots", "flat", True, loop("slots", slot_experts)),
+    "pallas": Backend("pallas", "flat", True, kernel("pallas", _pallas_experts), attention=_pallas_attention),
     # Layers apart: of a slice of stacked weights, XLA:GPU makes a copy before every product of several rows.
-    "triton": Backend("triton", "flat", False, _triton_experts, _triton_supported),
-    "mosaic": Backend("mosaic", "flat", False, _mosaic_experts, _mosaic_supported),
+    "triton": Backend("triton", "flat", False, kernel("triton", _triton_experts), _triton_supported),
+    "mosaic": Backend("mosaic", "flat", False, kernel("mosaic", _mosaic_experts), _mosaic_supported),
+    # Chosen by name only: with gradients, on every platform; it reads all experts.
+    "dense": Backend("dense", "flat", False, dense_experts),
 }
 
 

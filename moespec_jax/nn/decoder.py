@@ -14,6 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.nn.attention import (
     Attention,
     LayerAttention,
@@ -139,6 +140,9 @@ def forward(
 
     Returns:
         Hidden states after the last norm, the cache with the new rows, and intermediate results.
+
+    Raises:
+        RequestError: layers are stacked and there is no cache. In a derivative: the back-end has none.
     """
     x = params.embed[tokens]
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
@@ -276,7 +280,10 @@ def _scanned_layers(
     """Run layers under `lax.scan`. The cache is carried and updated in place; experts stay outside the scan, indexed by
     layer. Auxiliary hidden states are carried: as outputs of the scan, the states of all layers would be kept."""
     if cache is None:
-        raise ValueError("stacked layers run with a cache only")
+        raise RequestError(
+            "expected a cache (nn.cache.empty_cache) for a model whose layers are stacked; without one, load it with"
+            " backend=moespec_jax.BACKENDS['dense']"
+        )
     windows = jnp.asarray(config.sliding_windows, jnp.int32)
     routers: list[RouterInfo] = []
 

@@ -132,6 +132,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(available[: config.devices]).reshape(config.shape), AXES)
 
 
+def adopt_mesh(mesh: Mesh) -> Mesh:
+    """Complete a caller's mesh: its devices in their order, missing axes of `AXES` with size 1, and no others.
+
+    Raises:
+        ValueError: it has an axis of another name and more than one device, or one of several processes has no device
+            of the mesh.
+    """
+    sizes = {name: size for name, size in mesh.shape.items() if name in AXES}
+    if math.prod(sizes.values()) != mesh.size:
+        given = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"expected a mesh with axes among {', '.join(AXES)}, as in Mesh(devices, ('expert', 'tensor'));"
+            f" got one of {given}"
+        )
+    if len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+        raise ValueError(f"expected a mesh with devices of all {jax.process_count()} processes; got {mesh.shape}")
+    sizes |= {name: 1 for name in AXES if name not in sizes}
+    return Mesh(mesh.devices.reshape(tuple(sizes.values())), tuple(sizes))
+
+
 def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
     """Plan the sharding of a decoder on a mesh.
 

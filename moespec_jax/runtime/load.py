@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding, share_lm_head
@@ -25,9 +26,10 @@ from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
-from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
+from moespec_jax.parallel.mesh import MeshConfig, adopt_mesh, best_mesh, make_mesh
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.request import check_not_traced
 
 DEMO_TARGET = str(Path(__file__).parent.parent / "demo" / "target")
 DEMO_DRAFT = str(Path(__file__).parent.parent / "demo" / "draft")
@@ -44,7 +46,7 @@ def load(
     dtype: DTypeLike | None = None,
     backend: Backend | None = None,
     quantization: Quantization | None = None,
-    mesh: MeshConfig | Literal["auto"] | None = None,
+    mesh: MeshConfig | Mesh | Literal["auto"] | None = None,
     progress: bool = False,
     check: Callable[[DecoderConfig], object] | None = None,
 ) -> Model:
@@ -62,15 +64,18 @@ def load(
             use, and bfloat16 elsewhere.
         backend: expert compute and attention; by default the platform's.
         quantization: of the routed experts, which changes the output slightly.
-        mesh: sizes of a mesh over which model and head are sharded, on the first devices; "auto" chooses sizes for all
-            devices. With several processes, every one must call `load`.
+        mesh: over which model and head are sharded: sizes of one on the first devices; "auto" chooses sizes for all
+            devices; or a mesh whose axes are among `data`, `expert` and `tensor`, in any order. With several processes,
+            every one must call `load`.
         progress: show progress bars.
         check: called with the model's config before weights are read; it may raise.
 
     Raises:
         CheckpointError: the model or head is missing, damaged or not supported, or the head does not fit the model.
-        RequestError: the model cannot be sharded over the mesh, or there are too few devices.
+        RequestError: the model cannot be sharded over the mesh, there are too few devices, or the call is inside a
+            transformation of JAX.
     """
+    check_not_traced("load")
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise RequestError(f"expected a quantization of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
     directory = locate(model, revision, offline, progress)
@@ -78,12 +83,13 @@ def load(
     if check is not None:
         check(config)
     placement = None if mesh is None else _placement(config, mesh)
-    backend, device = backend or _backend(placement), jax.devices()[0]
+    device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
+    backend = backend or _backend(placement, device.platform)
     if device.platform == "gpu" and not backend.supported(device):
         raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
     if placement is not None and backend.layout == "per_expert":
         raise RequestError(f"expected a back-end whose experts can be sharded over a mesh; got {backend.name}")
-    kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    kind = jnp.dtype(dtype or ("float32" if device.platform == "cpu" else "bfloat16"))
     if draft_model is None:
         draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
     draft = None
@@ -100,19 +106,21 @@ def load(
     return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
 
 
-def _placement(config: DecoderConfig, mesh: MeshConfig | Literal["auto"]) -> Placement:
+def _placement(config: DecoderConfig, mesh: MeshConfig | Mesh | Literal["auto"]) -> Placement:
     try:
-        if isinstance(mesh, str) and mesh != "auto":
-            raise ValueError(f'expected a MeshConfig or "auto"; got {mesh!r}')
-        sizes = best_mesh(config, len(jax.devices())) if isinstance(mesh, str) else mesh
+        if isinstance(mesh, Mesh):
+            return decoder_placement(config, adopt_mesh(mesh))
+        if not isinstance(mesh, MeshConfig) and not (isinstance(mesh, str) and mesh == "auto"):
+            raise ValueError(f'expected a MeshConfig, a jax.sharding.Mesh or "auto"; got {mesh!r}')
+        sizes = mesh if isinstance(mesh, MeshConfig) else best_mesh(config, len(jax.devices()))
         return decoder_placement(config, make_mesh(sizes))
     except ValueError as error:
         raise RequestError(str(error)) from None
 
 
-def _backend(placement: Placement | None) -> Backend:
+def _backend(placement: Placement | None, platform: str) -> Backend:
     """Choose the platform's back-end; on a CPU with a mesh another one, since the CPU's has one array per expert."""
-    preferred = default_backend()
+    preferred = default_backend(platform)
     return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
 
 

@@ -30,7 +30,7 @@ from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.request import known_ids, sequence_limits
+from moespec_jax.runtime.request import check_not_traced, known_ids, sequence_limits
 from moespec_jax.runtime.results import PromptResult, RunResult, device_name, versions
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 
@@ -144,10 +144,13 @@ class Model:
             BudgetWarning: the budget is so tight that quality is likely to suffer.
 
         Raises:
-            RequestError: a prompt is empty, holds an unknown id or fills the context; a number is out of range; or a
-                tree, a budget or a round's measurements are asked for where nothing is drafted.
+            RequestError: a prompt is empty, holds an unknown id or fills the context; a number is out of range; a tree,
+                a budget or a round's measurements are asked for where nothing is drafted; or the call is inside a
+                transformation of JAX.
             CheckpointError: logits are not finite, because weights are not, or are too large for their dtype.
         """
+        settings = (max_new_tokens, temperature, top_k, top_p, seed)
+        check_not_traced("generate", prompts, settings, self.speculative_params)
         try:
             sampling = SamplingConfig(temperature, top_k, top_p)
             budget = BudgetConfig(budget) if isinstance(budget, int | float) else budget

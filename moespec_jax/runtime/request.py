@@ -1,7 +1,10 @@
-"""Checks of a request that need the model's settings."""
+"""Checks of a request: where it is made, and by the model's settings."""
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 from tokenizers import Encoding, Tokenizer
 
 from moespec_jax.config import DecoderConfig
@@ -21,6 +24,21 @@ def known_ids(config: DecoderConfig, tokenizer: Tokenizer, encoding: Encoding) -
             f" {tokenizer.id_to_token(largest)!r} as {largest}"
         )
     return encoding.ids
+
+
+def check_not_traced(function: str, *values: object) -> None:
+    """Check that `function` is called outside a transformation of JAX, and with concrete `values`.
+
+    Raises:
+        RequestError: it is not.
+    """
+    # Inside `jax.jit` every operation gives a tracer; inside `grad` and `vmap` alone, only those on their arguments.
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((values, jnp.zeros(())))):
+        raise RequestError(
+            f"expected {function} outside of jax.jit, grad and vmap, since it works on the host and compiles programs"
+            " of its own; inside, use nn.decoder.forward (docs/forward_pass.md) or the methods of Speculative"
+            " (docs/extending.md)"
+        )
 
 
 def sequence_limits(

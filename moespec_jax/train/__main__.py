@@ -2,7 +2,8 @@
 
 The target is any model that this library runs. Each line of the data is a JSON object with text, messages or token ids;
 the target's own responses, which python -m moespec_jax.train.regenerate writes, train the best heads. The same command
-continues an interrupted run. The head is written to DIR/head, for --draft-model and for SGLang or vLLM (--format).
+continues an interrupted run, and a larger --steps a finished one. The head is written to DIR/head, for --draft-model
+and for SGLang or vLLM (--format).
 """
 
 import argparse
@@ -163,20 +164,34 @@ def _dense_size(target: DecoderConfig) -> int:
 
 
 def boundaries(text: str | None, layers: int) -> tuple[int, ...]:
-    """Parse the three boundaries that the head reads; by default 2, L/2 and L - 3, as in EAGLE-3 (arXiv:2503.01840).
+    """Parse the three boundaries that the head reads; `default_boundaries` without a text.
 
     Raises:
         CheckpointError: they are not numbers.
         RequestError: they are not three increasing numbers from 0 to `layers`.
     """
-    values = (2, layers // 2, layers - 3) if text is None else parse_numbers(text, "--boundaries")
+    values = default_boundaries(layers) if text is None else parse_numbers(text, "--boundaries")
     if len(values) != 3 or not 0 <= values[0] < values[1] < values[2] <= layers:
-        origin = f"2, L/2, L - 3 with L = {layers}: choose others with --boundaries" if text is None else "--boundaries"
         raise RequestError(
             f"expected three strictly increasing boundaries from 0 to {layers}; got {', '.join(map(str, values))}"
-            f" ({origin})"
+            " (--boundaries)"
         )
     return values
+
+
+def default_boundaries(layers: int) -> tuple[int, int, int]:
+    """Choose boundaries of a target: 2, L/2 and L - 3 of L layers, as in EAGLE-3 (arXiv:2503.01840). With fewer than 7
+    layers, of which these are not three, the first is moved down and the others up: 0 and L, which engines do not read
+    everywhere, are chosen only where no others are left (L = 2 and 3).
+
+    Raises:
+        RequestError: there is one layer, which has two boundaries only.
+    """
+    if layers < 2:
+        raise RequestError(f"expected a target of at least 2 layers, for a head that reads 3 boundaries; got {layers}")
+    first = min(2, max(1, layers - 3), layers - 2)
+    middle = max(layers // 2, first + 1)
+    return first, middle, max(layers - 3, middle + 1)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

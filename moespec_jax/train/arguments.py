@@ -29,7 +29,7 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
         "--boundaries",
         metavar="2,24,45",
         help="hidden states of the target that the head reads: b is the one that enters layer b, L that after the last"
-        " of L layers (default: 2, L/2, L - 3)",
+        " of L layers (default: 2, L/2, L - 3; their nearest increasing ones where L is below 7)",
     )
     group.add_argument(
         "--intermediate-size",
@@ -48,7 +48,11 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for the settings of the training."""
     group.add_argument(
-        "--steps", type=_count, default=10_000, metavar="N", help="optimizer steps (default: %(default)s)"
+        "--steps",
+        type=_count,
+        default=10_000,
+        metavar="N",
+        help="optimizer steps; a larger number than that of an existing run extends it (default: %(default)s)",
     )
     group.add_argument(
         "--batch", type=_count, default=Recipe.batch, metavar="N", help="rows a step (default: %(default)s)"

@@ -17,7 +17,7 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule: linear warm-up, constant, then decay.
 
     Fields:
-        steps: number of all steps.
+        steps: number of all steps. In a run that is extended, the schedule of the larger number holds from then on.
         name: `adamw`, or `muon`: Muon for matrices, AdamW for all other parameters.
         learning_rate: peak; under Muon, of matrices.
         adam_learning_rate: peak of all other parameters under Muon.

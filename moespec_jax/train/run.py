@@ -1,4 +1,5 @@
-"""Training run in a directory: settings, data, checkpoints, log and plot. An interrupted run is continued.
+"""Training run in a directory: settings, data, checkpoints, log and plot. An interrupted run is continued, and a
+finished one if there are more steps.
 
     run.json  rows.npz  checkpoints/  log.jsonl  training.png  head/
 
@@ -23,13 +24,14 @@ from tqdm import tqdm
 
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.errors import RequestError
-from moespec_jax.files import read_json, replacing, write_json, write_text, writing
+from moespec_jax.files import replacing, write_json, write_text, writing
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.processes import all_or_none, fetch, is_first_process, replicate
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
+from moespec_jax.train.settings import settings_to_keep
 from moespec_jax.train.trainer import (
     Recipe,
     TrainState,
@@ -71,7 +73,8 @@ def train(
         held_out: makes the samples to measure accuracy on.
         directory: of the run, made if there is none.
         pace: when to save and to measure.
-        source: identity of model and data as JSON; a run continues only if it is unchanged.
+        source: identity of model and data as JSON; a run continues only if it is unchanged, and of the recipe nothing
+            but a larger number of steps is new.
 
     Raises:
         RequestError: `directory` holds another run, or no token of the data counts.
@@ -79,7 +82,8 @@ def train(
     run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
     with all_or_none():
         if is_first_process():
-            _prepare(directory, recipe, data, held_out, keep=_is_continued(directory, run))
+            run, is_continued = settings_to_keep(directory, run)
+            _prepare(directory, recipe, data, held_out, keep=is_continued)
             # After the data have been read, so that a run can start again with corrected data where that fails.
             write_json(directory / "run.json", run)
             _remove_incomplete(directory / "checkpoints")
@@ -135,44 +139,6 @@ def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: Trai
         hits += [float(fetch(score.hits)) for score in scores]
         positions += [float(fetch(score.positions)) for score in scores]
     return (hits / np.maximum(positions, 1)).round(5).tolist()
-
-
-def _is_continued(directory: Path, run: dict[str, Any]) -> bool:
-    """Test whether `directory`, which is made if there is none, holds this run.
-
-    Raises:
-        RequestError: it holds another run, or cannot be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"expected a directory to train in at {directory}; {error.strerror}") from None
-    file = directory / "run.json"
-    if not file.exists():
-        if any((directory / "checkpoints").glob("[0-9]*")):
-            raise RequestError(f"expected run.json beside the checkpoints in {directory}: use another directory")
-        return False
-    before, run = read_json(file), json.loads(json.dumps(run))
-    if before != run:
-        differ = _differences(before, run)
-        raise RequestError(
-            f"expected the settings that the run in {directory} began with; {', '.join(differ)} differ:"
-            " continue with the same command, or use another directory"
-        )
-    return True
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """List the paths of values that differ, such as `recipe.optimizer.steps`."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    found = []
-    for name in names:
-        a, b = before.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
-    return found
 
 
 def _prepare(

@@ -102,15 +102,25 @@ def export_draft(
     _check_reads_back(fields, tensors, config, target, format)
     published = {_published_name(name, format): tensor for name, tensor in tensors.items()}
     _write(directory, published, fields | {"dtype": stored_dtype, "torch_dtype": stored_dtype})
-    return _warnings(config, format)
+    return _warnings(config, format, target.num_hidden_layers)
 
 
 def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
     """Check that a format can express a head, and that its engine computes it.
 
     Raises:
-        CheckpointError: it cannot; the message names all reasons.
+        CheckpointError: it cannot; the message names all reasons, and the format that can, if one does.
     """
+    if names := _inexpressible(config, format):
+        others = [f"choose the format {other} (--format)" for other in FORMATS if not _inexpressible(config, other)]
+        change = others[0] if others else "no format can; train a head without them"
+        raise CheckpointError(
+            f"expected a head that the {format} format can express; it cannot: {', '.join(names)}: {change}"
+        )
+
+
+def _inexpressible(config: DraftConfig, format: ExportFormat) -> list[str]:
+    """List the settings of a head that a format cannot express."""
     refused = {
         "norm_before_residual": format == "specforge" and config.norm_before_residual,
         "norm_before_fc": format == "specforge" and config.norm_before_fc,
@@ -123,8 +133,7 @@ def check_exportable(config: DraftConfig, format: ExportFormat) -> None:
         f"{len(config.boundaries)} boundaries": len(config.boundaries) != 3,
         "boundary 0 (the embedding)": format == "specforge" and 0 in config.boundaries,
     }
-    if names := [name for name, is_refused in refused.items() if is_refused]:
-        raise CheckpointError(f"expected a head that the {format} format can express; it cannot: {', '.join(names)}")
+    return [name for name, is_refused in refused.items() if is_refused]
 
 
 def _float_tensors(head: DraftHead, config: DraftConfig, dtype: np.dtype | None) -> dict[str, np.ndarray]:
@@ -284,10 +293,18 @@ def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[s
         temporary.unlink(missing_ok=True)
 
 
-def _warnings(config: DraftConfig, format: ExportFormat) -> tuple[str, ...]:
-    if format == "specforge" and config.boundaries[0] != 2:
-        return (
-            f"the first tapped layer is {config.boundaries[0] - 1}; recent SGLang takes ids that do not start at 1 for"
-            " boundaries, and would tap one layer too low",
+def _warnings(config: DraftConfig, format: ExportFormat, layers: int) -> tuple[str, ...]:
+    if format != "specforge":
+        return ()
+    first, last, warnings = config.boundaries[0], config.boundaries[-1], []
+    if first != 2:
+        warnings.append(
+            f"the first tapped layer is {first - 1}; recent SGLang takes ids that do not start at 1 for"
+            " boundaries, and would tap one layer too low"
         )
-    return ()
+    if last == layers:
+        warnings.append(
+            f"the last tapped layer is {last - 1}, the target's last; SGLang taps what enters a layer, and would not"
+            " pass its output to the head"
+        )
+    return tuple(warnings)
