@@ -12,6 +12,10 @@ class CheckpointError(ValueError):
         super().__init__(one_line(message))
 
 
+class UnusableConversation(CheckpointError):
+    """A conversation that a checkpoint's chat template refuses or renders in part, or that has no answer to learn."""
+
+
 class UnsupportedConfig(ValueError):
     """A `config.json` that is invalid, or has a setting that would be computed wrongly. The message names the field."""
 

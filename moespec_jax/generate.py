@@ -18,21 +18,25 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt
+from moespec_jax.checkpoint.tokenizer import TextStream
 from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
-from moespec_jax.cli.generate_arguments import build_parser, check_flags, check_processes
+from moespec_jax.cli.dialogue import answer_turns
+from moespec_jax.cli.generate_arguments import build_parser, check_flags, check_processes, check_turns
 from moespec_jax.cli.process_flags import join_processes
-from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
+from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.cli.round_trace import tracing
 from moespec_jax.cli.summary import statistics_table
 from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
+from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
 
 
@@ -46,18 +50,19 @@ def _run(arguments: argparse.Namespace) -> None:
     join_processes(arguments)
     check_processes(arguments)
     spec = requested_spec(arguments)
-    texts, ids = gather_texts(arguments, sys.stdin.read), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
+    asked, ids = gather_prompts(arguments, sys.stdin.read), [parse_prompt_ids(p) for p in arguments.prompt_ids or []]
+    check_turns(arguments, asked)
     model = load_requested(arguments, spec.budget)
     first = is_first_process()
     if first and model.draft is not None and arguments.draft_model is not None and not arguments.json:
         print("\n".join(model.draft.notes), file=sys.stderr)
-    if arguments.chat:
-        texts = [chat_prompt(model.directory, t, arguments.system, not arguments.no_thinking) for t in texts]
-    # A chat template contains the special tokens.
-    prompts = [model.encode(text, special_tokens=not arguments.chat) for text in texts] + ids
+    chat: Any = dict(chat=arguments.chat, system=arguments.system, thinking=not arguments.no_thinking)
+    encode = functools.partial(encode_prompt, model, **chat)
+    prompts = [encode(prompt) for prompt in asked] + ids
     if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed])):
         raise RequestError("expected the same prompts and flags in all processes; they differ")
-    streamed = not arguments.json and len(prompts) == 1
+    several = any(prompt.later for prompt in asked)
+    streamed = not arguments.json and len(prompts) == 1 and not several
     printer = _Printer(model.tokenizer, prompts[0]) if streamed and model.tokenizer is not None else None
     generate = functools.partial(
         model.generate,
@@ -78,13 +83,22 @@ def _run(arguments: argparse.Namespace) -> None:
         on_round = write_round if first or arguments.trace is None else _ignore_round
         result = generate(tree=spec.tree, budget=spec.budget, on_tokens=printer, on_round=on_round)
     comparison = compare(generate, spec) if arguments.compare else None
+    result, answers = answer_turns(asked, result, encode, lambda ids, turn: _later(generate, ids, turn, spec))
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
+        extra |= {"conversations": answers} if several else {}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
         return
-    printer.finish() if printer else _print_batch(texts, result)
+    printer.finish() if printer else _print_batch([_texts(model, prompt, chat) for prompt in asked], result, answers)
     if first:
         print(statistics_table(model, result, comparison), file=sys.stderr)
+
+
+def _later(generate: functools.partial[RunResult], ids: list[list[int]], turn: int, spec: DecodingSpec) -> RunResult:
+    """Answer a later turn of conversations, with other random draws."""
+    seed = (generate.keywords["seed"] + turn) % 2**32
+    again = functools.partial(generate.func, **generate.keywords | {"seed": seed})
+    return again(ids, tree=spec.tree, budget=spec.budget)
 
 
 def _ignore_round(number: int, info: RoundInfo) -> None:
@@ -107,11 +121,20 @@ class _Printer:
         write_output(self._stream.flush() + "\n")
 
 
-def _print_batch(texts: list[str], result: RunResult) -> None:
-    for number, prompt in enumerate(result.prompts):
-        prompt_text = texts[number] if number < len(texts) else ""
-        text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else prompt_text + prompt.text
-        write_output(f"--- prompt {number} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
+def _texts(model: Model, prompt: Prompt, chat: dict[str, Any]) -> list[str]:
+    """Texts that are printed before the answers of a prompt: its own, or those of its turns."""
+    if prompt.later:
+        return [f"{text}\n" for text in (prompt.text, *prompt.later)]
+    return [chat_text(model, prompt, **chat) or prompt.text]
+
+
+def _print_batch(texts: list[list[str]], result: RunResult, answers: list[list[int]]) -> None:
+    for number, own in enumerate(answers):
+        before = texts[number] if number < len(texts) else [""]
+        for turn, place in enumerate(own):
+            prompt, name = result.prompts[place], f"{number}, turn {turn}" if len(own) > 1 else f"{number}"
+            text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else before[turn] + prompt.text
+            write_output(f"--- prompt {name} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import chat_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moespec_jax.cli.prompts import encode_prompt
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate import trial
 from moespec_jax.evaluate.answers import Question, answered_number, read_questions
@@ -180,6 +182,17 @@ def test_questions_of_a_file(tmp_path: Path) -> None:
         "code whose own reference does not pass": 1,
         "code without tests": 1,
     }
+
+
+def test_a_question_may_be_the_last_message_of_a_conversation(tmp_path: Path) -> None:
+    """Its prompt is the whole conversation, also without --chat; of several turns the first is a text."""
+    said = [{"role": "system", "content": "s"}, {"role": "user", "content": "How many?"}]
+    rows = [{"messages": said, "reference": "5"}, NUMBER | {"turns": ["How many?", "And now?"]}]
+    (asked, text), _ = read_questions(write(tmp_path / "q.jsonl", *rows), run_code=False)
+    model = chat_model(tmp_path / "model")
+    ids = [encode_prompt(model, question.as_prompt(), chat=False) for question in (asked, text)]
+    assert [model.decode(i) for i in ids] == ["[system]s\n[user]How many?\n[assistant]", "How many?"]
+    assert asked.is_right("5") and asked.prompt == text.prompt and repr(text) == repr(Question("How many?", Decimal(5)))
 
 
 def test_code_is_run_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

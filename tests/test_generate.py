@@ -51,6 +51,7 @@ RUN_FIELDS = {
     "mass_kept": float,
     "tokens_replaced": float,
     "exact": bool,
+    "exactness": str,
     "greedy": bool,
     "budget": type(None),
     "tree": type(None),
@@ -95,7 +96,16 @@ def test_text_is_the_prompt_and_what_json_says(directory: Path, capsys: pytest.C
     text = run_json(capsys, directory, "--prompt", "the cat")["prompts"][0]["text"]
     out, err = run(capsys, directory, "--prompt", "the cat")
     assert out == f"the cat{text}\n"
-    for row in ("model", "device", "float32", "exact, plain decoding", "compilation", "prefill", "tokens/s"):
+    for row in (
+        "model",
+        "device",
+        "float32",
+        "exact, plain decoding",
+        "tie or near-tie",
+        "compilation",
+        "prefill",
+        "tokens/s",
+    ):
         assert row in err
 
 

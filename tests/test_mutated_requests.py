@@ -19,7 +19,7 @@ from tiny import CONFIG, byte_level_tokenizer, write_json, write_tiny
 from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.checkpoint.read import load_config
 from moespec_jax.checkpoint.tokenizer import chat_prompt, load_tokenizer, read_stop_ids
-from moespec_jax.cli.prompts import gather_texts, parse_prompt_ids
+from moespec_jax.cli.prompts import encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.errors import RequestError
@@ -135,9 +135,9 @@ def test_prompt_file(suffix: str, model: Model, tmp_path: Path) -> None:
     @given(json_files(QUESTION), st.sampled_from([b"\n", b"\r\n", b"\x00", b"\n\n\n", b"\xe2\x80\xa8"]))
     def check(data: bytes, end: bytes) -> None:
         file.write_bytes(data + end + data)
-        texts = outcome(lambda: gather_texts(asked, io.StringIO().read), 2 * len(data))
-        for text in texts or []:
-            ids = outcome(lambda text=text: model.encode(text), 20 * len(data))
+        prompts = outcome(lambda: gather_prompts(asked, io.StringIO().read), 2 * len(data))
+        for prompt in prompts or []:
+            ids = outcome(lambda prompt=prompt: encode_prompt(model, prompt, chat=False), 20 * len(data) + 200)
             assert ids is None or max(ids, default=0) < 320
         outcome(lambda: read_questions(file, run_code=False), 2 * len(data))
 
@@ -216,6 +216,23 @@ RECORDS: dict[str, dict[str, Any]] = {
     "text": {"text": "the cat sat", "id": 7},
     "chat": {"messages": [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]},
     "ids": {"prompt_ids": [5, 17], "response_ids": [9, 2]},
+    "calls": {
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "why?"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "content": "so"},
+            {"role": "assistant", "content": "so", "weight": 1},
+        ],
+    },
+    "ShareGPT": {
+        "system": "be kind",
+        "conversations": [
+            {"from": "human", "value": "why?"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "gpt", "value": "so"},
+        ],
+    },
 }
 
 

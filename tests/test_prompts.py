@@ -1,11 +1,23 @@
 import argparse
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chats import chat_model
 
-from moespec_jax.cli.prompts import DEFAULT_PROMPT, gather_texts, parse_prompt_ids, read_prompt_file
+from moespec_jax.cli.prompts import (
+    DEFAULT_PROMPT,
+    Prompt,
+    encode_prompt,
+    gather_prompts,
+    parse_prompt_ids,
+    read_prompt_file,
+    read_prompts,
+)
 from moespec_jax.errors import RequestError
+from moespec_jax.measure.prompt_sets import prompt_sets
 
 
 def arguments(
@@ -18,21 +30,95 @@ def test_prompts_come_in_order_and_a_dash_reads_standard_input(tmp_path: Path) -
     file = tmp_path / "prompts.txt"
     file.write_text("third\n\n  \nfourth\n", encoding="utf-8")
     given = arguments(prompt=["first", "-"], prompt_file=[str(file)])
-    assert gather_texts(given, io.StringIO("second\nline").read) == ["first", "second\nline", "third", "fourth"]
+    found = gather_prompts(given, io.StringIO("second\nline").read)
+    assert found == [Prompt(text) for text in ("first", "second\nline", "third", "fourth")]
 
 
 def test_without_any_prompt_there_is_the_built_in_one() -> None:
-    assert gather_texts(arguments(), io.StringIO("not read").read) == [DEFAULT_PROMPT]
+    assert gather_prompts(arguments(), io.StringIO("not read").read) == [Prompt(DEFAULT_PROMPT)]
 
 
 def test_token_ids_alone_need_no_text() -> None:
-    assert gather_texts(arguments(prompt_ids=["1,2"]), io.StringIO().read) == []
+    assert gather_prompts(arguments(prompt_ids=["1,2"]), io.StringIO().read) == []
 
 
-def test_json_lines_give_their_first_turn(tmp_path: Path) -> None:
+def test_turns_are_texts_of_the_user(tmp_path: Path) -> None:
+    """Of several, the first is asked, and the others wait for its answer; a single one is a text."""
     file = tmp_path / "questions.jsonl"
     file.write_text('{"turns": ["one\\ntwo", "later"]}\n{"id": 7, "turns": ["drei ä"]}\n', encoding="utf-8")
-    assert read_prompt_file(file) == ["one\ntwo", "drei ä"]
+    several, single = read_prompts(file)
+    assert several.conversation is not None and several.later == ("later",)
+    assert several.conversation.turns == [{"role": "user", "content": "one\ntwo"}]
+    assert single == Prompt("drei ä") and read_prompt_file(file) == ["one\ntwo", "drei ä"]
+
+
+HI, HELLO, WELL = ("user", "hi"), ("assistant", "hello"), ("user", "well?")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": [dict(zip(("role", "content"), t, strict=True)) for t in (HI, HELLO, WELL)]},
+         "[user]hi\n[assistant]hello\n[user]well?\n[assistant]"),
+        ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "hi"}]},
+         "[system]s\n[user]hi\n[assistant]"),
+        ({"turns": ["hi", "well?"]}, "[user]hi\n[assistant]"),
+        ({"turns": ["hi"]}, "hi"),
+    ],
+)  # fmt: skip
+def test_conversations_are_rendered(tmp_path: Path, row: Any, text: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(row))
+    model = chat_model(tmp_path / "model")
+    (prompt,) = read_prompts(file)
+    assert model.decode(encode_prompt(model, prompt, chat=False)) == text
+    if prompt.conversation is None:
+        assert model.decode(encode_prompt(model, prompt, chat=True)) == "[user]hi\n[assistant]"
+    elif "conversations" in row:
+        with pytest.raises(RequestError, match="one system text in line 1"):
+            encode_prompt(model, prompt, chat=True, system="be kind")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "end before the answer",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}], "turns": ["a"]}, "one of 'turns' and 'messages'"),
+        ({"turns": ["a", 3]}, "list of texts 'turns'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_by_name(tmp_path: Path, row: Any, named: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"turns": ["fine"]}\n' + json.dumps(row))
+    with pytest.raises(RequestError, match=f"{named}.*line 2 of|line 2 of.*{named}"):
+        read_prompts(file)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_sets_of_prompts_have_conversations_and_first_turns(tmp_path: Path, chat: bool) -> None:
+    """What measuring commands take: one prompt a line, rendered where it is a conversation or a chat is asked for."""
+    file = tmp_path / "q.jsonl"
+    said = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "so"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in ({"messages": said}, {"turns": ["one", "two"]})))
+    given = argparse.Namespace(prompts=[f"mine={file}"], count=2, longest_prompt=96, chat=chat)
+    model = chat_model(tmp_path / "model")
+    texts = [model.decode(ids) for ids in prompt_sets(model, given)["mine"]]
+    assert texts == ["[user]hi\n[assistant]hello\n[user]so\n[assistant]", "[user]one\n[assistant]" if chat else "one"]
+
+
+def test_a_set_of_texts_has_no_messages(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    with pytest.raises(RequestError, match="a text in line 1"):
+        read_prompt_file(file)
 
 
 def test_lines_are_split_at_newlines_only(tmp_path: Path) -> None:

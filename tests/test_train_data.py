@@ -8,15 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONTEXT, byte_level_tokenizer, write_json, write_tiny
+from chats import chat_model
+from tiny import CONTEXT, byte_level_tokenizer
 
-from moespec_jax.checkpoint.parameters import abstract_decoder
-from moespec_jax.checkpoint.read import load_config
 from moespec_jax.errors import CheckpointError, RequestError
-from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.regenerate import read_prompts, regenerate
@@ -31,17 +28,7 @@ TEMPLATE = (
 
 
 def model_of(directory: Path, content: str = SAID, tokenizer: bool = True) -> Model:
-    """A model without parameters: nothing here runs one."""
-    write_tiny(directory, tokenizer=tokenizer)
-    if tokenizer:
-        template = TEMPLATE.replace("CONTENT", content)
-        write_json(
-            directory / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template},
-        )
-    read = byte_level_tokenizer() if tokenizer else None
-    config, backend, kind = load_config(directory), BACKENDS["switch"], jnp.dtype("float32")
-    return Model(config, abstract_decoder(config, backend, kind), backend, kind, read, (), directory)
+    return chat_model(directory, TEMPLATE.replace("CONTENT", content), tokenizer=tokenizer)
 
 
 @pytest.fixture

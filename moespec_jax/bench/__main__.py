@@ -27,7 +27,6 @@ from moespec_jax.bench.rows import result_rows
 from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
-from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import add_model_flags, check_budget, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
 from moespec_jax.config import TreeConfig
@@ -180,8 +179,7 @@ def _model(arguments: argparse.Namespace, cases: Sequence[TimingCase]) -> Model:
 
 def _prompts(arguments: argparse.Namespace, model: Model) -> dict[str, list[list[int]]]:
     if arguments.random is None:
-        as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
-        return prompt_sets(model, arguments, as_chat)
+        return prompt_sets(model, arguments)
     length = min(PIECE, arguments.longest_prompt)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (arguments.count, length))
     return {RANDOM_PROMPTS: ids.tolist()}

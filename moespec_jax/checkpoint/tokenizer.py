@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.added_tokens import add_stated_tokens
 from moespec_jax.checkpoint.config_fields import shown
-from moespec_jax.errors import CheckpointError, first_line
+from moespec_jax.errors import CheckpointError, UnusableConversation, first_line
 from moespec_jax.files import read_json
 
 _NO_MERGES = re.compile(r'"merges"\s*:\s*\[\s*\]')
@@ -69,19 +69,34 @@ def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool
     return render_chat(directory, turns, ask=True, thinking=thinking)
 
 
-def render_chat(directory: Path, turns: list[dict[str, str]], *, ask: bool = False, thinking: bool = True) -> str:
+def render_chat(
+    directory: Path,
+    turns: list[dict[str, Any]],
+    *,
+    ask: bool = False,
+    thinking: bool = True,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """Format turns in the checkpoint's chat template; with `ask`, followed by the start of the assistant's next turn.
 
     Raises:
-        CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
+        UnusableConversation: the template refuses the turns.
+        CheckpointError: the checkpoint has no chat template.
     """
     try:
         tokenizer = _transformers_tokenizer(directory)
         if tokenizer.chat_template is None:
             raise ValueError("the checkpoint has no chat template")
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking)
-    except Exception as error:  # templates are programs of the checkpoint and may raise anything
+    except Exception as error:  # of any type: transformers documents none
         raise CheckpointError(f"expected a chat template in {directory}; {first_line(error)}") from None
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=ask, enable_thinking=thinking, tools=tools
+        )
+    except Exception as error:  # templates are programs of the checkpoint and may raise anything
+        raise UnusableConversation(
+            f"expected a chat template in {directory} that renders the conversation; {first_line(error)}"
+        ) from None
 
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
 """Flags of `python -m moespec_jax.generate`, and checks of their combinations."""
 
 import argparse
+from collections.abc import Sequence
 
 import jax
 
 from moespec_jax.cli.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
 from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
+from moespec_jax.cli.prompts import Prompt
 from moespec_jax.errors import RequestError
 from moespec_jax.runtime.load import DEMO_TARGET
 from moespec_jax.runtime.model import DEFAULT_TREE
@@ -53,6 +55,20 @@ def check_flags(arguments: argparse.Namespace) -> None:
                 raise RequestError(f"--{flag.replace('_', '-')} needs a draft head; expected --draft-model with it")
 
 
+def check_turns(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+    """Check that no flag needs a single batch where later turns make further ones.
+
+    Raises:
+        RequestError: it does.
+    """
+    conversation = next((prompt.conversation for prompt in prompts if prompt.later), None)
+    if conversation is not None and (arguments.trace is not None or arguments.compare):
+        raise RequestError(
+            f"--trace and --compare describe one batch; expected prompts of one turn with them, got several turns in"
+            f" {conversation.where}"
+        )
+
+
 def check_processes(arguments: argparse.Namespace) -> None:
     """Check that several processes can run this command together, before anything is loaded.
 
@@ -75,7 +91,9 @@ def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--prompt-file",
         action="append",
         metavar="FILE",
-        help="one prompt in each line, or JSON lines whose first item of turns is the prompt; repeatable",
+        help="one prompt in each line, or JSON lines with turns, texts of the user that are answered one after another,"
+        " or with messages, a conversation that is answered; several turns and messages are rendered by the chat"
+        " template; repeatable",
     )
     group.add_argument("--prompt-ids", action="append", metavar="5,17,9", help="token ids instead of text; repeatable")
     group.add_argument("--chat", action="store_true", help="apply the model's chat template to text prompts")

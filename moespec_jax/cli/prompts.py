@@ -1,11 +1,16 @@
 """Prompts of a command: text, files, standard input or token ids."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from moespec_jax.checkpoint.chat import render
+from moespec_jax.checkpoint.conversation import Conversation, read_conversation
 from moespec_jax.errors import RequestError
+from moespec_jax.runtime.model import Model
 
 # It ends inside a line, since tokenizers of code merge the end of a line with the indentation of the next one.
 DEFAULT_PROMPT = '''import os
@@ -17,25 +22,47 @@ def read_lines(path):
     with open(path'''
 
 
-def gather_texts(arguments: argparse.Namespace, read_stdin: Callable[[], str]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A text to continue, or a conversation to answer.
+
+    Fields:
+        text: the text; of a conversation, the user's first text or last message.
+        conversation: what is answered first, without the later texts; None for a text.
+        later: further texts of the user, each of which follows the answer to the one before.
+    """
+
+    text: str
+    conversation: Conversation | None = None
+    later: tuple[str, ...] = ()
+
+    def first(self) -> "Prompt":
+        """Prompt without the later texts; the first of several is a text, as a single one is."""
+        return Prompt(self.text) if self.later else self
+
+
+def gather_prompts(arguments: argparse.Namespace, read_stdin: Callable[[], str]) -> list[Prompt]:
     """Read all text prompts, those of `--prompt` (`-` is standard input) before those of files; else a built-in one.
 
     Raises:
         RequestError: a file or standard input cannot be read, or a file holds no prompt.
     """
-    texts = [_decoded(read_stdin) if text == "-" else text for text in arguments.prompt or []]
+    prompts = [Prompt(_decoded(read_stdin) if text == "-" else text) for text in arguments.prompt or []]
     for file in arguments.prompt_file or []:
-        texts += read_prompt_file(Path(file))
-    if not texts and not arguments.prompt_ids:
-        texts = [DEFAULT_PROMPT]
-    return texts
+        prompts += read_prompts(Path(file))
+    if not prompts and not arguments.prompt_ids:
+        prompts = [Prompt(DEFAULT_PROMPT)]
+    return prompts
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """Read the prompts of a file: the first of the `turns` of each line of .json and .jsonl, each line of other files.
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read the prompts of a file: `turns` or `messages` of each line of .json and .jsonl, each line of other files.
+
+    `turns` are texts of the user: each is said after the answer to the one before. A single one is a text, and not a
+    conversation. `messages` (or `conversations`) are one, and end before the answer.
 
     Raises:
-        RequestError: the file is missing, not UTF-8 or empty, or a JSON line has no turn.
+        RequestError: the file is missing, not UTF-8 or empty, or a JSON line has neither.
     """
     try:
         # splitlines() would also split at characters that may be part of a prompt or a JSON string.
@@ -47,8 +74,71 @@ def read_prompt_file(path: Path) -> list[str]:
     if not lines:
         raise RequestError(f"expected a file of prompts at {path}; it is empty")
     if path.suffix in (".jsonl", ".json"):
-        return [_first_turn(line, number, path) for number, line in lines]
-    return [line for _, line in lines]
+        return [_json_prompt(line, f"line {number} of {path}") for number, line in lines]
+    return [Prompt(line) for _, line in lines]
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Read the texts of a file: the first of the `turns` of each line of .json and .jsonl, each line of other files.
+
+    Raises:
+        RequestError: as `read_prompts`, or a line has `messages`.
+    """
+    prompts = read_prompts(path)
+    for prompt in prompts:
+        if prompt.conversation is not None and not prompt.later:
+            raise RequestError(f"expected a text in {prompt.conversation.where}; it has messages")
+    return [prompt.text for prompt in prompts]
+
+
+def read_turns(row: dict[str, Any], where: str) -> Prompt:
+    """Read `turns` or `messages` of a JSON object.
+
+    Raises:
+        RequestError: it has neither, or both, or messages that end with the assistant's.
+    """
+    conversation = read_conversation(row, where)
+    turns = row.get("turns")
+    if conversation is not None and turns is None:
+        last = conversation.turns[-1]
+        if last["role"] == "assistant":
+            raise RequestError(f"expected messages that end before the answer in {where}; the last is the assistant's")
+        return Prompt(last["content"], conversation)
+    if not isinstance(turns, list) or not turns or not all(isinstance(text, str) for text in turns):
+        raise RequestError(f"expected a JSON object with a list of texts 'turns' in {where}, or 'messages'")
+    if conversation is not None:
+        raise RequestError(f"expected one of 'turns' and 'messages' in {where}; it has both")
+    if len(turns) == 1:
+        return Prompt(turns[0])
+    return Prompt(turns[0], Conversation(where, [{"role": "user", "content": turns[0]}]), tuple(turns[1:]))
+
+
+def encode_prompt(
+    model: Model, prompt: Prompt, *, chat: bool, system: str | None = None, thinking: bool = True
+) -> list[int]:
+    """Tokenize a prompt, as `chat_text` renders it."""
+    text = chat_text(model, prompt, chat=chat, system=system, thinking=thinking)
+    # A chat template contains the special tokens.
+    return model.encode(prompt.text) if text is None else model.encode(text, special_tokens=False)
+
+
+def chat_text(
+    model: Model, prompt: Prompt, *, chat: bool, system: str | None = None, thinking: bool = True
+) -> str | None:
+    """Render a conversation by the chat template, and with `chat` a text too; None for other texts.
+
+    Raises:
+        CheckpointError: there is no chat template, or it refuses the conversation.
+        RequestError: `system` would be the second system turn.
+    """
+    conversation = prompt.conversation
+    if conversation is None and chat:
+        conversation = Conversation("the prompt", [{"role": "user", "content": prompt.text}])
+    if conversation is None:
+        return None
+    if system:
+        conversation = conversation.with_system(system)
+    return render(model.directory, conversation, ask=True, thinking=thinking).text
 
 
 def parse_prompt_ids(text: str) -> list[int]:
@@ -70,11 +160,9 @@ def _decoded(read: Callable[[], str]) -> str:
         raise RequestError("expected a prompt of UTF-8 text on standard input; it is not UTF-8") from None
 
 
-def _first_turn(line: str, number: int, path: Path) -> str:
+def _json_prompt(line: str, where: str) -> Prompt:
     try:
-        turns = json.loads(line)["turns"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        turns = None
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-        raise RequestError(f"expected a JSON object with a list of texts 'turns' in line {number} of {path}")
-    return turns[0]
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    return read_turns(row if isinstance(row, dict) else {}, where)

@@ -13,6 +13,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("model", f"{model.config.model_type} from {model.directory}"),
         ("device", f"{_devices(result)}, {model.precision}"),
         ("output", _output(result)),
+        ("exactness", result.exactness),
         *_drafting(result),
         ("compilation", f"{result.compile_s:.2f} s"),
         ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),

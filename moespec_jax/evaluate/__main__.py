@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import (
     add_model_flags,
     add_profile_flag,
@@ -31,6 +30,7 @@ from moespec_jax.cli.arguments import (
     tree_of,
 )
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
+from moespec_jax.cli.prompts import encode_prompt
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("questions with known answers")
     group.add_argument(
         "--answers", type=Path, action="append", default=[], metavar="FILE",
-        help="JSON lines with turns (the first is the question) and reference; the last number of an answer must equal"
-        " that of the reference; all lines, or the first --count if it is given; repeatable",
+        help="JSON lines with turns (the first is the question) or messages, and reference; the last number of an"
+        " answer must equal that of the reference; all lines, or the first --count if it is given; repeatable",
     )  # fmt: skip
     group.add_argument(
         "--run-code", action="store_true",
@@ -125,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> None:
     specs = _specs(model, tree, budgets, rule_of(arguments))
     speculative = len(specs) > 1
     written = written_sets(model, arguments) if speculative else []
-    prompts = prompts_to_continue(model, arguments, _as_chat(model, arguments)) if speculative else {}
+    prompts = prompts_to_continue(model, arguments) if speculative else {}
     if not (written or prompts or questions):
         raise RequestError("expected a draft head for teacher forcing, or --answers; there is neither")
     about, batch = _about(model, arguments), arguments.batch
@@ -218,15 +218,10 @@ def _specs(
     return specs + [evaluated_spec(model, DecodingSpec(tree, budget)) for budget in (None, *budgets)]
 
 
-def _as_chat(model: Model, arguments: argparse.Namespace) -> Callable[[str], str] | None:
+def _as_prompt(model: Model, arguments: argparse.Namespace) -> Callable[[Question], list[int]]:
+    """Make a function from a question to token ids."""
     thinking = not arguments.no_thinking
-    return (lambda text: chat_prompt(model.directory, text, None, thinking)) if arguments.chat else None
-
-
-def _as_prompt(model: Model, arguments: argparse.Namespace) -> Callable[[str], list[int]]:
-    """Make a function from a question to token ids. A chat template contains the special tokens."""
-    as_chat = _as_chat(model, arguments)
-    return lambda text: model.encode(text if as_chat is None else as_chat(text), special_tokens=as_chat is None)
+    return lambda question: encode_prompt(model, question.as_prompt(), chat=arguments.chat, thinking=thinking)
 
 
 def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:

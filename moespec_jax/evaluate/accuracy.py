@@ -17,7 +17,7 @@ def answer(
     model: Model,
     sets: Mapping[str, Sequence[Question]],
     specs: Sequence[EvaluatedSpec],
-    as_prompt: Callable[[str], list[int]],
+    as_prompt: Callable[[Question], list[int]],
     new: int,
     batch: int,
     ledger: Ledger,
@@ -41,7 +41,7 @@ def answer(
         task = task_name(name, evaluated, start)
         if task not in ledger:
             questions = sets[name][start : start + batch]
-            prompts = [as_prompt(question.prompt) for question in questions]
+            prompts = [as_prompt(question) for question in questions]
             ids = continue_batch(model, evaluated, prompts, new, size=batch)
             texts = [model.decode(answer, after=prompt) or "" for answer, prompt in zip(ids, prompts, strict=True)]
             right = [question.is_right(text) for question, text in zip(questions, texts, strict=True)]

@@ -1,5 +1,6 @@
 """Questions whose answers can be checked: by a number, or by running code."""
 
+import functools
 import json
 import re
 from collections import Counter
@@ -10,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from moespec_jax.checkpoint.conversation import Conversation
+from moespec_jax.cli.prompts import Prompt, read_turns
 from moespec_jax.errors import RequestError
 from moespec_jax.evaluate.trial import Trial, complete, passes, read_trial
 
@@ -36,11 +39,26 @@ class Question:
     number: Decimal | None = None
     trial: Trial | None = None
 
+    def as_prompt(self) -> Prompt:
+        """Prompt that asks the question."""
+        return Prompt(self.prompt)
+
     def is_right(self, answer: str) -> bool:
         """Test whether an answer has the correct number, or code that passes."""
         if self.trial is not None:
             return passes(self.trial, complete(self.trial, answer))
         return answered_number(answer) == self.number
+
+
+@dataclass(frozen=True)
+class ConversationQuestion(Question):
+    """A question whose prompt is the last message of a conversation."""
+
+    conversation: Conversation | None = None
+
+    def as_prompt(self) -> Prompt:
+        """Prompt that asks the question."""
+        return Prompt(self.prompt, self.conversation)
 
 
 def answered_number(text: str) -> Decimal | None:
@@ -57,7 +75,7 @@ def answered_number(text: str) -> Decimal | None:
 
 
 def read_questions(path: Path, run_code: bool, most: int | None = None) -> tuple[list[Question], dict[str, int]]:
-    """Read questions from JSON lines with `turns`, of which the first is the question, and `reference`.
+    """Read questions from JSON lines with `turns`, of which the first is the question, or `messages`, and `reference`.
 
     A question is about code if its prompt contains a function. The code must pass `test` (with `entry_point`) or the
     examples of the prompt, which the reference must pass too.
@@ -96,22 +114,25 @@ def read_questions(path: Path, run_code: bool, most: int | None = None) -> tuple
 def _read_row(line: str, place: str) -> dict[str, Any]:
     try:
         row: dict[str, Any] = json.loads(line)
-        turns, reference = row["turns"], row["reference"]
+        reference = row["reference"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        row, turns, reference = {}, None, None
+        row, reference = {}, None
     if isinstance(reference, list):
         reference = reference[0] if reference else None
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not isinstance(reference, str):
+    if not isinstance(reference, str):
         raise RequestError(f"expected a JSON object with texts 'turns' and 'reference' in {place}")
-    return row | {"prompt": turns[0], "reference": reference}
+    return row | {"asked": read_turns(row, place).first(), "reference": reference}
 
 
 def _read_question(row: dict[str, Any], run_code: bool) -> Question | str:
     """Read a question, or return the reason why it is left out."""
-    prompt, test = row["prompt"], row.get("test")
+    prompt, test = row["asked"].text, row.get("test")
+    kind = Question
+    if row["asked"].conversation is not None:
+        kind = functools.partial(ConversationQuestion, conversation=row["asked"].conversation)
     if test is None and re.search(r"^(?:async )?def \w+", prompt, re.MULTILINE) is None:
         number = answered_number(row["reference"])
-        return "no number in its reference" if number is None else Question(prompt, number=number)
+        return "no number in its reference" if number is None else kind(prompt, number=number)
     if not run_code:
         return "code, which is only run with --run-code"
     trial = read_trial(prompt, test, row.get("entry_point"))
@@ -119,7 +140,7 @@ def _read_question(row: dict[str, Any], run_code: bool) -> Question | str:
         return "code without tests"
     if not passes(trial, complete(trial, row["reference"])):
         return "code whose own reference does not pass"
-    return Question(prompt, trial=trial)
+    return kind(prompt, trial=trial)
 
 
 def _value(match: re.Match[str]) -> Decimal:

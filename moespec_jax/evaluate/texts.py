@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from moespec_jax.cli.prompts import read_prompt_file
@@ -46,7 +46,8 @@ def add_text_flags(group: argparse._ArgumentGroup, tokens: int) -> None:
         default=[],
         metavar="NAME=FILE",
         help="texts, each teacher-forced as it is: a file with one text in each line, or JSON lines whose first item of"
-        f" turns is the text; its first {PIECE} tokens (at most half of it) are the prompt; repeatable",
+        f" turns is the text (messages are none); its first {PIECE} tokens (at most half of it) are the prompt;"
+        " repeatable",
     )
     group.add_argument(
         "--tokens",
@@ -94,9 +95,7 @@ def written_sets(model: Model, arguments: argparse.Namespace) -> list[TextSet]:
     return sets
 
 
-def prompts_to_continue(
-    model: Model, arguments: argparse.Namespace, as_chat: Callable[[str], str] | None
-) -> dict[str, list[list[int]]]:
+def prompts_to_continue(model: Model, arguments: argparse.Namespace) -> dict[str, list[list[int]]]:
     """Read the prompts that the target continues, as token ids.
 
     Raises:
@@ -104,7 +103,7 @@ def prompts_to_continue(
     """
     if not _requested_prompts(arguments):
         return {}
-    sets = prompt_sets(model, arguments, as_chat)
+    sets = prompt_sets(model, arguments)
     if HELD_OUT in sets:  # the same prompts as in `written_sets`
         length = len(sets[HELD_OUT][0])
         excerpts = held_out_pieces(model, arguments.count, length + arguments.tokens)

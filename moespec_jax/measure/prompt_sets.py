@@ -1,12 +1,12 @@
 """Sets of prompts to measure on: files, or excerpts of Python modules that the embedded pair was not trained on."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moespec_jax.cli.prompts import read_prompt_file
+from moespec_jax.cli.prompts import encode_prompt, read_prompts
 from moespec_jax.errors import RequestError
 from moespec_jax.measure import corpus
 from moespec_jax.runtime.model import Model
@@ -21,8 +21,9 @@ def add_prompt_set_flags(group: argparse._ArgumentGroup, count: int, longest: in
         "--prompts",
         action="append",
         metavar="NAME=FILE",
-        help="set of prompts: a file with one prompt in each line, or JSON lines whose first item of turns is the"
-        " prompt; held-out: excerpts of standard-library modules that the embedded pair was not trained on (default);"
+        help="set of prompts: a file with one prompt in each line, or JSON lines with turns, of which the first is the"
+        " prompt (a later one would need the answer before it), or with messages, which the chat template renders;"
+        " held-out: excerpts of standard-library modules that the embedded pair was not trained on (default);"
         " repeatable",
     )
     group.add_argument("--count", type=int, default=count, metavar="N", help=f"prompts of each set (default: {count})")
@@ -50,18 +51,16 @@ def check_prompt_sets(arguments: argparse.Namespace) -> None:
         raise RequestError(f"expected sets of prompts of different names; got {', '.join(names)}")
     for _, file in _named(arguments):
         if file is not None:
-            read_prompt_file(file)
+            read_prompts(file)
 
 
-def prompt_sets(
-    model: Model, arguments: argparse.Namespace, as_chat: Callable[[str], str] | None = None, piece: int = PIECE
-) -> dict[str, list[list[int]]]:
+def prompt_sets(model: Model, arguments: argparse.Namespace, piece: int = PIECE) -> dict[str, list[list[int]]]:
     """Read the prompts of every set of the flags as token ids, cut to their last `longest_prompt` tokens.
 
     Args:
         model: its tokenizer encodes the prompts.
-        arguments: with the flags of `add_prompt_set_flags`.
-        as_chat: applies a chat template to a text; it does not apply to held-out modules.
+        arguments: with the flags of `add_prompt_set_flags`, `chat` and maybe `no_thinking`; a chat template does not
+            apply to held-out modules.
         piece: largest length of an excerpt of held-out modules, in tokens.
 
     Raises:
@@ -72,9 +71,10 @@ def prompt_sets(
         if file is None:
             sets[name] = held_out_pieces(model, arguments.count, min(piece, arguments.longest_prompt))
             continue
-        texts = read_prompt_file(file)[: arguments.count]
-        texts = texts if as_chat is None else [as_chat(text) for text in texts]
-        sets[name] = [model.encode(t, special_tokens=as_chat is None)[-arguments.longest_prompt :] for t in texts]
+        thinking = not getattr(arguments, "no_thinking", False)
+        prompts = [prompt.first() for prompt in read_prompts(file)[: arguments.count]]
+        encoded = [encode_prompt(model, prompt, chat=arguments.chat, thinking=thinking) for prompt in prompts]
+        sets[name] = [ids[-arguments.longest_prompt :] for ids in encoded]
     return sets
 
 

@@ -31,7 +31,7 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.request import check_not_traced, known_ids, sequence_limits
-from moespec_jax.runtime.results import PromptResult, RunResult, device_name, versions
+from moespec_jax.runtime.results import PromptResult, RunResult, device_name, exactness, versions
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 
 # The tree where none is given. On CPU it is the fastest that was measured with the embedded pair; elsewhere it is what
@@ -247,6 +247,7 @@ class Model:
         prompts = [self._prompt_result(run, batch, number, max_new_tokens) for number in range(len(batch.prompts))]
         mean = {name: total / max(run.rounds, 1) for name, total in run.sums.items()}
         later = sum(p.new_tokens - 1 for p in prompts)  # the first token of each comes with prefill
+        exact, simulated = self.is_exact(spec, len(prompts)), spec.simulate_accept_length
         return RunResult(
             prompts=prompts,
             experts_wanted=mean.get("experts_wanted", 0.0),
@@ -254,12 +255,13 @@ class Model:
             experts_max_per_device=mean.get("experts_max_per_device", 0.0),
             mass_kept=1.0 if spec.budget is None else mean.get("mass_kept", 0.0),
             tokens_replaced=mean.get("replaced", 0.0),
-            exact=self.is_exact(spec, len(batch.prompts)),
+            exact=exact,
+            exactness=exactness(exact, spec.tree, spec.budget, simulated, str(self.dtype)),
             greedy=sampling.greedy,
             budget=None if spec.budget is None else spec.budget.as_dict(),
             tree=dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
             draft_model=self._drafter_name(spec),
-            simulated_accept_length=spec.simulate_accept_length,
+            simulated_accept_length=simulated,
             compile_s=run.compile_s,
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,8 +45,9 @@ class RunResult:
         experts_max_per_device: the most that one device of the mesh read.
         mass_kept: under a budget, the shortlists' share of the scores that ranked the experts.
         tokens_replaced: share of rows, over layers, that lost an expert of their own.
-        exact: whether the output is the model's own, that of the quantized one where there is a `quantization`: token
-            for token if greedy, in distribution if sampled.
+        exact: whether the distribution of the output is the model's own, that of the quantized one where there is a
+            `quantization`; ties and near-ties of tokens are subject to rounding.
+        exactness: what `exact` means for this output, in words.
         greedy: whether the most probable token was always taken.
         budget: fields of the `BudgetConfig`, None without one.
         tree: fields of the `TreeConfig`, None where nothing was drafted.
@@ -64,6 +66,7 @@ class RunResult:
     mass_kept: float
     tokens_replaced: float
     exact: bool
+    exactness: str
     greedy: bool
     budget: dict[str, Any] | None
     tree: dict[str, Any] | None
@@ -78,6 +81,43 @@ class RunResult:
     dtype: str
     quantization: str | None
     versions: dict[str, str]
+
+
+def exactness(exact: bool, tree: object, budget: object, simulated: float | None, dtype: str) -> str:
+    """Describe what `exact` means for an output."""
+    if simulated is not None:
+        return "acceptance is simulated: the tokens are not the target's"
+    if not exact and budget is None:
+        return "a function of the round was replaced: the distribution may not be the target's"
+    if not exact:
+        return "lossy under the expert budget: the distribution is in general not the target's"
+    passes = "batches of other sizes" if tree is None else "rows of different passes"
+    return (
+        f"the distribution is the target's; {passes} round differently in {dtype}, so a tie or near-tie of two tokens"
+        " may fall otherwise"
+    )
+
+
+def joined(results: Sequence[RunResult], order: Sequence[tuple[int, int]]) -> RunResult:
+    """Join the results of successive batches that were decoded in the same way.
+
+    Args:
+        results: of each batch.
+        order: batch and place within it of each prompt of the joined result.
+    """
+    weights = [max(1, *(p.rounds for p in r.prompts)) for r in results]
+    means = ("experts_wanted", "experts_read", "experts_max_per_device", "mass_kept", "tokens_replaced")
+    sums = ("compile_s", "prefill_s", "decode_s")
+    fields: dict[str, Any] = {
+        name: sum(w * getattr(r, name) for w, r in zip(weights, results, strict=True)) / sum(weights) for name in means
+    }
+    fields |= {name: sum(getattr(r, name) for r in results) for name in sums}
+    later = sum(p.new_tokens - 1 for r in results for p in r.prompts)
+    least = next((r for r in results if not r.exact), results[0])
+    return dataclasses.replace(
+        least, prompts=[results[batch].prompts[place] for batch, place in order],
+        tokens_per_s=later / fields["decode_s"] if fields["decode_s"] else 0.0, **fields,
+    )  # fmt: skip
 
 
 def device_name() -> str:

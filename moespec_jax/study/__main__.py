@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import (
     add_model_flags,
     add_tree_flags,
@@ -128,8 +127,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     model = load_requested(arguments)
     check_studied(model)
     plan = plan_of(arguments, model.config, tree, rules)
-    as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
-    sets = prompt_sets(model, arguments, as_chat)
+    sets = prompt_sets(model, arguments)
     _check_context(model, sets, plan)
     about = _about(model, arguments, plan)
     ledger = Ledger(arguments.output / "study.jsonl", about | _measured_on(sets, plan))

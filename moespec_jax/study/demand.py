@@ -30,7 +30,7 @@ def kept_mass(routing: TreeRouting) -> Float[np.ndarray, "layers trees experts"]
 
 def least_budget(mass: Float[np.ndarray, "*curves experts"], share: float = 0.9) -> Int[np.ndarray, "*curves"]:
     """Find the smallest number of experts that keep `share` of the mass."""
-    return 1 + (mass < share).sum(axis=-1)
+    return np.asarray(1 + (mass < share).sum(axis=-1))  # an array too where there is one curve
 
 
 def _unions(chosen: np.ndarray, best: np.ndarray, experts: int) -> np.ndarray:

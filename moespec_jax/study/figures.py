@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moespec_jax.study.demand import least_budget, uniform_union
-from moespec_jax.study.style import GREY, LOOKS, SETS, End, label_ends, line_style, look, open_axes
+from moespec_jax.study.style import GREY, LOOKS, SETS, End, label_ends, line_style, look, marked, open_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,8 @@ def draw_by_budget(
     """Draw a column by budget: a line for each rule, with its interval where the rule is named in `LOOKS` and there are
     columns `column_low` and `column_high`.
 
-    `lines` maps rules to columns, `budget` among them. Returns the lines' ends, to be labelled once limits are final.
+    `lines` maps rules to columns, `budget` among them; a rule is marked as exact where all of its `output` is. Returns
+    the lines' ends, to be labelled once limits are final.
     """
     ends, floor = [], 0.0 if logarithmic else -np.inf
     for rule, columns in lines.items():
@@ -89,7 +90,7 @@ def draw_by_budget(
                 columns["budget"], low, high, where=inside.tolist(), color=look(rule).colour, alpha=0.09, linewidth=0
             )
         if rule in LOOKS and np.isfinite(values[-1]):
-            ends.append(End(float(values[-1]), look(rule).label, look(rule).colour))
+            ends.append(End(float(values[-1]), marked(look(rule).label, columns.get("output", ())), look(rule).colour))
     if logarithmic:
         axes.set_yscale("log")
     budgets = sorted({b for columns in lines.values() for b in columns["budget"]})
@@ -105,15 +106,17 @@ def draw_speed(axes: "Axes", rows: Sequence[Mapping[str, Any]], column: str, sca
     lines = {}
     for rule in rules:
         own = [row for row in rows if row["rule"] == rule]
-        lines[rule] = {"budget": [row["budget"] for row in own], "value": [row[column] * scale for row in own]}
+        lines[rule] = {name: [row[name] for row in own] for name in ("budget", "output")}
+        lines[rule]["value"] = [row[column] * scale for row in own]
         for end in ("low", "high"):
             bound = column.replace("median", {"low": "min", "high": "max"}[end])
             lines[rule][f"value_{end}"] = [row[bound] * scale for row in own]
     ends = draw_by_budget(axes, lines, "value")
-    for rule, label in {"plain": "plain, exact", "exact": "no budget, exact"}.items():
-        level = next(row[column] for row in rows if row["rule"] == rule) * scale
+    for rule, label in {"plain": "plain", "exact": "no budget"}.items():
+        row = next(row for row in rows if row["rule"] == rule)
+        level = row[column] * scale
         axes.axhline(level, color="black", linestyle="--" if rule == "plain" else ":", linewidth=1)
-        ends.append(End(level, label, "black"))
+        ends.append(End(level, marked(label, [row["output"]]), "black"))
     return ends
 
 
@@ -165,6 +168,10 @@ def draw_contrasts(axes: "Axes", rows: Sequence[Mapping[str, Any]], order: Seque
         low, high = 1 / row["times_high"], 1 / row["times_low"]
         axes.plot([low, high], [y, y], color=colour, linewidth=2)
         axes.plot(1 / row["times"], y, color=colour, marker="o" if row["keeps_all_drafts"] else "^", markersize=6)
+        if row["output"] == "exact":  # rounding may leave a divergence above 0
+            axes.annotate(
+                "exact", (1 / row["times"], y), (0, 5), textcoords="offset points", fontsize=8.5, color=colour
+            )
     axes.set_yticks(range(len(order)), order, parse_math=False)
     axes.set(xscale="log", ylim=(len(order) - 0.4, -0.6), xlabel="divergence relative to MoE-Spec's own rule")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

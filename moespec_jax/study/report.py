@@ -24,7 +24,7 @@ from moespec_jax.study.rows import (
     union_rows,
 )
 from moespec_jax.study.rules import PAPER
-from moespec_jax.study.style import LOOKS
+from moespec_jax.study.style import LOOKS, exactness_note
 from moespec_jax.study.tables import (
     frontier_table,
     mass_table,
@@ -100,17 +100,21 @@ def draw_all(
     counted = int(next(iter(layers.values())).diagonal().sum()) // config.num_experts_per_tok
     count, nodes = _span(tables["acceptance"], "texts"), _span(tables["reconstruction"], "rows")
     seen = f"{_span(tables['unions'], 'trees')} trees a set; {each}; exact"
+    by_text = [row for row in tables["frontier"] if row["set"] != ALL]
     drawn = {
         "unions": (sheets.unions_sheet(config, tables["unions"]), seen),
         "kept_mass": (sheets.mass_sheet(config, tables["kept_mass"]), seen),
-        "frontier": (sheets.frontier_sheet(first, _title(first)), f"{tokens}; shaded: 95 % of a bootstrap; lossy"),
+        "frontier": (
+            sheets.frontier_sheet(first, _title(first)),
+            f"{tokens}; shaded: 95 % of a bootstrap; {_note(first)}",
+        ),
         "frontier_by_text": (
-            sheets.texts_sheet([row for row in tables["frontier"] if row["set"] != ALL]),
-            f"{plan.tokens} tokens of {count} texts each; shaded: 95 % of a bootstrap over texts; lossy",
+            sheets.texts_sheet(by_text),
+            f"{plan.tokens} tokens of {count} texts each; shaded: 95 % of a bootstrap over texts; {_note(by_text)}",
         ),
         "reconstruction": (
             sheets.reconstruction_sheet(tables["reconstruction"]),
-            f"{nodes} nodes of each of {each}; lossy",
+            f"{nodes} nodes of each of {each}; {_note(tables['reconstruction'])}",
         ),
         "coactivation": (sheets.coactivation_sheet(layers), f"{counted} tokens of {each}; exact"),
         "acceptance": (
@@ -121,7 +125,8 @@ def draw_all(
     if "finding" in tables:
         over = next(iter(subjects(sets)))
         rows = [row for row in tables["finding"] if row["over"] == over]
-        drawn["finding"] = (sheets.finding_sheet(rows, PAPER), f"{tokens}; lines: 95 % of a paired bootstrap; lossy")
+        sample = f"{tokens}; lines: 95 % of a paired bootstrap; {_note(rows)}"
+        drawn["finding"] = (sheets.finding_sheet(rows, PAPER), sample)
     if "throughput" in tables:
         some = f"{plan.timed_prompts} prompts a set, {plan.timed_tokens} tokens each"
         drawn["throughput"] = (
@@ -131,6 +136,11 @@ def draw_all(
     for name, (figure, sample) in drawn.items():
         sample += pale if name in ("frontier", "frontier_by_text", "reconstruction") else ""
         sheets.save(figure, directory / f"{name}.png", f"{sample}\n{_stamp(about)}")
+
+
+def _note(rows: Sequence[Row]) -> str:
+    """Exactness of the rows under a budget."""
+    return exactness_note(row["output"] for row in rows if row["budget"] is not None)
 
 
 def _span(rows: Sequence[Row], column: str) -> str:

@@ -24,7 +24,7 @@ from moespec_jax.study.figures import (
 )
 from moespec_jax.study.rows import HELD, Row
 from moespec_jax.study.rules import keeps_all
-from moespec_jax.study.style import End, label_ends, open_axes
+from moespec_jax.study.style import End, label_ends, marked, open_axes
 
 
 def save(figure: Figure, file: Path, stamp: str) -> None:
@@ -67,10 +67,12 @@ def frontier_sheet(rows: Sequence[Row], over: str) -> Figure:
     _labelled(left, draw_by_budget(left, lines, "kl", logarithmic=True), "KL(exact || budgeted), nats")
     right.set_title("Acceptance length by budget", loc="left", fontsize=11)
     ends = draw_by_budget(right, lines, "accept_length")
-    without = float(np.mean([row["accept_length"] for row in _where(rows, rule="no budget")]))
+    free = _where(rows, rule="no budget")
+    without = float(np.mean([row["accept_length"] for row in free]))
     right.axhline(without, color="black", linestyle=":", linewidth=1)
     right.set_ylim(1, None)
-    _labelled(right, [*ends, End(without, "no budget, exact", "black")], "tokens gained a round")
+    label = marked("no budget", [row["output"] for row in free])
+    _labelled(right, [*ends, End(without, label, "black")], "tokens gained a round")
     return figure
 
 
@@ -190,7 +192,7 @@ def _where(rows: Sequence[Row], **columns: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in columns.items())]
 
 
-def _by(rows: Sequence[Row], column: str) -> dict[str, list[Row]]:
+def _by(rows: Sequence[Row], column: str) -> dict[Any, list[Row]]:
     return {value: _where(rows, **{column: value}) for value in dict.fromkeys(row[column] for row in rows)}
 
 
@@ -209,4 +211,5 @@ def _mean_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     single = all(len(own) == 1 for own in by_budget.values())
     numbers = [n for n, v in rows[0].items() if isinstance(v, float) and (single or not n.endswith(("_low", "_high")))]
     means = {n: [float(np.mean([row[n] for row in own])) for own in by_budget.values()] for n in numbers}
-    return means | {"budget": list(by_budget)}
+    outputs = ["exact" if {row["output"] for row in own} == {"exact"} else "lossy" for own in by_budget.values()]
+    return means | {"budget": list(by_budget), "output": outputs}

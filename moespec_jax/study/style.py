@@ -1,6 +1,6 @@
 """Style of a study's figures: a palette for colour-blind readers, and names of lines beside their ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ LOOKS = {
     "path, hits, guarantee 0.5 (OEA)": Look("OEA", PURPLE, "D"),
     "path, squares (default)": Look("default", BLUE, "o"),
     "path, squares, faithfulness 0.5": Look("faithfulness 0.5", GREEN, "^"),
-    "path, squares, guarantee 0, faithfulness 1 (exact)": Look("faithfulness 1, exact", "black", "x"),
+    "path, squares, guarantee 0, faithfulness 1 (exact)": Look("faithfulness 1", "black", "x"),
 }
 OTHER = Look("other rules", PALE, "")
 
@@ -37,6 +37,17 @@ OTHER = Look("other rules", PALE, "")
 def look(rule: str) -> Look:
     """Find the look of a rule."""
     return LOOKS.get(rule, OTHER)
+
+
+def marked(label: str, outputs: Iterable[str]) -> str:
+    """Append `exact` to a label if the output of every row that it stands for is exact."""
+    return f"{label}, exact" if set(outputs) == {"exact"} else label
+
+
+def exactness_note(outputs: Iterable[str]) -> str:
+    """Describe the outputs of all rows of a picture: `exact`, `lossy`, or which of them are lossy."""
+    found = set(outputs)
+    return found.pop() if len(found) == 1 else "lossy where not marked exact"
 
 
 def line_style(rule: str) -> dict[str, Any]:

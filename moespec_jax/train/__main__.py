@@ -7,7 +7,9 @@ and for SGLang or vLLM (--format).
 """
 
 import argparse
+import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from moespec_jax.parallel.processes import is_first_process
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.arguments import VARIANTS, add_head_flags, add_optimizer_flags, add_training_flags
+from moespec_jax.train.left_out import LeftOut
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.run import Pace, draw_training, train
@@ -48,13 +51,17 @@ def _run(arguments: argparse.Namespace) -> None:
         "data": [describe_file(path) for path in arguments.data],
         "held_out": [describe_file(path) for path in held_out],
     }
+    if arguments.last_answer_only:
+        source["answers"] = "last"
     model = load(arguments.model, "none", dtype=arguments.dtype, progress=sys.stderr.isatty())
     recipe = recipe_of(arguments, model)
+    left_out = LeftOut(arguments.output / "left_out.txt", arguments.stop_at_refused)
+    samples = functools.partial(_samples, model, arguments.last_answer_only, left_out)
     head = train(
         model,
         recipe,
-        lambda: _samples(model, arguments.data),
-        lambda: _samples(model, held_out),
+        lambda: samples(arguments.data),
+        lambda: samples(held_out),
         arguments.output,
         Pace(arguments.save_every, arguments.evaluate_every),
         source,
@@ -208,9 +215,9 @@ def describe_file(path: Path) -> dict[str, Any]:
         raise RequestError(f"expected a file of JSON lines at {path}; {error.strerror}") from None
 
 
-def _samples(model: Model, paths: Sequence[Path]) -> Iterator[Sample]:
-    for path in paths:
-        yield from read_samples(model, path)
+def _samples(model: Model, last_only: bool, left_out: LeftOut, paths: Sequence[Path]) -> Iterator[Sample]:
+    read = (read_samples(model, path, last_answer_only=last_only, leave_out=left_out) for path in paths)
+    return left_out.report(itertools.chain.from_iterable(read))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -224,6 +231,17 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="training data (JSON lines; see docs/training.md)",
+    )
+    files.add_argument(
+        "--last-answer-only",
+        action="store_true",
+        help="of each chat, only the assistant's last turn counts (default: all of its turns)",
+    )
+    files.add_argument(
+        "--stop-at-refused",
+        action="store_true",
+        help="stop at a chat that the target's template refuses or that has no answer; by default such chats are left"
+        " out, counted, and named in DIR/left_out.txt",
     )
     files.add_argument("--held-out", type=Path, metavar="FILE", help="data that accuracy is measured on (JSON lines)")
     files.add_argument(

@@ -2,23 +2,26 @@
 that the head learns to predict.
 
 {"text": "..."}                                       every token counts
-{"messages": [{"role": "user", "content": "..."}]}    the assistant's turns count (or `conversations`)
+{"messages": [{"role": "user", "content": "..."}]}    the assistant's turns count (or ShareGPT's `conversations`)
 {"prompt_ids": [5, 17], "response_ids": [9, 2]}       the response counts; the format that `regenerate` writes
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moespec_jax.checkpoint.tokenizer import render_chat
-from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.checkpoint.chat import render
+from moespec_jax.checkpoint.conversation import Conversation, has_conversation, read_conversation
+from moespec_jax.errors import RequestError, UnusableConversation
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.request import known_ids
+from moespec_jax.train.spans import answer_spans
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# What is done with a conversation that cannot be used: it is left out where this returns.
+LeaveOut = Callable[[UnusableConversation], None]
 
 
 class Sample(NamedTuple):
@@ -55,41 +58,66 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RequestError(f"expected JSON objects, one a line, in {path}; line {number}: {error}") from None
 
 
-def read_samples(model: Model, path: Path) -> Iterator[Sample]:
+def stop(error: UnusableConversation) -> None:
+    """Raise the error of a conversation."""
+    raise error
+
+
+def read_samples(
+    model: Model, path: Path, *, last_answer_only: bool = False, leave_out: LeaveOut = stop
+) -> Iterator[Sample]:
     """Read a file of JSON lines, and tokenize it for a model.
+
+    Args:
+        model: tokenizer and chat template.
+        path: JSON lines.
+        last_answer_only: of a chat, only the assistant's last turn counts.
+        leave_out: called with the error of each conversation that the chat template refuses or that has no answer.
 
     Raises:
         RequestError: a line is none of the three kinds, or holds ids outside the model's vocabulary.
-        CheckpointError: the chat template rewrites all of an assistant's turns in a chat.
+        UnusableConversation: a conversation is left out, by default.
+        CheckpointError: there is no chat template.
     """
     for number, record in read_records(path):
         where = f"line {number} of {path}"
         if "response_ids" in record:
             yield _ids_sample(model, record, where)
-        elif isinstance(record.get("text"), str):
-            ids = np.array(model.encode(record["text"]), np.int32)
+        elif (text := record_text(record, where)) is not None:
+            ids = np.array(model.encode(text), np.int32)
             yield Sample(ids, np.ones(len(ids), bool))
         else:
-            yield _chat_sample(model, chat_turns(record, where), where)
+            conversation = record_conversation(record, where)
+            try:
+                sample = _chat_sample(model, conversation, last_answer_only)
+            except UnusableConversation as error:
+                leave_out(error)
+            else:
+                yield sample
 
 
-def chat_turns(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """Read the turns of a conversation (`messages` or `conversations`) as `role` and `content`.
+def record_text(record: dict[str, Any], where: str) -> str | None:
+    """Read the text of a record; None where it has none.
 
     Raises:
-        RequestError: there are none, or a turn lacks a role or a text.
+        RequestError: there is a conversation too, of which other tokens would count.
     """
-    given = record.get("messages", record.get("conversations"))
-    turns = []
-    for turn in given if isinstance(given, list) else []:
-        turn = turn if isinstance(turn, dict) else {}
-        role, content = _ROLES.get(str(turn.get("role", turn.get("from")))), turn.get("content", turn.get("value"))
-        if role is None or not isinstance(content, str):
-            raise RequestError(f"expected turns with a role (user, assistant, system) and a text in {where}")
-        turns.append({"role": role, "content": content})
-    if not turns:
+    text = record.get("text")
+    if isinstance(text, str) and has_conversation(record):
+        raise RequestError(f"expected one of a text and a conversation in {where}; it has both")
+    return text if isinstance(text, str) else None
+
+
+def record_conversation(record: dict[str, Any], where: str) -> Conversation:
+    """Read the conversation of a record.
+
+    Raises:
+        RequestError: there is none, or a turn that no chat template can be given.
+    """
+    conversation = read_conversation(record, where)
+    if conversation is None:
         raise RequestError(f"expected 'text', 'messages' or 'response_ids' in {where}; it has {sorted(record)[:5]}")
-    return turns
+    return conversation
 
 
 def _ids_sample(model: Model, record: dict[str, Any], where: str) -> Sample:
@@ -100,22 +128,19 @@ def _ids_sample(model: Model, record: dict[str, Any], where: str) -> Sample:
     return Sample(np.array(ids, np.int32), np.arange(len(ids)) >= len(prompt))
 
 
-def _chat_sample(model: Model, turns: list[dict[str, str]], where: str) -> Sample:
+def _chat_sample(model: Model, conversation: Conversation, last_only: bool) -> Sample:
     """Render and tokenize a conversation; tokens that begin inside an assistant's turn count."""
+    where = conversation.where
     if model.tokenizer is None:
         raise RequestError(f"expected token ids in {where}: {model.directory} has no tokenizer")
-    whole = render_chat(model.directory, turns)
-    spans = []
-    for i, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            before = render_chat(model.directory, turns[:i], ask=True)
-            after = render_chat(model.directory, turns[: i + 1])
-            # Some templates rewrite earlier turns (they remove the thinking): such a turn does not count.
-            if whole.startswith(before) and whole.startswith(after):
-                spans.append((len(before), len(after)))
+    answers = conversation.answers(last_only)
+    if not answers:
+        raise UnusableConversation(f"expected an assistant's turn that counts in {where}; it has none")
+    rendered = render(model.directory, conversation)
+    spans = answer_spans(model.directory, rendered, answers)
     if not spans:
-        raise CheckpointError(f"expected an assistant's turn that the chat template leaves in place in {where}")
-    encoding = model.tokenizer.encode(whole, add_special_tokens=False)
+        raise UnusableConversation(f"expected an assistant's turn that the chat template leaves in place in {where}")
+    encoding = model.tokenizer.encode(rendered.text, add_special_tokens=False)
     begins = np.array([begin for begin, _ in encoding.offsets])
     counts = np.zeros(len(begins), bool)
     for begin, end in spans:

@@ -6,6 +6,7 @@ continued. The same command continues an interrupted run: responses in OUT.jsonl
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moespec_jax.checkpoint.tokenizer import render_chat
+from moespec_jax.checkpoint.chat import render
+from moespec_jax.checkpoint.conversation import Conversation
 from moespec_jax.cli.command import Parser, run_command
-from moespec_jax.errors import RequestError
+from moespec_jax.errors import RequestError, UnusableConversation
 from moespec_jax.files import writing
 from moespec_jax.runtime.load import DEMO_TARGET, load
 from moespec_jax.runtime.model import Model
-from moespec_jax.train.records import chat_turns, read_records
+from moespec_jax.train.left_out import LeftOut
+from moespec_jax.train.records import LeaveOut, read_records, record_conversation, record_text, stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     model = load(arguments.model, "none", dtype=arguments.dtype, progress=sys.stderr.isatty())
-    prompts = list(read_prompts(model, arguments.data, arguments.prompt_tokens, not arguments.no_thinking))
+    left_out = LeftOut(arguments.output.with_name(f"{arguments.output.name}.left_out.txt"), arguments.stop_at_refused)
+    thinking = not arguments.no_thinking
+    read = read_prompts(model, arguments.data, arguments.prompt_tokens, thinking, leave_out=left_out)
+    prompts = list(left_out.report(read))
     regenerate(
         model, prompts, arguments.output,
         batch=arguments.batch, max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
@@ -37,7 +43,9 @@ def _run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = True) -> Iterator[list[int]]:
+def read_prompts(
+    model: Model, path: Path, prompt_tokens: int, thinking: bool = True, *, leave_out: LeaveOut = stop
+) -> Iterator[list[int]]:
     """Read the prompt of every line of `path` as token ids.
 
     Args:
@@ -45,26 +53,38 @@ def read_prompts(model: Model, path: Path, prompt_tokens: int, thinking: bool = 
         path: JSON lines.
         prompt_tokens: number of first tokens of a text, or of `prompt_ids`, that are the prompt.
         thinking: let chats think, if their template has a setting for it.
+        leave_out: called with the error of each conversation that the chat template refuses.
 
     Raises:
         RequestError: a line holds no prompt, or one that is empty, too long or outside the vocabulary.
+        UnusableConversation: a conversation is left out, by default.
     """
     for number, record in read_records(path):
         where = f"line {number} of {path}"
         if isinstance(record.get("prompt_ids"), list):
             ids = record["prompt_ids"][:prompt_tokens]
-        elif isinstance(record.get("text"), str):
-            ids = model.encode(record["text"])[:prompt_tokens]
+        elif (text := record_text(record, where)) is not None:
+            ids = model.encode(text)[:prompt_tokens]
         else:
-            turns = chat_turns(record, where)
-            while turns and turns[-1]["role"] == "assistant":
-                turns.pop()
-            if not turns:
-                raise RequestError(f"expected a turn before the assistant's in {where}")
-            prompt = render_chat(model.directory, turns, ask=True, thinking=thinking)
+            conversation = _unanswered(record_conversation(record, where))
+            try:
+                prompt = render(model.directory, conversation, ask=True, thinking=thinking).text
+            except UnusableConversation as error:
+                leave_out(error)
+                continue
             ids = model.encode(prompt, special_tokens=False)
         _check_prompt(model, ids, where)
         yield ids
+
+
+def _unanswered(conversation: Conversation) -> Conversation:
+    """Remove the assistant's turns at the end."""
+    turns = list(conversation.turns)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise RequestError(f"expected a turn before the assistant's in {conversation.where}")
+    return dataclasses.replace(conversation, turns=turns)
 
 
 def _check_prompt(model: Model, ids: Sequence[object], where: str) -> None:
@@ -159,6 +179,11 @@ def _parser() -> argparse.ArgumentParser:
         help="number of first tokens of a text that are the prompt (default: %(default)s)",
     )
     parser.add_argument("--no-thinking", action="store_true", help="answer chats without thinking")
+    parser.add_argument(
+        "--stop-at-refused",
+        action="store_true",
+        help="stop at a chat that the target's template refuses; by default such chats are left out, counted and named",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest response in tokens (default: %(default)s)"
     )

@@ -77,7 +77,7 @@ def train(
             but a larger number of steps is new.
 
     Raises:
-        RequestError: `directory` holds another run, or no token of the data counts.
+        RequestError: `directory` holds another run, or no token of the data can be learned.
     """
     run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
     with all_or_none():
@@ -148,16 +148,23 @@ def _prepare(
     """Pack the rows to train on and the held-out rows into rows.npz. The file of a continued run (`keep`) is kept.
 
     Raises:
-        RequestError: no token to train on counts.
+        RequestError: no token can be learned, or measured in the held-out data.
     """
     file = directory / "rows.npz"
     if not (keep and file.exists()):
         # One token more than the target reads: the last one is a label only.
         train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
+        if len(check.ids) and not _learnable(check):
+            raise RequestError("expected held-out data with tokens to be predicted; its rows hold none")
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez(out, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
-    if not _read_rows(directory)[0].counts.any():
+    if not _learnable(_read_rows(directory)[0]):
         raise RequestError("expected data with tokens to be predicted; its rows hold none")
+
+
+def _learnable(rows: Rows) -> bool:
+    """Test whether a token counts that the head predicts: the third of a row is the first."""
+    return bool(rows.counts[:, 2:].any())
 
 
 def _read_rows(directory: Path) -> tuple[Rows, Rows]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.checkpoint.tokenizer import chat_prompt
 from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
 from moespec_jax.decoding.spec import DecodingSpec
@@ -110,8 +109,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise RequestError(
             "expected a draft head to draft trees with (--draft-model); the model was loaded without one"
         )
-    as_chat = (lambda text: chat_prompt(model.directory, text, None, True)) if arguments.chat else None
-    sets = prompt_sets(model, arguments, as_chat)
+    sets = prompt_sets(model, arguments)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     search = SearchConfig(bound, trees, _budgets(arguments.budgets, model), arguments.tokens, arguments.repeats)
     about = _about(model, arguments, {name: len(prompts) for name, prompts in sets.items()})
