@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 
 # It ends inside a line, since tokenizers of code merge the end of a line with the indentation of the next one.
 DEFAULT_PROMPT = '''import os
@@ -25,7 +26,7 @@ def gather_texts(arguments: argparse.Namespace, read_stdin: Callable[[], str]) -
     """
     texts = [_decoded(read_stdin) if text == "-" else text for text in arguments.prompt or []]
     for file in arguments.prompt_file or []:
-        texts += read_prompt_file(Path(file))
+        texts += read_prompt_file(expanded(file))
     if not texts and not arguments.prompt_ids:
         texts = [DEFAULT_PROMPT]
     return texts
