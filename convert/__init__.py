@@ -63,7 +63,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
     except (CheckpointError, RequestError) as error:
         status = _report(2, str(error))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         if (message := platform_error(error)) is None:
             raise
         status = _report(2, message)

@@ -3,6 +3,8 @@
 import os
 import re
 import reprlib
+import traceback
+from pathlib import Path
 
 
 class RequestError(ValueError):
@@ -46,8 +48,16 @@ def platform_error(error: BaseException) -> str | None:
     """Describe in one line that JAX has not the platform that `JAX_PLATFORMS` names, or cannot use its devices; None
     for other errors."""
     text = " ".join(str(error).split())
-    if not re.match(r"(Unable to|Could not) initialize backend|Unknown backend|Backend '", text):
+    if isinstance(error, AssertionError) and _raised_in_backends(error):  # a known platform without its plug-in
+        text = "JAX has no plug-in for it"
+    elif not re.match(r"(Unable to|Could not) initialize backend|Unknown backend|Backend '", text):
         return None
     requested = os.environ.get("JAX_PLATFORMS")
     expected = "a device of JAX" if not requested else f"a platform that JAX finds here (JAX_PLATFORMS={requested})"
     return one_line(f"expected {expected}; {text[:400]}")
+
+
+def _raised_in_backends(error: BaseException) -> bool:
+    """Whether an exception comes from the function of JAX that initializes platforms."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and (Path(frames[-1].filename).name, frames[-1].name) == ("xla_bridge.py", "backends")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax._src import xla_bridge
 from tiny import write_tiny
 from tiny_pair import write_pair
 
@@ -137,9 +138,33 @@ def test_generate_finds_no_platform(
     assert out == "" and err.count("\n") == 1 and "Unable to initialize backend 'cuda'" in err
 
 
-def test_other_runtime_errors_are_raised() -> None:
+def test_other_errors_are_raised() -> None:
+    def check(_: object) -> None:
+        assert not "a bug"
+
     with pytest.raises(RuntimeError, match="a bug"):
         run_command(command_parser("generate", ""), absent("a bug"), [])
+    with pytest.raises(AssertionError):
+        run_command(command_parser("generate", ""), check, [])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense"])
+def test_a_platform_without_its_plug_in(
+    platform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JAX's own function: where it knows the name of a platform and nothing else, its assertion fails."""
+    monkeypatch.setattr(xla_bridge, "_backends", {})
+    monkeypatch.setattr(xla_bridge, "_default_backend", None)
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platform)
+        assert run_command(command_parser("generate", ""), lambda _: print(xla_bridge.backends()), []) == 2
+    finally:
+        jax.config.update("jax_platforms", before)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: expected a platform that JAX finds here (JAX_PLATFORMS={platform}); ")
 
 
 @pytest.mark.slow

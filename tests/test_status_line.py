@@ -93,9 +93,8 @@ def on_terminal(*command: str) -> tuple[str, float, str]:
         first = first or time.monotonic() - started
         text += part
     os.close(controller)
-    assert run.stdout is not None
-    output = run.stdout.read()
-    assert run.wait() == 0
+    output, _ = run.communicate()
+    assert run.returncode == 0
     return text.decode(), first, output
 
 

@@ -65,7 +65,7 @@ def run_command(
         # Messages may quote text from files: it must not add lines or send control characters to the terminal.
         print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, AssertionError) as error:
         message = platform_error(error) or memory_error(error)
         if message is None:
             raise
@@ -89,7 +89,7 @@ def run_command(
 
 def memory_error(error: BaseException) -> str | None:
     """Describe a lack of memory of host or device in one line; None for other errors."""
-    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return None
     reason = " ".join(str(error).split())[:200] or "the host has no more"
     return f"expected model, cache and batch to fit the device's memory; {reason}"

@@ -23,9 +23,9 @@ def main() -> int:
         return 2
     try:
         cli_evaluate()
-    except (CheckpointError, RequestError, RuntimeError) as error:
+    except (CheckpointError, RequestError, RuntimeError, AssertionError) as error:
         message = platform_error(error)
-        if message is None and isinstance(error, RuntimeError):
+        if message is None and isinstance(error, RuntimeError | AssertionError):
             raise
         print(f"error: {message or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
