@@ -1,6 +1,5 @@
 """Scripts for checkpoints, and their shared parts: flags, one-line errors, and atomic output directories."""
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -9,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from moespec_jax import status_line
 from moespec_jax.checkpoint.dtypes import FLOAT_DTYPES
 from moespec_jax.checkpoint.orbax_io import quiet_orbax
-from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.cli import command
+from moespec_jax.errors import CheckpointError, RequestError, platform_error
 from moespec_jax.files import read_json, write_json, writing
 from moespec_jax.parallel.processes import all_or_none, is_first_process
 
@@ -32,8 +33,8 @@ _METADATA = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser with one-line errors."""
+class Parser(command.Parser):
+    """Argument parser that exits on wrong usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
@@ -55,12 +56,17 @@ def add_output_flags(parser: Parser) -> None:
 def run(main: Callable[[], int]) -> NoReturn:
     """Run `main` and exit with the status that it returns; with status 2 and one line for errors that the caller can
     correct, 130 for Ctrl-C."""
+    status_line.show("")
     quiet_orbax()  # orbax advises larger chunks than one expert, the unit that is read
     try:
         status = main()
         sys.stdout.flush()
     except (CheckpointError, RequestError) as error:
         status = _report(2, str(error))
+    except (RuntimeError, AssertionError) as error:
+        if (message := platform_error(error)) is None:
+            raise
+        status = _report(2, message)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         if not where:  # standard output, which Python would flush at exit, with a second error

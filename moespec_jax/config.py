@@ -5,7 +5,10 @@ Fields that a published `config.json` has too bear its names. `checkpoint/famili
 """
 
 import dataclasses
+from numbers import Integral
 from typing import Literal, Protocol, runtime_checkable
+
+from moespec_jax.errors import wrong_type
 
 QkNorm = Literal["none", "head", "flat"]
 
@@ -197,6 +200,9 @@ class TreeConfig:
     size: int = 60
 
     def __post_init__(self) -> None:
+        for name in ("depth", "top_k", "size"):
+            if not isinstance(getattr(self, name), Integral):
+                raise wrong_type(f"{name} of a tree", "a whole number", getattr(self, name))
         if self.depth < 0 or self.top_k < 1 or self.size < 2:
             raise ValueError(
                 "expected a tree of depth at least 0, top-k at least 1 and size at least 2;"

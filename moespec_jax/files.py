@@ -19,6 +19,11 @@ _SYSTEM_ERROR = re.compile(r"os[_ ]error(?:_code='| )(\d+)")
 _LARGEST_JSON = 64 << 20
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Make a path, with a home directory in place of `~`: a shell does not expand it in `--flag=~/file`."""
+    return Path(os.path.expanduser(path))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 

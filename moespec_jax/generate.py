@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ from moespec_jax.cli.generate_arguments import build_parser, check_flags, check_
 from moespec_jax.cli.process_flags import join_processes
 from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.cli.round_trace import tracing
-from moespec_jax.cli.summary import statistics_table
+from moespec_jax.cli.summary import NAME_WIDTH, statistics_table
+from moespec_jax.cli.wide_table import folded
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
@@ -91,7 +93,9 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     printer.finish() if printer else _print_batch([_texts(model, prompt, chat) for prompt in asked], result, answers)
     if first:
-        print(statistics_table(model, result, comparison), file=sys.stderr)
+        table = statistics_table(model, result, comparison)
+        width = shutil.get_terminal_size().columns
+        print(folded(table, width, NAME_WIDTH + 1) if sys.stderr.isatty() else table, file=sys.stderr)
 
 
 def _later(generate: functools.partial[RunResult], ids: list[list[int]], turn: int, spec: DecodingSpec) -> RunResult:

@@ -12,14 +12,14 @@ PACKAGE = Path(__file__).parent.parent / "moespec_jax"
 
 # From the bottom of the stack to its top; what shares a line does not import from each other. "" is the package itself.
 ORDER = [
-    {"errors"},
+    {"errors", "status_line"},
     {"config", "files"},
     {"parallel"},
     {"nn"},
     {"checkpoint", "decoding"},
     {"runtime"},
     {""},
-    {"cli"},
+    {"cli", "__main__"},
     {"generate", "measure"},
     {"bench", "evaluate", "plan", "study", "train", "tune"},
     {"demo"},

@@ -28,7 +28,7 @@ from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
 from moespec_jax.cli.arguments import add_model_flags, check_budget, load_requested, shown_name
-from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
@@ -126,7 +126,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     write_text(arguments.output / "bench.jsonl", lines)
     write_text(arguments.output / "bench.md", text)
     write_chart(rows, arguments.output / "bench.png")
-    write_output(lines if arguments.json else text)
+    write_tables(lines if arguments.json else text)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, Literal
 
 from moespec_jax.config import DecoderConfig, TreeConfig
@@ -10,7 +9,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig, current_fields, res
 from moespec_jax.decoding.budget_rules import ANCHORS, COVERAGES, EXPERT_WEIGHTS, SCORES, SIZES
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
-from moespec_jax.files import parse_numbers
+from moespec_jax.files import expanded, parse_numbers
 from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.mesh import MeshConfig, parse_mesh
 from moespec_jax.runtime.load import DEMO_DRAFT, DEMO_TARGET, load
@@ -157,7 +156,8 @@ def shown_name(name: str) -> str:
 
 def short_name(name: str) -> str:
     """A hub id unchanged; for a path its last part, since the rest differs between machines."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    path = expanded(name)
+    return path.resolve().name if path.exists() else name
 
 
 def boundaries_of(arguments: argparse.Namespace) -> tuple[int, ...] | None:

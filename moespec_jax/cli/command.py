@@ -1,21 +1,34 @@
 """Common behaviour of the commands: errors in one line, exit status, and a cache of compiled programs."""
 
 import argparse
+import gc
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from moespec_jax import __version__, status_line
+from moespec_jax.cli.wide_table import fitted
 from moespec_jax.decoding.budget_config import BudgetWarning
-from moespec_jax.errors import CheckpointError, RequestError, one_line
+from moespec_jax.errors import CheckpointError, RequestError, one_line, platform_error
+from moespec_jax.files import expanded
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that reports wrong usage like every other error: in one line, with exit status 2."""
+    """Parser of a command: it has `--version`, expands `~` in paths, and reports wrong usage like every other error, in
+    one line with exit status 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, expanded)
+        if self.add_help:
+            self.add_argument("--version", action="version", version=f"moespec_jax {__version__}")
 
     def error(self, message: str) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Raise an error that `run_command` reports."""
@@ -38,6 +51,9 @@ def run_command(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], argv: Sequence[str] | None
 ) -> int:
     """Parse and run; returns the exit status: 0, 2 for an error that the user can fix, 130 when interrupted."""
+    status_line.show("")
+    if status_line.is_command(sys.orig_argv):
+        gc.freeze()  # what was imported stays: collections while programs are traced need not visit it
     try:
         arguments = parser.parse_args(argv)
         use_compilation_cache(getattr(arguments, "compilation_cache", None))
@@ -49,11 +65,11 @@ def run_command(
         # Messages may quote text from files: it must not add lines or send control characters to the terminal.
         print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, RuntimeError, AssertionError) as error:
+        message = platform_error(error) or memory_error(error)
+        if message is None:
             raise
-        reason = " ".join(str(error).split())[:200] or "the host has no more"
-        print(f"error: expected model, cache and batch to fit the device's memory; {reason}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -71,6 +87,14 @@ def run_command(
     return 0
 
 
+def memory_error(error: BaseException) -> str | None:
+    """Describe a lack of memory of host or device in one line; None for other errors."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    reason = " ".join(str(error).split())[:200] or "the host has no more"
+    return f"expected model, cache and batch to fit the device's memory; {reason}"
+
+
 def require_matplotlib(extra: str = "plots") -> None:
     """Check that matplotlib is installed, before anything is measured; modules that plot import it afterwards.
 
@@ -81,7 +105,12 @@ def require_matplotlib(extra: str = "plots") -> None:
         RequestError: it is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"expected matplotlib, which draws the figures: pip install moespec_jax[{extra}]")
+        raise RequestError(f"expected matplotlib, which draws the figures: {install_line(extra)}")
+
+
+def install_line(extra: str) -> str:
+    """Command that installs an extra, in a clone of the repository."""
+    return f'python -m pip install -e ".[{extra}]"'
 
 
 def write_output(text: str) -> None:
@@ -90,10 +119,20 @@ def write_output(text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
+    status_line.end()
     try:
         print(text, end="", flush=True)
     except OSError as error:
         raise OutputError(error.strerror) from error
+
+
+def write_tables(text: str) -> None:
+    """Write a report; in a terminal, its tables are made to fit.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_output(fitted(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text)
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -104,8 +143,8 @@ def use_compilation_cache(directory: str | None) -> None:
     if directory == "none" or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(directory or Path(base) / "moespec_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_compilation_cache_dir", str(expanded(directory or Path(base) / "moespec_jax" / "xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from moespec_jax.checkpoint.chat import render
 from moespec_jax.checkpoint.conversation import Conversation, read_conversation
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.runtime.model import Model
 
 # It ends inside a line, since tokenizers of code merge the end of a line with the indentation of the next one.
@@ -49,7 +50,7 @@ def gather_prompts(arguments: argparse.Namespace, read_stdin: Callable[[], str])
     """
     prompts = [Prompt(_decoded(read_stdin) if text == "-" else text) for text in arguments.prompt or []]
     for file in arguments.prompt_file or []:
-        prompts += read_prompts(Path(file))
+        prompts += read_prompts(expanded(file))
     if not prompts and not arguments.prompt_ids:
         prompts = [Prompt(DEFAULT_PROMPT)]
     return prompts

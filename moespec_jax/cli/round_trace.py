@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.runtime.run import OnRound
 
 
@@ -24,13 +24,14 @@ def tracing(path: str | None) -> Iterator[OnRound | None]:
     if path is None:
         yield None
         return
-    if not Path(path).name or Path(path).is_dir():
+    file_name = expanded(path)
+    if not file_name.name or file_name.is_dir():
         raise RequestError(f"expected a file to write a trace to; got {path!r}")
-    temporary = Path(path).with_name(Path(path).name + ".incomplete")
+    temporary = file_name.with_name(file_name.name + ".incomplete")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             yield lambda number, info: _write_round(file, number, info)
-        os.replace(temporary, path)
+        os.replace(temporary, file_name)
     except OSError as error:
         raise RequestError(f"expected to write a trace to {path}; {error.strerror}") from None
     finally:

@@ -6,6 +6,8 @@ from moespec_jax.cli.compare import Comparison, SpeedUp
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
 
+NAME_WIDTH = 12
+
 
 def statistics_table(model: Model, result: RunResult, comparison: Comparison | None) -> str:
     """Format one line for each statistic: model, device, exactness, acceptance, times and experts read."""
@@ -26,7 +28,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     ]
     if comparison is not None:
         rows.append(("comparison", _compared(comparison)))
-    return "\n" + "\n".join(f"{name:12} {value}" for name, value in rows)
+    return "\n" + "\n".join(f"{name:{NAME_WIDTH}} {value}" for name, value in rows)
 
 
 def _output(result: RunResult) -> str:

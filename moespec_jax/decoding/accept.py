@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.sampling import SamplingConfig, log_probabilities
 from moespec_jax.decoding.tree import Tree, ancestors, depths
+from moespec_jax.nn.summary import summary
 
 
 @struct.dataclass
@@ -32,6 +33,8 @@ class Accepted:
     path: Int[Array, "*batch path"]
     count: Int[Array, "*batch"]
     bonus: Int[Array, "*batch"]
+
+    __repr__ = summary
 
 
 # (tree, logits [nodes, vocab], the sequence's random key, position of the first token after the root) -> Accepted.

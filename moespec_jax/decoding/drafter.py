@@ -14,6 +14,7 @@ from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.states import DecodeState
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.summary import summary
 
 Weights = TypeVar("Weights")
 DraftState = TypeVar("DraftState")
@@ -25,6 +26,8 @@ class SpeculativeParams(Generic[Weights]):
 
     target: Decoder
     draft: Weights
+
+    __repr__ = summary
 
 
 @struct.dataclass
@@ -40,6 +43,8 @@ class SpeculationState(Generic[DraftState]):
     decoding: DecodeState
     draft: DraftState
     depth_counts: Float[Array, " path"]
+
+    __repr__ = summary
 
 
 @runtime_checkable

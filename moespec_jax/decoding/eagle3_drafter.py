@@ -23,6 +23,7 @@ from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.cache import Cache, in_rows
 from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
+from moespec_jax.nn.summary import summary
 
 Params = SpeculativeParams[DraftHead]
 
@@ -39,6 +40,8 @@ class Eagle3State:
 
     cache: Cache
     aux: Float[Array, "batch path aux"]
+
+    __repr__ = summary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,7 @@ from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.attention import tree_mask
 from moespec_jax.nn.cache import Cache, keep_rows
 from moespec_jax.nn.decoder import ForwardInfo, forward, unembed
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, first_sequence, psum
 
 # `decoder.forward`, or a function of its signature.
@@ -45,6 +46,8 @@ class SpeculationPrefill(Generic[DraftState]):
 
     target: PrefillState
     draft: DraftState
+
+    __repr__ = summary
 
 
 @dataclasses.dataclass(frozen=True)

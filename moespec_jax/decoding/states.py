@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, pmax
 
 # In place of a token where logits are not finite; no token has this id.
@@ -65,6 +66,8 @@ class DecodeState:
     stop_ids: Int[Array, " stops"]
     key: Array
     cache: Cache
+
+    __repr__ = summary
 
 
 def any_unfinished(state: DecodeState) -> Bool[Array, ""]:

@@ -29,7 +29,7 @@ from moespec_jax.cli.arguments import (
     shown_name,
     tree_of,
 )
-from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.cli.prompts import encode_prompt
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
@@ -147,7 +147,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     write_text(arguments.output / "evaluate.jsonl", lines)
     write_text(arguments.output / "evaluate.md", text)
     write_chart(rows, arguments.output / "evaluate.png")
-    write_output(lines if arguments.json else text)
+    write_tables(lines if arguments.json else text)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,8 @@ Versions of lm-eval that load plug-ins do not need this module.
 
 import sys
 
-from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.cli.command import install_line
+from moespec_jax.errors import CheckpointError, RequestError, platform_error
 
 
 def main() -> int:
@@ -18,12 +19,15 @@ def main() -> int:
 
         import moespec_jax.evaluate.harness  # noqa: F401 (registers the model)
     except ImportError as error:
-        print(f"error: expected lm-eval to be installed: pip install 'moespec_jax[eval]'; {error}", file=sys.stderr)
+        print(f"error: expected lm-eval to be installed: {install_line('eval')}; {error}", file=sys.stderr)
         return 2
     try:
         cli_evaluate()
-    except (CheckpointError, RequestError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (CheckpointError, RequestError, RuntimeError, AssertionError) as error:
+        message = platform_error(error)
+        if message is None and isinstance(error, RuntimeError | AssertionError):
+            raise
+        print(f"error: {message or ' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 from moespec_jax.cli.prompts import read_prompt_file
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import HELD_OUT, PIECE, continued, held_out_pieces, prompt_sets
 from moespec_jax.runtime.model import Model
@@ -69,7 +69,7 @@ def text_files(arguments: argparse.Namespace) -> dict[str, list[str]]:
         name, _, file = argument.partition("=")
         if not name or not file or name in files:
             raise RequestError(f"expected --texts as NAME=FILE, each of another name; got {argument!r}")
-        files[name] = read_prompt_file(Path(file))[: arguments.count]
+        files[name] = read_prompt_file(expanded(file))[: arguments.count]
     return files
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from moespec_jax.cli.prompts import encode_prompt, read_prompts
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.measure import corpus
 from moespec_jax.runtime.model import Model
 
@@ -109,7 +110,7 @@ def _named(arguments: argparse.Namespace) -> list[tuple[str, Path | None]]:
         if text == "held-out":
             sets.append((HELD_OUT, None))
         elif equals and name and file:
-            sets.append((name, Path(file)))
+            sets.append((name, expanded(file)))
         else:
             raise RequestError(f"expected --prompts as NAME=FILE or held-out; got {text!r}")
     return sets

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import AttentionConfig
 from moespec_jax.nn.layers import apply_rope, rms_norm
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import Axes
 
@@ -36,6 +37,8 @@ class Attention:
     o_bias: Float[Array, "*stack model"] | None = None
     q_norm: Float[Array, "*stack q_norm"] | None = None
     k_norm: Float[Array, "*stack k_norm"] | None = None
+
+    __repr__ = summary
 
 
 def project_qkv(

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.nn.summary import summary
 
 
 @struct.dataclass
@@ -30,6 +31,8 @@ class Cache:
     k: Float[Array, "layers batch kv_heads slots head"] | tuple[Float[Array, "batch kv_heads slots head"], ...]
     v: Float[Array, "layers batch kv_heads slots head"] | tuple[Float[Array, "batch kv_heads slots head"], ...]
     length: Int[Array, " batch"]
+
+    __repr__ = summary
 
     @property
     def slots(self) -> int:

@@ -27,6 +27,7 @@ from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache, write_rows
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
 from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import all_gather, axis_index, psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
@@ -39,6 +40,8 @@ class Layer:
     attention: Attention
     post_attention_norm: Float[Array, "*stack model"]
     mlp: GatedMlp | SparseMlp
+
+    __repr__ = summary
 
 
 @struct.dataclass
@@ -63,6 +66,8 @@ class Decoder:
     lm_head: Float[Array, "vocab_shard model"] | None
     stacked: bool = struct.field(pytree_node=False, default=False)
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
+
+    __repr__ = summary
 
 
 class ForwardInfo(NamedTuple):

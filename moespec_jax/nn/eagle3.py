@@ -16,6 +16,7 @@ from moespec_jax.config import DraftConfig
 from moespec_jax.nn.attention import Attention, attend, output_projection, project_qkv
 from moespec_jax.nn.cache import Cache, write_rows
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import all_gather, data_axes, pmax, psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
@@ -35,6 +36,8 @@ class DraftLayer:
     attention: Attention
     post_attention_norm: Float[Array, " model"]
     mlp: GatedMlp
+
+    __repr__ = summary
 
 
 @struct.dataclass
@@ -65,6 +68,8 @@ class DraftHead:
     fc_norms: tuple[Float[Array, " width"], ...] = ()
     embed: Float[Array, "vocab model"] | None = None
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
+
+    __repr__ = summary
 
 
 def empty_draft_cache(config: DraftConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import RopeConfig
 from moespec_jax.nn.quantization import Quantized, product
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import pmean
 from moespec_jax.parallel.mesh import Axes
 
@@ -30,6 +31,8 @@ class GatedMlp:
     gate: Float[Array, "*stack model ffn"] | Quantized
     up: Float[Array, "*stack model ffn"] | Quantized
     down: Float[Array, "*stack ffn model"] | Quantized
+
+    __repr__ = summary
 
 
 def rms_norm(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.layers import GatedMlp, gated_mlp
 from moespec_jax.nn.routing import Restricted, Routing, route, shard_routing
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
@@ -23,6 +24,8 @@ class SparseMlp:
     router: Float[Array, "*stack experts model"]
     shared: GatedMlp | None = None
     shared_gate: Float[Array, "*stack 1 model"] | None = None
+
+    __repr__ = summary
 
 
 class RouterInfo(NamedTuple):

@@ -12,6 +12,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int8
 
+from moespec_jax.nn.summary import summary
+
 Quantization = Literal["int8"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("int8",)
 
@@ -28,6 +30,8 @@ class Quantized:
 
     values: Int8[Array, "*stack in out"]
     scale: Float[Array, "*stack 1 out"]
+
+    __repr__ = summary
 
 
 # Matrices that may be quantized.

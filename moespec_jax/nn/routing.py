@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.mesh import EXPERT
 
 
@@ -30,6 +31,8 @@ class Routing:
     max_distinct: int | None = struct.field(pytree_node=False, default=None)
     groups: int = struct.field(pytree_node=False, default=1)
     sharded: bool = struct.field(pytree_node=False, default=False)
+
+    __repr__ = summary
 
 
 class Restricted(NamedTuple):

@@ -9,6 +9,7 @@ sharded over `expert` and `tensor` together where they divide evenly, else over 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moespec_jax.config import AttentionConfig, DecoderConfig, DraftConfig
+from moespec_jax.errors import wrong_type
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
 Axes = tuple[str, ...]
@@ -41,6 +43,9 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        for name, size in zip(AXES, self.shape, strict=True):
+            if not isinstance(size, Integral):
+                raise wrong_type(f"{name} of a mesh", "a whole number", size)
         if min(self.shape) < 1:
             raise ValueError(f"expected a mesh of at least one device along each axis; got {self}")
 
@@ -104,10 +109,8 @@ def best_mesh(config: DecoderConfig, devices: int) -> MeshConfig:
     """Choose a mesh of `devices` devices for one sequence or few.
 
     `tensor` is the largest size with which each shard of an expert's ffn dimension is a multiple of `LANES`: shards of
-    this dimension are read equally by every routing. The remaining devices shard the experts.
-
-    Raises:
-        ValueError: the model does not divide evenly over so many devices.
+    this dimension are read equally by every routing. The remaining devices shard the experts. Where no such mesh also
+    shards the attention heads, another one that the model can have is chosen, of the largest model shards.
     """
     for tensor in range(devices, 0, -1):
         mesh = MeshConfig(1, devices // tensor, tensor)
@@ -115,7 +118,9 @@ def best_mesh(config: DecoderConfig, devices: int) -> MeshConfig:
         heads_divide = devices == 1 or bool(_heads(config, mesh))
         if devices % tensor == 0 and whole_lanes and config.num_experts % mesh.expert == 0 and heads_divide:
             return mesh
-    raise ValueError(f"expected a number of devices that share the model's heads and experts evenly; got {devices}")
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    meshes = [MeshConfig(d, devices // (d * t), t) for d in sizes for t in sizes if devices % (d * t) == 0]
+    return next(mesh for mesh in meshes if _divides(config, mesh))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -174,6 +179,15 @@ def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
         experts=mesh.expert,
         expert_ffn=(TENSOR,) if mesh.tensor > 1 and config.moe_intermediate_size % mesh.tensor == 0 else (),
     )
+
+
+def _divides(config: DecoderConfig, mesh: MeshConfig) -> bool:
+    """Whether a decoder can be sharded on a mesh; it can on one of the axis `data` alone."""
+    try:
+        shard_decoder(config, mesh)
+    except ValueError:
+        return False
+    return True
 
 
 def shard_head(config: DraftConfig, mesh: MeshConfig) -> ShardingPlan:

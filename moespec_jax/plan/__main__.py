@@ -17,11 +17,11 @@ from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config, read_config_file
 from moespec_jax.cli.arguments import add_budget_flags, add_tree_flags, budget_of, check_budget, mesh_of, tree_of
-from moespec_jax.cli.command import Parser, run_command, write_output
+from moespec_jax.cli.command import Parser, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.files import write_text
+from moespec_jax.files import expanded, write_text
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.mesh import MeshConfig, shard_decoder
@@ -54,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
     report = json.dumps(about | {"rows": rows}, indent=1) + "\n"
     if arguments.out is not None:
         write_text(arguments.out, report)
-    write_output(report if arguments.json else table(rows) + "\n")
+    write_tables(report if arguments.json else table(rows) + "\n")
 
 
 def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str, Any]]:
@@ -63,7 +63,8 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
     from moespec_jax.plan.sizing import Load, size_up
 
     tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
-    if mesh == "auto" or (mesh is not None and arguments.batch % mesh.data):
+    mesh = None if mesh == "auto" else mesh
+    if mesh is not None and arguments.batch % mesh.data:
         raise RequestError(f"expected a mesh whose data= divides --batch {arguments.batch}; got {mesh}")
     for name in arguments.model:
         target = config_of(name)
@@ -108,9 +109,8 @@ def config_of(name: str) -> DecoderConfig:
     """
     if name in MODELS:
         return read_config(MODELS[name])
-    return (
-        read_config_file(Path(name)) if Path(name).is_file() else load_config(locate(name, patterns=("config.json",)))
-    )
+    path = expanded(name)
+    return read_config_file(path) if path.is_file() else load_config(locate(name, patterns=("config.json",)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mesh",
         metavar="expert=4,tensor=2",
-        help="sizes of the mesh axes data, expert and tensor (default: so that devices read equally much; see"
+        help="sizes of the mesh axes data, expert and tensor; auto: so that devices read equally much (default; see"
         " docs/devices.md)",
     )
     parser.add_argument(

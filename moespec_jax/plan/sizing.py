@@ -68,6 +68,8 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     topology, count = SLICES[name]
     chip = name.partition("-")[0]
     mesh = best_mesh(load.target, count) if load.mesh is None else load.mesh
+    if load.batch % mesh.data:
+        raise ValueError(f"expected a slice whose devices share the model, or a larger --batch; got a mesh of {mesh}")
     work = Workload(
         load.target, load.draft, make_mesh(mesh, devices(chip, topology)[:count]), BACKENDS["pallas"], load.tree,
         load.slots, load.batch, load.budget, quantization,

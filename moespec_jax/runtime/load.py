@@ -1,5 +1,6 @@
 """Load a model with its tokenizer and, if there is one, its draft head: `moespec_jax.load`."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -22,22 +23,24 @@ from moespec_jax.checkpoint.placement import (
 from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.checkpoint.tokenizer import load_tokenizer, read_stop_ids
 from moespec_jax.config import DecoderConfig
-from moespec_jax.errors import CheckpointError, RequestError
+from moespec_jax.errors import CheckpointError, RequestError, wrong_type
 from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.parallel.mesh import MeshConfig, adopt_mesh, best_mesh, make_mesh
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.request import check_not_traced
+from moespec_jax.runtime.request import check_not_traced, check_types
+from moespec_jax.status_line import showing
 
 DEMO_TARGET = str(Path(__file__).parent.parent / "demo" / "target")
 DEMO_DRAFT = str(Path(__file__).parent.parent / "demo" / "draft")
 
 
+@showing("loading the model")
 def load(
-    model: str = DEMO_TARGET,
-    draft_model: str | None = None,
+    model: str | os.PathLike[str] = DEMO_TARGET,
+    draft_model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     draft_revision: str | None = None,
@@ -72,10 +75,15 @@ def load(
 
     Raises:
         CheckpointError: the model or head is missing, damaged or not supported, or the head does not fit the model.
-        RequestError: the model cannot be sharded over the mesh, there are too few devices, or the call is inside a
-            transformation of JAX.
+        RequestError: an argument has a wrong type, the model cannot be sharded over the mesh, there are too few
+            devices, or the call is inside a transformation of JAX.
     """
     check_not_traced("load")
+    check_types(
+        model=model, draft_model=draft_model, revision=revision, draft_revision=draft_revision,
+        draft_boundaries=draft_boundaries, backend=backend, check=check,
+    )  # fmt: skip
+    model, draft_model = os.fspath(model), None if draft_model is None else os.fspath(draft_model)
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise RequestError(f"expected a quantization of {', '.join(QUANTIZATIONS)}; got {quantization!r}")
     directory = locate(model, revision, offline, progress)
@@ -84,12 +92,12 @@ def load(
         check(config)
     placement = None if mesh is None else _placement(config, mesh)
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
-    backend = backend or _backend(placement, device.platform)
+    backend = backend or _backend(placement, device)
     if device.platform == "gpu" and not backend.supported(device):
         raise CheckpointError(f"expected a back-end that runs on {device.device_kind}; {backend.name} does not")
     if placement is not None and backend.layout == "per_expert":
         raise RequestError(f"expected a back-end whose experts can be sharded over a mesh; got {backend.name}")
-    kind = jnp.dtype(dtype or ("float32" if device.platform == "cpu" else "bfloat16"))
+    kind = _dtype(dtype, device.platform)
     if draft_model is None:
         draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
     draft = None
@@ -111,16 +119,24 @@ def _placement(config: DecoderConfig, mesh: MeshConfig | Mesh | Literal["auto"])
         if isinstance(mesh, Mesh):
             return decoder_placement(config, adopt_mesh(mesh))
         if not isinstance(mesh, MeshConfig) and not (isinstance(mesh, str) and mesh == "auto"):
-            raise ValueError(f'expected a MeshConfig, a jax.sharding.Mesh or "auto"; got {mesh!r}')
+            raise wrong_type("mesh", 'a MeshConfig, a jax.sharding.Mesh or "auto"', mesh)
         sizes = mesh if isinstance(mesh, MeshConfig) else best_mesh(config, len(jax.devices()))
         return decoder_placement(config, make_mesh(sizes))
     except ValueError as error:
         raise RequestError(str(error)) from None
 
 
-def _backend(placement: Placement | None, platform: str) -> Backend:
-    """Choose the platform's back-end; on a CPU with a mesh another one, since the CPU's has one array per expert."""
-    preferred = default_backend(platform)
+def _dtype(dtype: DTypeLike | None, platform: str) -> jnp.dtype:
+    """Find a dtype by name or type; None is the platform's default."""
+    try:
+        return jnp.dtype(dtype or ("float32" if platform == "cpu" else "bfloat16"))
+    except TypeError:
+        raise wrong_type("dtype", "float32, bfloat16 or float16", dtype) from None
+
+
+def _backend(placement: Placement | None, device: object) -> Backend:
+    """Choose the device's back-end; on a CPU with a mesh another one, since the CPU's has one array per expert."""
+    preferred = default_backend(device)
     return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
 
 

@@ -25,12 +25,12 @@ from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Adapt, Speculative
 from moespec_jax.decoding.tree import check_draft_vocabulary
-from moespec_jax.errors import RequestError
+from moespec_jax.errors import RequestError, wrong_type
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.request import check_not_traced, known_ids, sequence_limits
+from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
 from moespec_jax.runtime.results import PromptResult, RunResult, device_name, exactness, versions
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 
@@ -70,6 +70,13 @@ class Model:
     programs: Programs = dataclasses.field(default_factory=Programs)
     quantization: Quantization | None = None
 
+    def __repr__(self) -> str:
+        draft = "no draft head" if self.draft is None else f"draft head {self.draft.name}"
+        return (
+            f"Model({self.config.model_type} from {self.directory}, {draft}, {self.precision}, {self.backend.name},"
+            f" {self.params!r})"
+        )
+
     @property
     def precision(self) -> str:
         """Dtype of the weights, and quantization of the experts."""
@@ -81,6 +88,8 @@ class Model:
         Raises:
             RequestError: there is no tokenizer, or the prompt is not valid text or has a token outside the vocabulary.
         """
+        if not isinstance(prompt, str):
+            raise wrong_type("a prompt", "text", prompt)
         if self.tokenizer is None:
             raise RequestError(f"expected token ids (--prompt-ids): {self.directory} has no tokenizer")
         # Surrogates: bytes of a command line that are not UTF-8.
@@ -144,16 +153,21 @@ class Model:
             BudgetWarning: the budget is so tight that quality is likely to suffer.
 
         Raises:
-            RequestError: a prompt is empty, holds an unknown id or fills the context; a number is out of range; a tree,
-                a budget or a round's measurements are asked for where nothing is drafted; or the call is inside a
-                transformation of JAX.
+            RequestError: an argument has a wrong type; a prompt is empty, holds an unknown id or fills the context; a
+                number is out of range; a tree, a budget or a round's measurements are asked for where nothing is
+                drafted; or the call is inside a transformation of JAX.
             CheckpointError: logits are not finite, because weights are not, or are too large for their dtype.
         """
         settings = (max_new_tokens, temperature, top_k, top_p, seed)
         check_not_traced("generate", prompts, settings, self.speculative_params)
+        check_types(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            max_length=max_length, tree=tree, budget=budget, simulate_accept_length=simulate_accept_length,
+            adapt=adapt, on_tokens=on_tokens, on_round=on_round,
+        )  # fmt: skip
         try:
             sampling = SamplingConfig(temperature, top_k, top_p)
-            budget = BudgetConfig(budget) if isinstance(budget, int | float) else budget
+            budget = budget if budget is None or isinstance(budget, BudgetConfig) else BudgetConfig(budget)
         except ValueError as error:
             raise RequestError(str(error)) from None
         if not 0 <= seed < 2**32:
@@ -236,10 +250,7 @@ class Model:
         return SpeculativeParams(self.params, () if self.draft is None else self.draft.head)
 
     def _token_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
-        given = [prompts] if isinstance(prompts, str) else list(prompts)
-        if any(isinstance(p, int) for p in given):
-            raise RequestError("expected a list of prompts; for one prompt of token ids, wrap it: [[5, 17, 9]]")
-        return [self.encode(p) if isinstance(p, str) else list(p) for p in given]
+        return [self.encode(p) if isinstance(p, str) else p for p in listed_prompts(prompts)]
 
     def _result(
         self, run: Run[Any, Any, Any], batch: Batch, sampling: SamplingConfig, spec: DecodingSpec, max_new_tokens: int

@@ -1,11 +1,12 @@
 """Compiled programs of one loaded model: each is built once for its shapes and settings, and compilation is timed."""
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, TypeVarTuple, cast
+from typing import NamedTuple, TypeVar, TypeVarTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.parallel.processes import put_global
+from moespec_jax.status_line import showing
 
 # XLA:CPU makes about three memory maps for every kernel of a program, and Linux limits the maps of a process.
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -22,6 +24,22 @@ Params = TypeVar("Params")
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
 PyTree = TypeVar("PyTree")
+
+
+class SideEffects(Exception):
+    """A program calls back into Python, so that it must not be executed more often than requested."""
+
+
+class _Program(NamedTuple):
+    """A compiled program.
+
+    Fields:
+        call: takes the parameters and the leaves of the other arguments.
+        effects: whether it calls back into Python.
+    """
+
+    call: Callable[..., object]
+    effects: bool
 
 
 class Programs:
@@ -38,7 +56,12 @@ class Programs:
     def __init__(self, mesh: Mesh | None = None) -> None:
         self.mesh = mesh
         self.compile_s = 0.0
-        self._compiled: dict[Hashable, Callable[..., object]] = {}
+        self._compiled: dict[Hashable, _Program] = {}
+        self._executed: set[Hashable] = set()
+        self._rehearsing = False
+
+    def __repr__(self) -> str:
+        return f"Programs({len(self)} compiled in {self.compile_s:.1f} s)"
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -67,6 +90,7 @@ class Programs:
 
         Raises:
             ValueError: there is a mesh, and no `specs`.
+            SideEffects: the program has some, within `rehearsal`.
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, settings, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
@@ -75,11 +99,32 @@ class Programs:
         else:
             self._free_unused()
             started = time.perf_counter()
-            lowered = self.lower(partial(function, settings), params, *arguments, donate=donate, specs=specs)
-            self._compiled[key] = lowered.compile()
+            with showing("compiling"):
+                lowered, effects = self._lower(partial(function, settings), params, arguments, donate, specs)
+                self._compiled[key] = _Program(lowered.compile(), effects)
             self.compile_s += time.perf_counter() - started
+        program = self._compiled[key]
+        if program.effects and self._rehearsing:
+            raise SideEffects
         # A compiled program has no type of its own.
-        return cast(Result, self._compiled[key](params, *leaves))
+        return cast(Result, program.call(params, *leaves))
+
+    def all_executed(self, keys: set[Hashable]) -> bool:
+        """Whether this was called before with every one of `keys`, since programs were last freed."""
+        known = keys <= self._executed
+        self._executed |= keys
+        return known
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Within the block programs run for the sake of their first execution, which is slower than later ones: the
+        block ends at the first one with side effects, which is compiled only."""
+        self._rehearsing = True
+        try:
+            with contextlib.suppress(SideEffects):
+                yield
+        finally:
+            self._rehearsing = False
 
     def lower(
         self,
@@ -91,17 +136,29 @@ class Programs:
     ) -> jax.stages.Lowered:
         """Lower `function(params, *arguments)`. The program takes the parameters and the leaves of the arguments, which
         may be shapes alone; with `donate`, those leaves of the first argument are donated that the result can reuse."""
+        return self._lower(function, params, arguments, donate, specs)[0]
+
+    def _lower(
+        self,
+        function: Callable[..., Result],
+        params: object,
+        arguments: tuple[object, ...],
+        donate: bool,
+        specs: Result | None,
+    ) -> tuple[jax.stages.Lowered, bool]:
+        """Lower, and test whether the program has side effects."""
         leaves, tree = jax.tree.flatten(arguments)
         on_devices = self._on_every_device(function, params, arguments, specs)
 
-        def flat(params: Params, *leaves: jax.Array) -> Result:
+        def flat(params: object, *leaves: jax.Array) -> Result:
             return on_devices(params, *tree.unflatten(leaves))
 
         # XLA multiplies float32 in fewer bits on accelerators by default.
         exact = jax.tree.leaves(params)[0].dtype == jnp.float32 and jax.default_backend() != "cpu"
         with jax.default_matmul_precision("highest" if exact else None):
             reused = _reusable(jax.tree.leaves(arguments[0]), jax.eval_shape(flat, params, *leaves)) if donate else []
-            return jax.jit(flat, donate_argnums=tuple(1 + i for i in reused)).lower(params, *leaves)
+            traced = jax.jit(flat, donate_argnums=tuple(1 + i for i in reused)).trace(params, *leaves)
+            return traced.lower(), bool(traced.jaxpr.effects)
 
     def put(self, array: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
         """Place an argument of a program: replicated, or sharded by `spec`. Every process passes the whole of it."""
@@ -119,12 +176,13 @@ class Programs:
         if self.mesh is None:
             return function()
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(function, out_shardings=_shardings(self.mesh, specs))
-        return cast(PyTree, self._compiled[key]())
+            self._compiled[key] = _Program(jax.jit(function, out_shardings=_shardings(self.mesh, specs)), effects=False)
+        return cast(PyTree, self._compiled[key].call())
 
     def _free_unused(self) -> None:
         while self._compiled and _crowded():
             del self._compiled[next(iter(self._compiled))]
+            self._executed.clear()
 
     def _on_every_device(
         self, function: Callable[..., Result], params: object, arguments: tuple[object, ...], specs: Result | None

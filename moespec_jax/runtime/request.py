@@ -1,14 +1,111 @@
-"""Checks of a request: where it is made, and by the model's settings."""
+"""Checks of a request: types of its arguments, where it is made, and by the model's settings."""
 
-from collections.abc import Sequence
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from tokenizers import Encoding, Tokenizer
 
-from moespec_jax.config import DecoderConfig
-from moespec_jax.errors import RequestError
+from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.errors import RequestError, shown_value, wrong_type
+from moespec_jax.nn.backend import Backend
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a value is an integer of Python, NumPy or JAX."""
+    try:
+        operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return False
+    return True
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
+
+
+def _is_tree(value: object) -> bool:
+    return isinstance(value, TreeConfig) or (isinstance(value, str) and value == "default")
+
+
+def _are_whole_numbers(value: object) -> bool:
+    return isinstance(value, Iterable) and all(map(is_whole_number, value))
+
+
+# Of each argument a test, and what passes it; those that may also be None.
+_EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "model": (_is_path, "a directory or a hub id"),
+    "draft_model": (_is_path, "a directory or a hub id"),
+    "revision": (_is_text, "text"),
+    "draft_revision": (_is_text, "text"),
+    "draft_boundaries": (_are_whole_numbers, "whole numbers (2, 24, 45)"),
+    "backend": (lambda value: isinstance(value, Backend), "a back-end, such as BACKENDS['slots']"),
+    "check": (callable, "a function"),
+    "max_new_tokens": (is_whole_number, "a whole number"),
+    "temperature": (_is_number, "a number"),
+    "top_k": (is_whole_number, "a whole number"),
+    "top_p": (_is_number, "a number"),
+    "seed": (is_whole_number, "a whole number"),
+    "max_length": (is_whole_number, "a whole number"),
+    "tree": (_is_tree, "a TreeConfig, 'default' or None"),
+    "budget": (lambda value: isinstance(value, Real | BudgetConfig), "a number or a BudgetConfig"),
+    "simulate_accept_length": (_is_number, "a number"),
+    "adapt": (callable, "a function"),
+    "on_tokens": (callable, "a function"),
+    "on_round": (callable, "a function"),
+}
+_REQUIRED = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
+
+def check_types(**arguments: object) -> None:
+    """Check types of arguments of `load` and `generate`, by their names.
+
+    Raises:
+        RequestError: one has another type.
+    """
+    for name, value in arguments.items():
+        fits, expected = _EXPECTED[name]
+        if not (fits(value) or (value is None and name not in _REQUIRED)):
+            raise wrong_type(name, expected, value)
+
+
+def listed_prompts(prompts: object) -> list[str | list[int]]:
+    """List prompts: texts, and token ids as integers of Python.
+
+    Raises:
+        RequestError: they are neither a text nor a list of texts or of lists of whole numbers.
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | Mapping):
+        raise wrong_type("prompts", "text, or a list of texts or of lists of token ids", prompts)
+    given = list(prompts)
+    if any(map(is_whole_number, given)):
+        raise RequestError("expected a list of prompts; for one prompt of token ids, wrap it: [[5, 17, 9]]")
+    return [prompt if isinstance(prompt, str) else _ids(number, prompt) for number, prompt in enumerate(given)]
+
+
+def _ids(number: int, prompt: object) -> list[int]:
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise wrong_type(f"prompt {number}", "text or a list of token ids", prompt)
+    ids = list(prompt)
+    for i in ids:
+        if not is_whole_number(i):
+            raise RequestError(f"expected token ids as whole numbers; prompt {number} holds {shown_value(i)}")
+    return [operator.index(i) for i in ids]
 
 
 def known_ids(config: DecoderConfig, tokenizer: Tokenizer, encoding: Encoding) -> list[int]:

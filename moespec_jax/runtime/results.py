@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,12 @@ class PromptResult:
     accepted_by_depth: list[float]
     finish_reason: str
 
+    def __repr__(self) -> str:
+        return (
+            f"PromptResult({self.new_tokens} tokens after {self.prompt_tokens}, ended by {self.finish_reason},"
+            f" {self.accept_length:.2f} tokens a round, text {reprlib.repr(self.text)})"
+        )
+
 
 @dataclasses.dataclass
 class RunResult:
@@ -53,7 +60,8 @@ class RunResult:
         tree: fields of the `TreeConfig`, None where nothing was drafted.
         draft_model: name of the draft head or drafter.
         simulated_accept_length: if not None, the tokens are not the model's, and only times mean anything.
-        compile_s, prefill_s, decode_s: seconds; compilation is in neither of the others.
+        compile_s: seconds of compilation and of the first execution of new programs, which is slower than later ones.
+        prefill_s, decode_s: seconds without those.
         tokens_per_s: tokens after the first of each sequence over `decode_s`.
         mesh: devices along each axis, None for one device.
         device, dtype, quantization, versions: where and how it ran.
@@ -81,6 +89,14 @@ class RunResult:
     dtype: str
     quantization: str | None
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        new, decoding = sum(p.new_tokens for p in self.prompts), "plain" if self.tree is None else "speculative"
+        kind = "exact" if self.exact else "not exact"
+        return (
+            f"RunResult({len(self.prompts)} prompts, {new} new tokens, {kind} {decoding} decoding,"
+            f" {self.tokens_per_s:.1f} tokens/s, {self.device})"
+        )
 
 
 def exactness(exact: bool, tree: object, budget: object, simulated: float | None, dtype: str) -> str:

@@ -1,7 +1,8 @@
 """One batch through the compiled programs: prefill, then decoding, a few rounds a call where it is streamed."""
 
+import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
 
 import jax
@@ -20,6 +21,8 @@ from moespec_jax.runtime.programs import Programs
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
+# Rounds of a rehearsal after the first one, which takes longest, and about the most seconds for them.
+_SETTLING_ROUNDS, _SETTLING_S = 16, 0.25
 _STOP_SLOTS = 8
 
 Result = TypeVar("Result")
@@ -52,7 +55,7 @@ class Run(Generic[Params, PrefillState, State]):
 
     Fields:
         sequences: prompts with everything generated so far.
-        prefill_s, decode_s: seconds without compilation.
+        prefill_s, decode_s: seconds without compilation and first executions.
         rounds: the target's forward passes after prefill.
         sums: sums over rounds of the scalar measurements of `RunInfo` and `BudgetSums`.
         active: rounds that each sequence took part in.
@@ -63,10 +66,14 @@ class Run(Generic[Params, PrefillState, State]):
         self, programs: Programs, method: Method[Params, PrefillState, State], params: Params, batch: Batch
     ) -> None:
         self._programs, self._method, self._params, self._batch = programs, method, params, batch
+        self._prompts, self._limit = _padded_batch(batch, programs.mesh)
+        self._chunks = bucket_lengths(max(map(len, batch.prompts)))
+        longest = max(max(batch.limit) + method.margin, sum(self._chunks) + method.prefill.lookahead)
+        self._slots = max(SMALLEST_CACHE, 1 << (longest - 1).bit_length())
         # Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
         stops = [*batch.stop_ids, *[NO_TOKEN] * max(1, _STOP_SLOTS - len(batch.stop_ids))]
         self._stops = programs.put(np.array(stops, np.int32))
-        self._compiled_before = programs.compile_s
+        self._compiled_before, self._rehearsal_s = programs.compile_s, 0.0
         self.prefill_s = self.decode_s = 0.0
         self.rounds = 0
         self.sums: dict[str, float] = {}
@@ -76,8 +83,8 @@ class Run(Generic[Params, PrefillState, State]):
 
     @property
     def compile_s(self) -> float:
-        """Seconds spent compiling for this run."""
-        return self._programs.compile_s - self._compiled_before
+        """Seconds spent compiling for this run, first executions of programs included."""
+        return self._programs.compile_s - self._compiled_before + self._rehearsal_s
 
     def execute(self, on_tokens: OnTokens | None = None, on_round: OnRound | None = None) -> None:
         """Prefill, then decode until every sequence is done; with `on_round`, one round a call.
@@ -85,7 +92,8 @@ class Run(Generic[Params, PrefillState, State]):
         Raises:
             CheckpointError: logits are not finite.
         """
-        state = self._prefill()
+        self._rehearse()
+        state = self._prefill(self._chunks)
         self._collect(state, on_tokens)
         while not np.all(fetch(self._method.sequences(state).done)):
             limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
@@ -97,18 +105,43 @@ class Run(Generic[Params, PrefillState, State]):
 
     def state_after(self, rounds: int) -> State:
         """Prefill, and run so many rounds: a state on which a round can be run by itself."""
-        state = self._prefill()
+        state = self._prefill(self._chunks)
         for _ in range(rounds):
             state, _ = self._step(state, 1)
         return state
 
-    def _prefill(self) -> State:
-        prefill, programs = self._method.prefill, self._programs
-        prompts, limit = _padded_batch(self._batch, programs.mesh)
+    def _rehearse(self) -> None:
+        """Execute every new program once before the clocks start, since a first execution is slower; the state is freed
+        before that of the run is made. A chunk of each length is read."""
+        chunks = list(dict.fromkeys(self._chunks))
+        decodes = max(map(operator.sub, self._limit, map(len, self._prompts))) > 1
+        shapes = (len(self._prompts), self._slots)
+        keys: set[Hashable] = {(self._method.prefill, chunk, shapes) for chunk in chunks}
+        keys |= {(self._method, part, shapes) for part in (["begin", "step"] if decodes else ["begin"])}
+        # Processes agree, although each frees programs by itself.
+        if broadcast_from_first(int(self._programs.all_executed(keys))):
+            return
+        compiled, started = self._programs.compile_s, time.perf_counter()
+        with self._programs.rehearsal():
+            state = self._prefill(chunks)
+            if decodes:
+                self._settle(state)
+        self._rehearsal_s = time.perf_counter() - started - (self._programs.compile_s - compiled)
+        self.prefill_s = self.decode_s = 0.0
+
+    def _settle(self, state: State) -> None:
+        """Decode a few rounds: on CPU each expert of a layer has its own first execution, and a round reads few."""
+        state, _ = self._step(state, 1)
+        end = time.perf_counter() + _SETTLING_S
+        for _ in range(_SETTLING_ROUNDS):
+            if not broadcast_from_first(int(time.perf_counter() < end)):
+                break
+            state, _ = self._step(state, 1)
+
+    def _prefill(self, chunks: Sequence[int]) -> State:
+        """Read chunks of the prompts, and draw the first tokens."""
+        prefill, programs, prompts, slots = self._method.prefill, self._programs, self._prompts, self._slots
         lengths = np.array([len(p) for p in prompts], np.int32)
-        chunks = bucket_lengths(int(lengths.max()))
-        longest = max(max(limit) + self._method.margin, sum(chunks) + prefill.lookahead)
-        slots = max(SMALLEST_CACHE, 1 << (longest - 1).bit_length())
         tokens = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
@@ -120,7 +153,7 @@ class Run(Generic[Params, PrefillState, State]):
             at = programs.put(np.array(start, np.int32))
             state = self._timed("prefill_s", type(prefill).read, prefill, state, part, at, prompt_lengths, specs=specs)
             start += chunk
-        ends, key = programs.put(np.array(limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
+        ends, key = programs.put(np.array(self._limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
         given = Prompts(programs.put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, key)
         method, specs = self._method, self._specs()
         return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs and specs[0])

@@ -1,14 +1,15 @@
 """Profiles: JSON files with the tree and the budget that `moespec_jax.tune` found fastest for a model on a device."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, TypedDict
 
 from moespec_jax.checkpoint.config_fields import shown
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, current_fields
-from moespec_jax.errors import CheckpointError, RequestError, one_line
-from moespec_jax.files import read_json, write_json
+from moespec_jax.errors import CheckpointError, RequestError, one_line, wrong_type
+from moespec_jax.files import expanded, read_json, write_json
 
 FORMAT = "moespec_jax profile 1"
 
@@ -29,13 +30,15 @@ def write_profile(path: Path, tree: TreeConfig | None, budget: BudgetConfig | No
     write_json(path, {"format": FORMAT, **chosen, **about})
 
 
-def read_profile(path: str | Path) -> ProfileArguments:
+def read_profile(path: str | os.PathLike[str]) -> ProfileArguments:
     """Read tree and budget as arguments of `generate`: `model.generate(prompt, **read_profile("profile.json"))`.
 
     Raises:
         RequestError: the file is missing or is not a profile.
     """
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise wrong_type("a profile", "a file", path)
+    path = expanded(path)
     try:
         profile = read_json(path)
     except CheckpointError as error:

@@ -24,10 +24,11 @@ from moespec_jax.cli.arguments import (
     shown_name,
     tree_of,
 )
-from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.runtime.model import Model
@@ -136,7 +137,7 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     from moespec_jax.study.report import PAGE, write_report
 
     summary = write_report(model.config, plan, list(sets), ledger, about, command_line(given), arguments.output)
-    write_output(f"{summary}\n{arguments.output / PAGE}\n")
+    write_tables(f"{summary}\n{arguments.output / PAGE}\n")
 
 
 def plan_of(arguments: argparse.Namespace, config: DecoderConfig, tree: TreeConfig, rules: list[str]) -> Plan:
@@ -177,7 +178,7 @@ def command_line(given: Sequence[str]) -> str:
             skip = not skip
             continue
         name, equals, file = word.partition("=")
-        path = Path(file if equals else word)
+        path = expanded(file if equals else word)
         shown = path.resolve().name if path.exists() else None
         words.append(word if shown is None else f"{name}={shown}" if equals else shown)
     return shlex.join(["python", "-m", "moespec_jax.study", *words])

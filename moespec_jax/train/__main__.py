@@ -16,6 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+try:
+    import optax  # noqa: F401 (the modules below need it)
+except ModuleNotFoundError:
+    print('error: expected optax, which trains: python -m pip install -e ".[train]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
 from moespec_jax.checkpoint.head.write import FORMATS, check_exportable, export_draft
 from moespec_jax.checkpoint.orbax_io import quiet_orbax
 from moespec_jax.checkpoint.read import read_architectures

@@ -21,6 +21,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.processes import put_global, replicate
 from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
@@ -69,6 +70,8 @@ class TrainState:
 
     head: DraftHead
     optimizer: optax.OptState
+
+    __repr__ = summary
 
 
 class Metrics(NamedTuple):

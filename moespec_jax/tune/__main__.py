@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
-from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_output
+from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
@@ -119,7 +119,7 @@ def _run(arguments: argparse.Namespace) -> None:
     ledger = Ledger(arguments.output / "tune.jsonl", whole)
     outcome = find_fastest(model, prompts, search, ledger)
     _write(outcome, bound, about, arguments.output)
-    write_output(f"{table(outcome)}\n\n{verdict(outcome, bound)}\nprofile: {arguments.output / 'profile.json'}\n")
+    write_tables(f"{table(outcome)}\n\n{verdict(outcome, bound)}\nprofile: {arguments.output / 'profile.json'}\n")
 
 
 def _bound(arguments: argparse.Namespace) -> Bound:

@@ -55,6 +55,9 @@ class LoadedDraft(NamedTuple):
     format: Format
     name: str = ""
 
+    def __repr__(self) -> str:
+        return f"LoadedDraft({self.name}, {self.format}, {self.head!r})"
+
 
 class _Stored(NamedTuple):
     """Tensors of a directory by canonical name.

@@ -283,7 +283,11 @@ def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[s
     temporary = directory / f".{SINGLE_FILE}.incomplete"
     try:
         with writing(weights):
+            # safetensors writes a private file of its own, and renames it: the mode is that of a new file here.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
         with replacing(config) as temporary_config:
             write_json(temporary_config, fields)
             for old in (config, directory / INDEX):

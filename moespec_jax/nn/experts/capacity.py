@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.routing import Routing
+from moespec_jax.nn.summary import summary
 
 
 @struct.dataclass
@@ -20,6 +21,8 @@ class ExpertStack:
     gate: Float[Array, "experts model ffn"]
     up: Float[Array, "experts model ffn"]
     down: Float[Array, "experts ffn model"]
+
+    __repr__ = summary
 
 
 def capacity_experts(capacity_factor: float, activation: str = "silu") -> ExpertCompute:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from moespec_jax.nn.layers import GatedMlp
 from moespec_jax.nn.quantization import Quantized
+from moespec_jax.nn.summary import summary
 
 # experts[sparse layer][expert]; matrices are `[in, out]`
 PerExpert = tuple[tuple[GatedMlp, ...], ...]
@@ -30,6 +31,8 @@ class Flat:
     up: Float[Array, "all model ffn"] | Quantized
     down: Float[Array, "all ffn model"] | Quantized
     num_experts: int = struct.field(pytree_node=False)
+
+    __repr__ = summary
 
 
 def flat_from_per_expert(experts: PerExpert) -> Flat:
