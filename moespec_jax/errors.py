@@ -62,6 +62,6 @@ def platform_error(error: BaseException) -> str | None:
 
 
 def _raised_in_backends(error: BaseException) -> bool:
-    """Whether an exception comes from the function of JAX that initializes platforms."""
+    """Test whether an exception comes from the function of JAX that initializes platforms."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and (Path(frames[-1].filename).name, frames[-1].name) == ("xla_bridge.py", "backends")

@@ -24,7 +24,7 @@ def begin_command() -> None:
 def show(text: str) -> None:
     """Replace the line; nothing removes it."""
     if _shown:
-        # The cursor returns to the start of the line, so that whatever is printed next overwrites the text.
+        # The cursor returns to the start of the line, so that the next output overwrites the text.
         print(f"\r\x1b[K{text}\r", end="", file=sys.stderr, flush=True)
 
 
@@ -46,7 +46,7 @@ def end() -> None:
 
 
 def is_command(words: Sequence[str]) -> bool:
-    """Whether the words that started Python (`sys.orig_argv`) run a module or a script of this package."""
+    """Test whether the words that started Python (`sys.orig_argv`) run a module or a script of this package."""
     modules = [after for word, after in zip(words, words[1:], strict=False) if word == "-m"]
     scripts = [word for word in words[1:2] if Path(word).name == "moespec-generate"]
     return bool(scripts) or any(name.startswith("moespec_jax.") or name.startswith("convert.") for name in modules[:1])

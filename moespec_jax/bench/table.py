@@ -7,7 +7,7 @@ from moespec_jax.measure.markdown import markdown_table
 
 HEAD = (
     "tree", "budget", "output", "tokens/s", "over plain", "over exact, same tree", "over best exact", "tokens a round",
-    "experts read (wanted)", "mass kept", "text as plain's", "copy bandwidth: round, verification", "compile s",
+    "experts read (selected)", "mass kept", "text as plain's", "copy bandwidth: round, verification", "compile s",
 )  # fmt: skip
 
 

@@ -62,12 +62,12 @@ class Conversation:
 
 
 def turn_flag(turn: Turn, name: str) -> bool:
-    """Whether a flag of a turn is set, or absent."""
+    """Test whether a flag of a turn is set, or absent."""
     return bool(turn.get(name, True))
 
 
 def has_conversation(record: dict[str, Any]) -> bool:
-    """Whether a record holds a conversation, in either form."""
+    """Test whether a record holds a conversation, in either form."""
     return any(record.get(name) for name in _FORMS)
 
 

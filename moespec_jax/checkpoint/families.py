@@ -119,7 +119,7 @@ def _read_olmoe(fields: Fields) -> DecoderConfig:
         moe_intermediate_size=require_count([fields], "intermediate_size"),
         num_experts=_experts(fields),
         sparse_layers=(True,) * layers,
-        # The published code has no windows, whatever sliding_window is.
+        # The published code has no windows, regardless of sliding_window.
         sliding_windows=_uniform_windows(fields, layers, 0),
         norm_topk_prob=read_flag([fields], "norm_topk_prob", False),
         qkv_bias=bias,

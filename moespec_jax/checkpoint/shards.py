@@ -114,7 +114,7 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
 
 
 def is_same(one: Entry, other: Entry) -> bool:
-    """Whether two stored tensors are equal in shape, dtype and every bit.
+    """Test whether two stored tensors are equal in shape, dtype and every bit.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -59,7 +59,7 @@ def _budget_loss(result: RunResult) -> str:
     if result.budget is None:
         return ""
     return (
-        f", {result.experts_wanted:.1f} wanted; {result.mass_kept:.0%} of the scores kept,"
+        f", {result.experts_wanted:.1f} selected; {result.mass_kept:.0%} of the scores kept,"
         f" {result.tokens_replaced:.0%} of tokens lost an expert"
     )
 

@@ -87,7 +87,7 @@ class BudgetConfig:
 
     @property
     def prunes(self) -> bool:
-        """Whether rows may leave the tree."""
+        """Test whether rows may leave the tree."""
         return self.min_kept_weight > 0
 
     def rule(self, name: str) -> Any:  # a function whose type depends on the name
@@ -155,8 +155,8 @@ def budget_warning(budget: BudgetConfig, config: DecoderConfig) -> str | None:
 
 
 def is_exact(budget: BudgetConfig, config: DecoderConfig, batch: int) -> bool:
-    """Whether a resolved budget leaves the output exact: all experts are read, or every row that loses one is pruned.
-    Roots are never pruned, so in the second case the experts of all roots of the batch must fit."""
+    """Test whether a resolved budget leaves the output exact: all experts are read, or every row that loses one is
+    pruned. Roots are never pruned, so in the second case the experts of all roots of the batch must fit."""
     if callable(budget.coverage):
         return False
     least = min(_counts(budget))

@@ -32,7 +32,7 @@ class RoundInfo(NamedTuple):
 
     Fields:
         active: sequences that took part.
-        wanted: experts that any row of a sequence selected.
+        selected: experts that any row of a sequence selected.
         read: experts that any row of a sequence used, which a budget limits.
         tree: draft trees; None in plain decoding.
         accepted: accepted paths; None in plain decoding.
@@ -40,7 +40,7 @@ class RoundInfo(NamedTuple):
     """
 
     active: Bool[Array, " batch"]
-    wanted: Bool[Array, "layers batch experts"]
+    selected: Bool[Array, "layers batch experts"]
     read: Bool[Array, "layers batch experts"]
     tree: Tree | None = None
     accepted: Accepted | None = None
@@ -85,8 +85,8 @@ class RunInfo(NamedTuple):
 
 def plain_round_info(config: DecoderConfig, active: Bool[Array, " batch"], info: ForwardInfo) -> RoundInfo:
     """Measure a round of plain decoding by its forward pass."""
-    wanted = experts_wanted(config, info, active.shape[0])
-    return RoundInfo(active, wanted, wanted)
+    selected = experts_wanted(config, info, active.shape[0])
+    return RoundInfo(active, selected, selected)
 
 
 def tree_round_info(
@@ -94,10 +94,10 @@ def tree_round_info(
 ) -> RoundInfo:
     """Measure a round of speculative decoding by its verification."""
     batch = active.shape[0]
-    wanted = experts_wanted(config, info, batch)
+    selected = experts_wanted(config, info, batch)
     restricted = [router.restricted for router in info.routers if router.restricted is not None]
     if not restricted:
-        return RoundInfo(active, wanted, wanted, tree, accepted)
+        return RoundInfo(active, selected, selected, tree, accepted)
     rows = psum(jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1], data_axes())
     replaced = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
     replaced = psum(jnp.asarray(replaced), data_axes())
@@ -106,7 +106,7 @@ def tree_round_info(
         jnp.stack([layer.mass_kept for layer in restricted]),
         replaced / jnp.maximum(rows, 1.0),
     )
-    return RoundInfo(active, wanted, experts_read(config, info, batch), tree, accepted, budget)
+    return RoundInfo(active, selected, experts_read(config, info, batch), tree, accepted, budget)
 
 
 def no_plain_rounds(batch: int) -> RunInfo:
@@ -148,7 +148,7 @@ def add_round(info: RunInfo, last: RoundInfo, shards: int) -> RunInfo:
     return RunInfo(
         info.rounds + 1,
         info.active + last.active.astype(jnp.int32),
-        info.experts_wanted + mean_distinct_experts(last.wanted),
+        info.experts_wanted + mean_distinct_experts(last.selected),
         info.experts_max_per_device + mean_experts_max_per_device(last.read, shards),
         accepted,
         budget,

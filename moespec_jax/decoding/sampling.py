@@ -43,7 +43,7 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most probable token is always drawn."""
+        """True if the most probable token is always drawn."""
         return self.temperature < _COLDEST
 
 

@@ -59,7 +59,7 @@ def tree_run_info_specs(*, budget: bool) -> RunInfo:
     layered = P(None, DATA)
     last = RoundInfo(
         active=BY_SEQUENCE,
-        wanted=layered,
+        selected=layered,
         read=layered,
         tree=Tree(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
         accepted=Accepted(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),

@@ -7,7 +7,7 @@ from moespec_jax.measure.markdown import markdown_table
 
 _TEXTS = (
     "decoding", "output", "divergence", "same first choice", "perplexity", "bits per byte", "nats lost per token",
-    "tokens a round", "experts read (wanted)",
+    "tokens a round", "experts read (selected)",
 )  # fmt: skip
 _ANSWERS = ("decoding", "output", "correct", "accuracy", "lost, gained against plain", "p")
 

@@ -182,7 +182,7 @@ def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
 
 
 def _divides(config: DecoderConfig, mesh: MeshConfig) -> bool:
-    """Whether a decoder can be sharded on a mesh; it can on one of the axis `data` alone."""
+    """Test whether a decoder can be sharded on a mesh; it can on one of the axis `data` alone."""
     try:
         shard_decoder(config, mesh)
     except ValueError:

@@ -224,7 +224,7 @@ class Model:
         return dataclasses.replace(spec, tree=tree, budget=budget)
 
     def is_exact(self, spec: DecodingSpec, batch: int) -> bool:
-        """Whether a resolved spec leaves the distribution of the output that of the model, for `batch` prompts."""
+        """Test whether a resolved spec leaves the distribution of the output that of the model, for `batch` prompts."""
         if spec.simulate_accept_length is not None or spec.adapt is not None:
             return False
         return spec.budget is None or is_exact(spec.budget, self.config, batch)

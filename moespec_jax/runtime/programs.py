@@ -110,7 +110,7 @@ class Programs:
         return cast(Result, program.call(params, *leaves))
 
     def all_executed(self, keys: set[Hashable]) -> bool:
-        """Whether this was called before with every one of `keys`, since programs were last freed."""
+        """Test whether this was called before with every one of `keys`, since programs were last freed."""
         known = keys <= self._executed
         self._executed |= keys
         return known
@@ -213,7 +213,7 @@ def _shardings(mesh: Mesh, specs: object) -> object:
 
 
 def _crowded() -> bool:
-    """Whether this process has more than half of the memory maps that it may have. Only Linux counts them."""
+    """Test whether this process has more than half of the memory maps that it may have. Only Linux counts them."""
     try:
         with _MAPS.open("rb") as maps:
             return 2 * sum(1 for _ in maps) > int(_MOST_MAPS.read_text())

@@ -17,7 +17,7 @@ from moespec_jax.nn.backend import Backend
 
 
 def is_whole_number(value: object) -> bool:
-    """Whether a value is an integer of Python, NumPy or JAX."""
+    """Test whether a value is an integer of Python, NumPy or JAX."""
     try:
         operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:

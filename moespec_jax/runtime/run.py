@@ -226,7 +226,7 @@ def _without_padding(info: RoundInfo, count: int) -> RoundInfo:
     tree, accepted = (jax.tree.map(lambda x: x[:count], part) for part in (info.tree, info.accepted))
     return info._replace(
         active=info.active[:count],
-        wanted=info.wanted[:, :count],
+        selected=info.selected[:, :count],
         read=info.read[:, :count],
         tree=tree,
         accepted=accepted,

@@ -72,7 +72,7 @@ class _Places:
 
     @functools.cached_property
     def _opening_text(self) -> str:
-        """What the template adds where it asks for an answer."""
+        """Render what the template adds where it asks for an answer."""
         turns = self._conversation.turns
         for count in range(len(turns), 0, -1):
             if turns[count - 1]["role"] != "assistant":
