@@ -145,8 +145,8 @@ def _describe(
 
 
 def _shares_lm_head(places: Places, shapes: Shapes, target: DecoderConfig) -> bool:
-    """Test whether a head without an output matrix can share the target's: it has the target's vocabulary and width, and
-    is not tied to an embedding, which is another matrix."""
+    """Test whether a head without an output matrix can share the target's: it has the target's vocabulary and width,
+    and is not tied to an embedding, which is another matrix."""
     whole = read_count(places, "draft_vocab_size", None) in (None, target.vocab_size)
     tied = read_flag(places, "tie_word_embeddings", False)
     same = not tied or (target.tie_word_embeddings and EMBEDDING not in shapes)
