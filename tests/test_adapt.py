@@ -56,6 +56,7 @@ def test_an_acceptance_rule_decides_what_is_emitted(model: Model) -> None:
     assert got[:4] == sequence[len(PROMPT[0]) :]
 
 
+@pytest.mark.slow
 def test_a_verification_decides_what_the_logits_are(model: Model) -> None:
     """Rounds that verify with the negative of the last states take what the target likes least."""
 

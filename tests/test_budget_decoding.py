@@ -221,6 +221,7 @@ def test_only_verification_is_budgeted() -> None:
     assert programs.traces["DraftedPrefill.read"] == 1 and programs.traces["Speculative.step"] == 2
 
 
+@pytest.mark.slow
 def test_a_batch_shares_one_shortlist() -> None:
     """Scores are summed over all sequences that are not done, whose rows alone are routed."""
     rounds: list[RoundInfo] = []

@@ -20,7 +20,7 @@ from moespec_jax import __main__ as listing
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.cli.command import command_parser, install_line, require_matplotlib, run_command, write_tables
 from moespec_jax.cli.generate_arguments import build_parser
-from moespec_jax.cli.prompts import gather_texts
+from moespec_jax.cli.prompts import Prompt, gather_prompts
 from moespec_jax.cli.wide_table import fitted, folded
 from moespec_jax.errors import RequestError
 from moespec_jax.generate import main
@@ -200,7 +200,8 @@ def test_a_home_directory_is_expanded(home: Path, capsys: pytest.CaptureFixture[
     assert moespec_jax.load("~/model").directory == home / "model" == locate("~/model")
     assert read_profile("~/profile.json") == {"tree": profile, "budget": None}
     flags = ["--model=~/model", "--prompt-file=~/prompts.txt", "--prompt=~/x", "--profile=~/none.json"]
-    assert gather_texts(build_parser("").parse_args(flags), str) == ["~/x", "abc"], "a prompt is no path"
+    prompts = gather_prompts(build_parser("").parse_args(flags), str)
+    assert prompts == [Prompt("~/x"), Prompt("abc")], "a prompt is no path"
     assert main(flags[:1] + flags[3:] + [f"--draft-model={home}"]) == 2
     assert capsys.readouterr().err == f"error: expected a file none.json in {home}; there is none\n"
 

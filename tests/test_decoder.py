@@ -102,7 +102,7 @@ def test_a_tree_equals_its_paths_run_alone(backend: Backend) -> None:
             np.testing.assert_allclose(hidden[b, node], alone[0, len(path) - 1], atol=TOLERANCE, err_msg=str(node))
 
 
-@pytest.mark.slow_except("slots")
+@pytest.mark.slow
 @both_backends
 def test_padding_changes_nothing(backend: Backend) -> None:
     """What stands in the padding changes no bit; how much of it there is, nothing beyond rounding."""

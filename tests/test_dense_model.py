@@ -23,7 +23,7 @@ DENSE: dict[str, Fields] = {
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.slow_except("named")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DENSE)
 def test_plainly_and_speculatively(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair = write_pair(tmp_path, 8, **DENSE[how])

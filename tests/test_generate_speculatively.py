@@ -94,6 +94,7 @@ def test_people_see_boundaries_acceptance_and_comparison(pair: list[str], capsys
         assert words in said
 
 
+@pytest.mark.slow
 def test_python_decodes_both_ways(pair: list[str]) -> None:
     model = load(pair[1], pair[3])
     drafted = model.generate("the cat", max_new_tokens=NEW)

@@ -146,7 +146,7 @@ def test_back_ends_without_gradients_name_the_one_that_has_them(name: str, trans
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.slow_except("slots")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["switch", "slots"])
 def test_forward_mode_and_vmap_are_those_of_dense(name: str) -> None:
     for ours, theirs in zip(derivatives(BACKENDS[name]), derivatives(DENSE), strict=True):

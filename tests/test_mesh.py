@@ -157,7 +157,7 @@ def test_a_model_is_loaded_on_a_callers_mesh(tmp_path: Path) -> None:
         assert (one == other).all() and one.sharding.spec == other.sharding.spec
     unchecked = inspect.unwrap(_placement)  # types of arguments, as for a caller
     for wrong in (device, np.array(device), "data=1", Mesh(device, ("x",)).abstract_mesh):
-        with pytest.raises(RequestError, match=r'expected a MeshConfig, a jax\.sharding\.Mesh or "auto"; got'):
+        with pytest.raises(RequestError, match=r'expected mesh as a MeshConfig, a jax\.sharding\.Mesh or "auto"; got'):
             unchecked(ours.config, wrong)
 
 

@@ -94,6 +94,7 @@ def test_a_head_told_one_too_low(target: Model, probe: Any, ids: Path, tmp_path:
     assert lines[4].endswith("use --draft-boundaries 1,2,4")
 
 
+@pytest.mark.slow
 def test_text_of_its_own_or_given(target: Model, probe: Any, tmp_path: Path) -> None:
     head = write_head(tmp_path / "head", target, (1, 2, 3))
     status, out, _ = probe("--draft-model", head, "--tokens", 2 * CONTEXT)

@@ -50,8 +50,8 @@ PATH = "a directory or a hub id"
         ({"dtype": "f32x"}, "expected dtype as float32, bfloat16 or float16; got 'f32x' (str)"),
         ({"backend": "slots"}, "expected backend as a back-end, such as BACKENDS['slots']; got 'slots' (str)"),
         ({"quantization": 8}, "expected a quantization of int8; got 8"),
-        ({"mesh": 2}, 'expected mesh as a MeshConfig or "auto"; got 2 (int)'),
-        ({"mesh": "data=2"}, "expected mesh as a MeshConfig or \"auto\"; got 'data=2' (str)"),
+        ({"mesh": 2}, 'expected mesh as a MeshConfig, a jax.sharding.Mesh or "auto"; got 2 (int)'),
+        ({"mesh": "data=2"}, "expected mesh as a MeshConfig, a jax.sharding.Mesh or \"auto\"; got 'data=2' (str)"),
         ({"check": 1}, "expected check as a function; got 1 (int)"),
     ],
 )

@@ -64,7 +64,7 @@ def plain_tokens(family: str, backend: str, new: int) -> list[list[int]]:
     return decode(plainly(*pair(family, backend)[:3]), FastPrograms(), PROMPTS, new).sequences
 
 
-@pytest.mark.slow_except("16/4/4-olmoe", "chain of 4-mixtral")
+@pytest.mark.slow_except("16/4/4-olmoe")
 @every_family
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_output_is_plain_decoding_s(family: str, tree: str) -> None:

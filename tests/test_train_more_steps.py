@@ -32,6 +32,7 @@ def test_the_schedules_differ() -> None:
     np.testing.assert_allclose(rates, [[1, 0.5, 0, 0], [1, 0.75, 0.5, 0.25]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped", [4, 2], ids=["finished", "killed"])
 def test_more_steps_continue_a_run(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int) -> None:
     """From the state of the last checkpoint, with steps of the longer recipe; then as any other run."""
