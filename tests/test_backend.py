@@ -1,11 +1,15 @@
-"""The default back-end of a device."""
+"""The default back-end of a device, and the form of expert compute that runs."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flat_experts import FFN, random_experts
 
-from moespec_jax.nn.backend import default_backend
+from moespec_jax.nn.backend import BACKENDS, default_backend, expert_form
+from moespec_jax.nn.quantization import Quantized
 
 
 @pytest.mark.parametrize(
@@ -29,3 +33,24 @@ def test_it_is_the_fastest_that_the_device_supports(platform: str, compute_capab
 
 def test_without_a_device_it_is_that_of_the_first() -> None:
     assert default_backend() == default_backend(jax.devices()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "activation", "platform", "form"),
+    [
+        ({}, "bfloat16", "silu", "gpu", "triton"),
+        ({}, "bfloat16", "silu", "cpu", "slots (triton does not support cpu)"),
+        ({}, "float32", "silu", "gpu", "slots (triton does not support experts in float32)"),
+        ({"ffn": 96}, "bfloat16", "silu", "gpu", "slots (triton does not support experts of 128 x 96)"),
+        ({}, "bfloat16", "gelu", "gpu", "slots (triton does not support the activation gelu)"),
+        ({"quantized": True}, "bfloat16", "silu", "gpu", "slots (triton does not support quantized experts)"),
+    ],
+)
+def test_what_kernels_do_not_support_is_named(
+    change: dict[str, Any], dtype: str, activation: str, platform: str, form: str
+) -> None:
+    experts = random_experts(jnp.dtype(dtype), ffn=change.get("ffn", FFN))
+    if "quantized" in change:
+        experts = jax.tree.map(lambda w: Quantized(w.astype(jnp.int8), jnp.ones((len(w), 1, w.shape[2]))), experts)
+    assert expert_form(BACKENDS["triton"], activation, experts, dtype, platform) == form
+    assert expert_form(BACKENDS["slots"], activation, experts, dtype, platform) == "slots"

@@ -43,7 +43,7 @@ def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
 
 
-def fast_toy(shape: str, layers: int | None, dtype: str | None) -> Any:
+def fast_toy(shape: str, layers: int | None, dtype: str | None, backend: None = None) -> Any:
     model = random_model(shape, layers, dtype, BACKENDS["slots"])
     model.programs = FastPrograms()  # pyright: ignore[reportAttributeAccessIssue]
     return model

@@ -64,6 +64,7 @@ RUN_FIELDS = {
     "mesh": type(None),
     "device": str,
     "dtype": str,
+    "backend": str,
     "quantization": type(None),
     "versions": dict,
 }

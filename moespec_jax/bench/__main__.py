@@ -27,7 +27,8 @@ from moespec_jax.bench.rows import result_rows
 from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
-from moespec_jax.cli.arguments import add_model_flags, check_budget, load_requested, shown_name
+from moespec_jax.cli.arguments import add_model_flags, backend_of, load_requested, shown_name
+from moespec_jax.cli.budget_flags import check_budget
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
@@ -174,7 +175,7 @@ def _model(arguments: argparse.Namespace, cases: Sequence[TimingCase]) -> Model:
     if arguments.quantization is not None:
         raise RequestError("expected --quantization with a model; random weights have no quality to lose")
     check_memory(config, arguments.dtype)
-    return random_model(shape, arguments.layers, arguments.dtype)
+    return random_model(shape, arguments.layers, arguments.dtype, backend_of(arguments))
 
 
 def _prompts(arguments: argparse.Namespace, model: Model) -> dict[str, list[list[int]]]:
@@ -197,7 +198,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "weights": "random" if simulated else "trained checkpoint",
         "simulated": simulated, "simulated_routing_skew": None if shape is None else EXPONENTS[shape],
         "device": device_name(), "dtype": model.precision,
-        "backend": model.backend.name, "versions": versions(),
+        "backend": model.expert_form, "versions": versions(),
         "new_tokens": arguments.tokens, "repeats": arguments.repeats, "temperature": 0.0,
     }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from moespec_jax.cli.arguments import add_rule_flags, parse_budget, rule_of
+from moespec_jax.cli.budget_flags import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import jax
 
-from moespec_jax.cli.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
 from moespec_jax.cli.prompts import Prompt

@@ -13,7 +13,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     """Format one line for each statistic: model, device, exactness, acceptance, times and experts read."""
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
-        ("device", f"{_devices(result)}, {model.precision}"),
+        ("device", f"{_devices(result)}, {model.precision}, experts by {result.backend}"),
         ("output", _output(result)),
         ("exactness", result.exactness),
         *_drafting(result),

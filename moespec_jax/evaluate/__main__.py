@@ -21,14 +21,12 @@ from typing import Any, Literal
 from moespec_jax.cli.arguments import (
     add_model_flags,
     add_profile_flag,
-    add_rule_flags,
     add_tree_flags,
     load_requested,
-    parse_budget,
-    rule_of,
     shown_name,
     tree_of,
 )
+from moespec_jax.cli.budget_flags import add_rule_flags, parse_budget, rule_of
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.cli.prompts import encode_prompt
 from moespec_jax.config import TreeConfig

@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from moespec_jax.cli.arguments import add_budget_flags, add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import Parser
 from moespec_jax.errors import RequestError
 

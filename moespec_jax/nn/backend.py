@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from moespec_jax.nn.attention import LayerAttention, attend_layer
@@ -24,6 +25,8 @@ class Backend(NamedTuple):
         compute: builds the expert compute for an activation.
         supported: whether a GPU (a `jax.Device`) can run it.
         attention: attention over one layer of a stacked cache.
+        missing: names what GPU kernels do not support of (activation, experts, dtype), None if they run; None without
+            such kernels.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Backend(NamedTuple):
     compute: Callable[[str], ExpertCompute]
     supported: Callable[[Any], bool] = lambda device: True
     attention: LayerAttention = attend_layer
+    missing: Callable[[str, Any, DTypeLike], str | None] | None = None
 
 
 # Pallas is imported when it is needed: the import takes long.
@@ -62,6 +66,12 @@ def _mosaic_supported(device: Any) -> bool:
     return supported(device)
 
 
+def _mosaic_missing(activation: str, experts: Any, dtype: DTypeLike) -> str | None:
+    from moespec_jax.nn.experts.mosaic_gpu import missing
+
+    return missing(activation, experts, dtype)
+
+
 def _triton_experts(activation: str) -> ExpertCompute:
     from moespec_jax.nn.experts.triton_gpu import triton_experts
 
@@ -74,13 +84,23 @@ def _triton_supported(device: Any) -> bool:
     return supported(device)
 
 
+def _triton_missing(activation: str, experts: Any, dtype: DTypeLike) -> str | None:
+    from moespec_jax.nn.experts.triton_gpu import missing
+
+    return missing(activation, experts, dtype)
+
+
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, loop("switch", cpu_experts)),
     "slots": Backend("slots", "flat", True, loop("slots", slot_experts)),
     "pallas": Backend("pallas", "flat", True, kernel("pallas", _pallas_experts), attention=_pallas_attention),
     # Layers apart: of a slice of stacked weights, XLA:GPU makes a copy before every product of several rows.
-    "triton": Backend("triton", "flat", False, kernel("triton", _triton_experts), _triton_supported),
-    "mosaic": Backend("mosaic", "flat", False, kernel("mosaic", _mosaic_experts), _mosaic_supported),
+    "triton": Backend(
+        "triton", "flat", False, kernel("triton", _triton_experts), _triton_supported, missing=_triton_missing
+    ),
+    "mosaic": Backend(
+        "mosaic", "flat", False, kernel("mosaic", _mosaic_experts), _mosaic_supported, missing=_mosaic_missing
+    ),
     # Chosen by name only: with gradients, on every platform; it reads all experts.
     "dense": Backend("dense", "flat", False, dense_experts),
 }
@@ -96,3 +116,11 @@ def default_backend(device: Any = None) -> Backend:
     device = device or jax.devices()[0]
     preferred = BACKENDS[{"cpu": "switch", "gpu": "triton", "tpu": "pallas"}.get(device.platform, "slots")]
     return preferred if preferred.supported(device) else BACKENDS["slots"]
+
+
+def expert_form(backend: Backend, activation: str, experts: object, dtype: DTypeLike, platform: str) -> str:
+    """Name the expert compute that runs: the back-end's, or `slots` and why its kernels do not run."""
+    if backend.missing is None:
+        return backend.name
+    reason = backend.missing(activation, experts, dtype) if platform == "gpu" else platform
+    return backend.name if reason is None else f"slots ({backend.name} does not support {reason})"

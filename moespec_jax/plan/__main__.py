@@ -16,7 +16,8 @@ from typing import Any
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config, read_config_file
-from moespec_jax.cli.arguments import add_budget_flags, add_tree_flags, budget_of, check_budget, mesh_of, tree_of
+from moespec_jax.cli.arguments import add_tree_flags, mesh_of, tree_of
+from moespec_jax.cli.budget_flags import add_budget_flags, budget_of, check_budget
 from moespec_jax.cli.command import Parser, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig

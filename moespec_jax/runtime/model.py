@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
@@ -26,7 +27,7 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Adapt, Speculative
 from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError, wrong_type
-from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.backend import Backend, expert_form
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
@@ -81,6 +82,12 @@ class Model:
     def precision(self) -> str:
         """Dtype of the weights, and quantization of the experts."""
         return str(self.dtype) if self.quantization is None else f"{self.dtype}, {self.quantization} experts"
+
+    @property
+    def expert_form(self) -> str:
+        """Expert compute that runs: the back-end's, or its fallback with the reason."""
+        device = jax.devices()[0] if self.programs.mesh is None else self.programs.mesh.devices.flat[0]
+        return expert_form(self.backend, self.config.hidden_act, self.params.experts, self.dtype, device.platform)
 
     def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
         """Tokenize a prompt, by default with the special tokens that the tokenizer adds.
@@ -281,6 +288,7 @@ class Model:
             device=device_name(),
             dtype=str(self.dtype),
             quantization=self.quantization,
+            backend=self.expert_form,
             versions=versions(),
         )
 

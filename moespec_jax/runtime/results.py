@@ -65,6 +65,7 @@ class RunResult:
         tokens_per_s: tokens after the first of each sequence over `decode_s`.
         mesh: devices along each axis, None for one device.
         device, dtype, quantization, versions: where and how it ran.
+        backend: expert compute that ran; a back-end's kernels do not run with everything.
     """
 
     prompts: list[PromptResult]
@@ -88,6 +89,7 @@ class RunResult:
     device: str
     dtype: str
     quantization: str | None
+    backend: str
     versions: dict[str, str]
 
     def __repr__(self) -> str:

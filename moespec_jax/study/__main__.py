@@ -16,14 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.cli.arguments import (
-    add_model_flags,
-    add_tree_flags,
-    load_requested,
-    parse_budget,
-    shown_name,
-    tree_of,
-)
+from moespec_jax.cli.arguments import add_model_flags, add_tree_flags, load_requested, shown_name, tree_of
+from moespec_jax.cli.budget_flags import parse_budget
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve

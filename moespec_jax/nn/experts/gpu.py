@@ -9,6 +9,7 @@ from collections.abc import Callable, Container
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.nn.experts.blocks import lay_out_routes
@@ -31,8 +32,7 @@ SlotOutputs = Callable[..., Array]
 def kernel_experts(activation: str, activations: Container[str], tile: int, outputs: SlotOutputs) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout from a CUDA kernel; `layer` may be traced.
 
-    On other platforms, and for quantized weights, activations without a kernel and operands that do not fit (`fits`),
-    it is that of the back-end `slots`.
+    On other platforms, and for what the kernel does not support (`unsupported`), it is that of the back-end `slots`.
 
     Args:
         activation: name of the activation.
@@ -48,8 +48,7 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, outp
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        gate = experts.gate
-        if isinstance(gate, Quantized) or activation not in activations or not fits(x, gate, tile):
+        if unsupported(activation, activations, experts, x.dtype, tile) is not None:
             return fallback(experts, layer, x, routing)
         arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
         return jax.lax.platform_dependent(*arguments, cuda=kernels, default=fallback)
@@ -57,9 +56,18 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, outp
     return compute
 
 
-def fits(x: Float[Array, "tokens model"], gate: Float[Array, "all model ffn"], tile: int) -> bool:
-    """Test whether a kernel supports the operands: matrices of whole tiles, 16-bit floats."""
-    return all(size % tile == 0 for size in gate.shape[1:]) and x.dtype == gate.dtype in DTYPES
+def unsupported(activation: str, activations: Container[str], experts: Flat, dtype: DTypeLike, tile: int) -> str | None:
+    """Name what a kernel does not support: other weights or tokens (`dtype`) than 16-bit floats, activations, matrices
+    that are not of whole tiles; None if it runs."""
+    if isinstance(experts.gate, Quantized):
+        return "quantized experts"
+    if not experts.gate.dtype == jnp.dtype(dtype) in DTYPES:
+        return f"experts in {experts.gate.dtype}"
+    if activation not in activations:
+        return f"the activation {activation}"
+    if any(size % tile for size in experts.gate.shape[1:]):
+        return "experts of " + " x ".join(map(str, experts.gate.shape[1:]))
+    return None
 
 
 def sum_distinct(

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.nn.experts.gpu import kernel_experts
+from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
+from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
 
@@ -37,6 +39,11 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def mosaic_experts(activation: str) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
     return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, slot_outputs)
+
+
+def missing(activation: str, experts: Flat, dtype: DTypeLike) -> str | None:
+    """Name what the kernels do not support (`gpu.unsupported`)."""
+    return unsupported(activation, KERNEL_ACTIVATIONS, experts, dtype, TILE)
 
 
 def supported(device: object) -> bool:
