@@ -52,7 +52,7 @@ def test_people_see_that_it_is_lossy(pair: list[str], capsys: pytest.CaptureFixt
     for words in (
         "LOSSY",
         "of 12 read per layer and pass",
-        "wanted",
+        "selected",
         "lost an expert",
         "of exact speculation's",
         "same",

@@ -129,6 +129,8 @@ def check_not_traced(function: str, *values: object) -> None:
     Raises:
         RequestError: it is not.
     """
+    # An absent platform is an error of its own (`errors.py`), not of the array made next.
+    jax.devices()
     # Inside `jax.jit` every operation gives a tracer; inside `grad` and `vmap` alone, only those on their arguments.
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((values, jnp.zeros(())))):
         raise RequestError(
