@@ -48,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     @functools.cache
     def once(model: str, draft_model: str | None, **options: Any) -> Model:
         options = {name: value for name, value in options.items() if name not in ("check", "progress")}
-        return dataclasses.replace(load(model, draft_model, backend=DENSE, **options), programs=FastPrograms())
+        return dataclasses.replace(load(model, draft_model, **options | {"backend": DENSE}), programs=FastPrograms())
 
     def load_once(model: str, draft_model: str | None, **options: Any) -> Model:
         found = once(model, draft_model, **{n: v for n, v in options.items() if n != "check"})
