@@ -37,7 +37,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `slow_except(...)`, all parameters but those of these ids are slow."""
+    """Mark as slow the parameters of a test marked `slow_except(...)`, but those of these ids."""
     for item in items:
         marker = item.get_closest_marker("slow_except")
         if marker is not None and isinstance(item, pytest.Function) and item.callspec.id not in marker.args:

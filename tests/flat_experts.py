@@ -1,5 +1,6 @@
 """Small random experts in the `Flat` layout, who goes to them, and the loop that GPU kernels are held against."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
+from moespec_jax.nn.experts.gpu import SlotOutputs, sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.routing import Routing
 
@@ -60,6 +62,19 @@ def check(got: jax.Array, experts: Flat, x: jax.Array, routing: Routing, activat
     # The hidden rows are rounded once, to 8 bits in bfloat16; sums are in float32.
     rounding = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2e-6}[experts.gate.dtype.name]
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=rounding * max(np.abs(expected).max(), 1.0))
+
+
+def grouped(activation: str, outputs: SlotOutputs) -> Callable[[Flat, jax.Array, Routing], jax.Array]:
+    """Experts of `LAYER` by a kernel for more tokens than slots of distinct experts take."""
+
+    def compute(experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
+        def run(rows: jax.Array, ids: jax.Array, active: jax.Array) -> jax.Array:
+            matrices = (experts.gate, experts.up, experts.down)
+            return outputs(activation, rows, *matrices, LAYER * EXPERTS + ids, active)
+
+        return sum_grouped(x, routing, EXPERTS, run)
+
+    return compute
 
 
 def shapes(experts: int, model: int, ffn: int, active: int, tokens: int, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What all commands share: their list, `--version`, one line for a platform that is absent, paths with `~`, reports."""
+"""Common to all commands: their list, `--version`, one line for a platform that is absent, paths with `~`, reports."""
 
 import ast
 import os
@@ -210,9 +210,9 @@ def test_path_flags_are_expanded(home: Path) -> None:
     parser = command_parser("bench", "")
     parser.add_argument("--output", type=Path)
     parser.add_argument_group("files").add_argument("--data", type=Path, nargs="+")
-    found = parser.parse_args(["--output=~/out", "--data", "~/a", "b", "~nobody-of-this-name/c"])
+    found = parser.parse_args(["--output=~/out", "--data", "~/a", "b", "~no-user-of-this-name/c"])
     assert found.output == home / "out"
-    assert found.data == [home / "a", Path("b"), Path("~nobody-of-this-name/c")]
+    assert found.data == [home / "a", Path("b"), Path("~no-user-of-this-name/c")]
 
 
 def test_messages_name_an_installation_that_works() -> None:
@@ -272,7 +272,7 @@ def test_a_report_in_a_file_is_not_rearranged(
 def test_long_lines_are_indented() -> None:
     rows = [
         ("model", "tiny"),
-        ("experts", "3.2 of 32 read per layer and pass, 5.0 wanted"),
+        ("experts", "3.2 of 32 read per layer and pass, 5.0 selected"),
         ("device", "/a/" + 30 * "b"),
     ]
     text = "\n".join(f"{name:12} {value}" for name, value in rows)
@@ -280,7 +280,7 @@ def test_long_lines_are_indented() -> None:
     assert lines == [
         "model        tiny",
         "experts      3.2 of 32 read per layer",
-        "             and pass, 5.0 wanted",
+        "             and pass, 5.0 selected",
         "device",
         f"             /a/{30 * 'b'}",
     ]

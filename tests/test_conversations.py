@@ -73,7 +73,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Model:
     ],
 )
 def test_every_answer_counts(plain: Model, tmp_path: Path, record: Record, said: str) -> None:
-    """Whichever turn is the first, and whatever stands between."""
+    """The first turn may be of any role, and so may those between."""
     assert counted(plain, tmp_path, record) == [said]
 
 

@@ -59,7 +59,7 @@ def write(path: Path, *rows: Any) -> Path:
 def test_every_turn_sees_the_answers_before_it(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], batches: list[list[str]]
 ) -> None:
-    """Of several prompts, those with a turn left form the next batch."""
+    """Several prompts: those with a turn left form the next batch."""
     rows = [{"turns": ["alone"]}, {"turns": TURNS}, {"messages": [{"role": "user", "content": "hi"}]}]
     result = json.loads(generate(capsys, directory, write(tmp_path / "q.jsonl", *rows), "--json"))
     first, second, third = batches

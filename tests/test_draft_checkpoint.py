@@ -193,7 +193,7 @@ def test_tokens_in_any_order_are_those_of_the_sorted_head(absolute: bool, t2d: b
 
 
 def test_ids_that_two_conventions_read_differently_are_named(tmp_path: Path) -> None:
-    """As offsets 1, 3, 5, ...; as ids 1, 2, 3, ...: without `t2d` nothing decides, and engines add offsets."""
+    """Offsets would be 1, 3, 5, ..., ids 1, 2, 3, ...: without `t2d` nothing decides, and engines add offsets."""
     d2t = np.arange(1, DRAFT_VOCAB + 1)
     tensors = {name: tensor for name, tensor in head_tensors().items() if name != "t2d"}
     loaded = load(write_head(tmp_path, specforge_fields(), tensors | {"d2t": d2t}))

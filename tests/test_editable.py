@@ -22,7 +22,7 @@ print(load, make_parser, budget.experts)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pip installs for `pip install -e`, built from a copy: setuptools writes beside pyproject.toml."""
+    """Files that pip installs for `pip install -e`, built from a copy: setuptools writes beside pyproject.toml."""
     clone, out = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("out")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)

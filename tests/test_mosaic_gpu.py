@@ -21,6 +21,7 @@ from flat_experts import (
     MODEL,
     REAL,
     check,
+    grouped,
     poison_unused,
     random_experts,
     random_input,
@@ -28,7 +29,6 @@ from flat_experts import (
     some_choice,
 )
 
-from moespec_jax.nn.experts.gpu import sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.mosaic_gpu import KERNEL_ACTIVATIONS, STAGES, TILE, mosaic_experts, slot_outputs, supported
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts
@@ -56,8 +56,7 @@ def emulate(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> j
     emulator = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     outputs = partial(slot_outputs, interpret=emulator.InterpretGPUParams())
     if x.shape[0] > SLOT_TOKENS:
-        grouped = partial(sum_grouped, activation, outputs=outputs)
-        return jax.jit(lambda *a: grouped(*a))(experts, jnp.int32(LAYER), x, routing)
+        return jax.jit(grouped(activation, outputs))(experts, x, routing)
     ids, active = distinct_experts(routing, experts.num_experts)
     # Past the active slots no row is looked at: it would be outside the weights, which the emulator refuses to read.
     rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)

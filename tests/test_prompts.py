@@ -43,7 +43,7 @@ def test_token_ids_alone_need_no_text() -> None:
 
 
 def test_turns_are_texts_of_the_user(tmp_path: Path) -> None:
-    """Of several, the first is asked, and the others wait for its answer; a single one is a text."""
+    """Several texts: the first is asked, and the others wait for its answer; a single one is a text."""
     file = tmp_path / "questions.jsonl"
     file.write_text('{"turns": ["one\\ntwo", "later"]}\n{"id": 7, "turns": ["drei ä"]}\n', encoding="utf-8")
     several, single = read_prompts(file)
@@ -100,7 +100,7 @@ def test_what_cannot_be_answered_is_refused_by_name(tmp_path: Path, row: Any, na
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_sets_of_prompts_have_conversations_and_first_turns(tmp_path: Path, chat: bool) -> None:
-    """What measuring commands take: one prompt a line, rendered where it is a conversation or a chat is asked for."""
+    """Prompts of the measuring commands: one a line, rendered where it is a conversation or a chat is asked for."""
     file = tmp_path / "q.jsonl"
     said = [
         {"role": "user", "content": "hi"},

@@ -23,7 +23,7 @@ FLAGS = ["--model", "m", "--data", "d", "--output", "o", "--intermediate-size", 
 
 @pytest.mark.parametrize("layers", range(1, 49))
 def test_default_boundaries_are_three_of_every_target(layers: int) -> None:
-    """As in EAGLE-3 from 7 layers on; below, 0 and L only where there are no three others."""
+    """EAGLE-3's from 7 layers on; below, 0 and L only where there are no three others."""
     if layers == 1:
         with pytest.raises(RequestError, match="at least 2 layers.*got 1"):
             command.boundaries(None, layers)

@@ -26,7 +26,7 @@ def load(directory: Path, fields: Fields, backend: str = "slots", dtype: str = "
 
 
 def fused(fields: Fields, tensors: Tensors) -> Tensors:
-    """As transformers 5 writes them with `save_original_format=False`."""
+    """The form that transformers 5 writes with `save_original_format=False`."""
     gate, up, down = ("w1", "w3", "w2") if fields["model_type"] == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     found = {name.replace("block_sparse_moe", "mlp"): value for name, value in tensors.items()}
     experts = range(read_config(fields).num_experts)
@@ -122,7 +122,7 @@ def test_a_whole_file_that_the_index_names_is_a_shard(tmp_path: Path) -> None:
 
 
 def test_tensors_that_the_index_does_not_name_are_read(tmp_path: Path) -> None:
-    """As in transformers, which reads whole files."""
+    """Transformers reads whole files too."""
     fields = draw_fields("qwen3_moe", 0)
     tensors = draw_tensors(fields)
     whole = load(write(tmp_path / "whole", fields, tensors), fields)

@@ -77,7 +77,7 @@ def test_the_line_goes_with_an_error(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def on_terminal(*command: str) -> tuple[str, float, str]:
-    """What a command prints to a terminal on standard error, the seconds until the first of it, and its output."""
+    """Text that a command prints to a terminal on standard error, the seconds until the first of it, and its output."""
     controller, terminal = pty.openpty()
     started = time.monotonic()
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, text=True)

@@ -72,7 +72,7 @@ def all_aux(backend: Backend) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def cut_states() -> list[np.ndarray]:
-    """What decoders of 0, 1, ... layers leave when nothing norms it: their last norm is the only one in float16."""
+    """Hidden states that decoders of 0, 1, ... layers leave without a norm: the last norm alone is in float16."""
     backend, states = BACKENDS["switch"], [TENSORS["model.embed_tokens.weight"][IDS]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

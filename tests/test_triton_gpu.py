@@ -21,6 +21,7 @@ from flat_experts import (
     MODEL,
     REAL,
     check,
+    grouped,
     poison_unused,
     random_experts,
     random_input,
@@ -28,7 +29,6 @@ from flat_experts import (
     some_choice,
 )
 
-from moespec_jax.nn.experts.gpu import sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts
 from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, slot_outputs, supported, triton_experts
@@ -41,8 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
     """The kernels block by block on the CPU; what was not written reads as NaN."""
     if x.shape[0] > SLOT_TOKENS:
-        grouped = partial(sum_grouped, activation, outputs=partial(slot_outputs, interpret=True))
-        return fast_jit(lambda *a: grouped(*a))(experts, jnp.int32(LAYER), x, routing)
+        return fast_jit(grouped(activation, partial(slot_outputs, interpret=True)))(experts, x, routing)
     ids, active = distinct_experts(routing, experts.num_experts)
     # Past the active slots no row is looked at: it would be the last one, which is poisoned unless it is chosen.
     rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)

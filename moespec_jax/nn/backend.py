@@ -1,5 +1,6 @@
 """Back-ends: the expert compute, weight layout and layer loop of a platform, chosen once when a model is loaded."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -38,13 +39,13 @@ class Backend(NamedTuple):
     missing: Callable[[str, Any, DTypeLike], str | None] | None = None
 
 
-# Pallas is imported when it is needed: the import takes long.
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """Function of a module of `nn/experts/` that is imported at the first call: Pallas takes long to import."""
 
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"moespec_jax.nn.experts.{module}"), name)(*arguments)
 
-def _pallas_experts(activation: str) -> ExpertCompute:
-    from moespec_jax.nn.experts.pallas_tpu import pallas_experts
-
-    return pallas_experts(activation)
+    return call
 
 
 def _pallas_attention(q: Array, k: Array, v: Array, layer: Array, mask: Array) -> Array:
@@ -54,53 +55,22 @@ def _pallas_attention(q: Array, k: Array, v: Array, layer: Array, mask: Array) -
     return attend_layer_tpu(q, k, v, layer, mask)
 
 
-def _mosaic_experts(activation: str) -> ExpertCompute:
-    from moespec_jax.nn.experts.mosaic_gpu import mosaic_experts
-
-    return mosaic_experts(activation)
+_pallas_experts = _later("pallas_tpu", "pallas_experts")
 
 
-def _mosaic_supported(device: Any) -> bool:
-    from moespec_jax.nn.experts.mosaic_gpu import supported
-
-    return supported(device)
-
-
-def _mosaic_missing(activation: str, experts: Any, dtype: DTypeLike) -> str | None:
-    from moespec_jax.nn.experts.mosaic_gpu import missing
-
-    return missing(activation, experts, dtype)
-
-
-def _triton_experts(activation: str) -> ExpertCompute:
-    from moespec_jax.nn.experts.triton_gpu import triton_experts
-
-    return triton_experts(activation)
-
-
-def _triton_supported(device: Any) -> bool:
-    from moespec_jax.nn.experts.triton_gpu import supported
-
-    return supported(device)
-
-
-def _triton_missing(activation: str, experts: Any, dtype: DTypeLike) -> str | None:
-    from moespec_jax.nn.experts.triton_gpu import missing
-
-    return missing(activation, experts, dtype)
+def _gpu_backend(name: str) -> Backend:
+    """Back-end of the kernels in `nn/experts/{name}_gpu.py`. Layers are kept apart: XLA:GPU copies a slice of stacked
+    weights before every product of several rows."""
+    compute, supported, missing = (_later(f"{name}_gpu", part) for part in (f"{name}_experts", "supported", "missing"))
+    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing)
 
 
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, loop("switch", cpu_experts)),
     "slots": Backend("slots", "flat", True, loop("slots", slot_experts)),
     "pallas": Backend("pallas", "flat", True, kernel("pallas", _pallas_experts), attention=_pallas_attention),
-    # Layers apart: of a slice of stacked weights, XLA:GPU makes a copy before every product of several rows.
-    "triton": Backend(
-        "triton", "flat", False, kernel("triton", _triton_experts), _triton_supported, missing=_triton_missing
-    ),
-    "mosaic": Backend(
-        "mosaic", "flat", False, kernel("mosaic", _mosaic_experts), _mosaic_supported, missing=_mosaic_missing
-    ),
+    "triton": _gpu_backend("triton"),
+    "mosaic": _gpu_backend("mosaic"),
     # Chosen by name only: with gradients, on every platform; it reads all experts.
     "dense": Backend("dense", "flat", False, dense_experts),
 }

@@ -92,7 +92,7 @@ class _Places:
 
 
 def _place(text: str, marked: str | None) -> int | None:
-    """Where a text begins to differ from the one with a mark; None if there is no mark in that place."""
+    """Position at which a text begins to differ from the one with a mark; None if there is no mark in that place."""
     if marked is None:
         return None
     place = len(os.path.commonprefix([text, marked]))

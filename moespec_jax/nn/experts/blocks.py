@@ -62,6 +62,11 @@ def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoute
     return PaddedRoutes(token, row, begin, length)
 
 
+def rows_of_routes(x: Float[Array, "tokens model"], routes: PaddedRoutes) -> Float[Array, "rows model"]:
+    """Gather the token of each row; rows of padding are 0."""
+    return jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token]
+
+
 def run_blocks(
     x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunExpert, sizes: tuple[int, ...]
 ) -> Float[Array, "tokens model"]:
@@ -72,7 +77,7 @@ def run_blocks(
     """
     tokens, k = routing.experts.shape
     routes = lay_out_routes(routing, num_experts, sizes[-1])
-    rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token]
+    rows = rows_of_routes(x, routes)
     out = jnp.zeros(
         (rows.shape[0] + 1, rows.shape[1]), jnp.float32
     )  # the last row stays 0, for routes without an expert

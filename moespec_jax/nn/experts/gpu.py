@@ -10,9 +10,9 @@ from collections.abc import Callable, Container
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from moespec_jax.nn.experts.blocks import lay_out_routes
+from moespec_jax.nn.experts.blocks import lay_out_routes, rows_of_routes
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts, slot_experts
 from moespec_jax.nn.moe import ExpertCompute
@@ -27,6 +27,9 @@ BLOCK = 64
 
 # (activation, x, gate, up, down, rows, active) -> float32, as `triton_gpu.slot_outputs`.
 SlotOutputs = Callable[..., Array]
+# (rows of every slot, or rows that all slots share; expert id of every slot; number of slots in use) -> rows of every
+# slot after its expert, float32.
+RunSlots = Callable[[Array, Array, Array], Array]
 
 
 def kernel_experts(activation: str, activations: Container[str], tile: int, outputs: SlotOutputs) -> ExpertCompute:
@@ -43,8 +46,13 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, outp
     fallback = slot_experts(activation)
 
     def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
-        run = sum_distinct if x.shape[0] <= SLOT_TOKENS else sum_grouped
-        return run(activation, experts, layer, x, routing, outputs)
+        first = layer * experts.num_experts
+
+        def run(rows: Array, ids: Array, active: Array) -> Array:
+            return outputs(activation, rows, experts.gate, experts.up, experts.down, first + ids, active)
+
+        sum_experts = sum_distinct if x.shape[0] <= SLOT_TOKENS else sum_grouped
+        return sum_experts(x, routing, experts.num_experts, run)
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
@@ -71,37 +79,24 @@ def unsupported(activation: str, activations: Container[str], experts: Flat, dty
 
 
 def sum_distinct(
-    activation: str,
-    experts: Flat,
-    layer: Int[Array, ""],
-    x: Float[Array, "tokens model"],
-    routing: Routing,
-    outputs: SlotOutputs,
+    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunSlots
 ) -> Float[Array, "tokens model"]:
     """Run all tokens through every distinct expert, and sum the outputs by combine weight, float32."""
-    ids, active = distinct_experts(routing, experts.num_experts)
-    rows = layer * experts.num_experts + ids
-    out = outputs(activation, x, experts.gate, experts.up, experts.down, rows, active)
-    return add_slots(out, combine_weights(routing, ids), active)
+    ids, active = distinct_experts(routing, num_experts)
+    return add_slots(run(x, ids, active), combine_weights(routing, ids), active)
 
 
 def sum_grouped(
-    activation: str,
-    experts: Flat,
-    layer: Int[Array, ""],
-    x: Float[Array, "tokens model"],
-    routing: Routing,
-    outputs: SlotOutputs,
+    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunSlots
 ) -> Float[Array, "tokens model"]:
     """Run every token through its own experts, in blocks of rows of one expert, and sum the outputs by combine weight,
     float32."""
-    routes = lay_out_routes(routing, experts.num_experts, BLOCK)
-    blocks = jnp.concatenate([x, jnp.zeros_like(x[:1])])[routes.token].reshape(-1, BLOCK, x.shape[1])
+    routes = lay_out_routes(routing, num_experts, BLOCK)
+    blocks = rows_of_routes(x, routes).reshape(-1, BLOCK, x.shape[1])
     end = routes.begin + routes.length
     starts = jnp.arange(len(blocks), dtype=jnp.int32) * BLOCK
-    ids = jnp.minimum(jnp.searchsorted(end, starts, side="right").astype(jnp.int32), experts.num_experts - 1)
-    rows, active = layer * experts.num_experts + ids, end[-1] // BLOCK
-    out = outputs(activation, blocks, experts.gate, experts.up, experts.down, rows, active)
+    ids = jnp.minimum(jnp.searchsorted(end, starts, side="right").astype(jnp.int32), num_experts - 1)
+    out = run(blocks, ids, end[-1] // BLOCK)
     # A route without an expert has the row after the last; rows of unused blocks are undefined, and no route has one.
     mixed = out.reshape(-1, out.shape[-1]).at[routes.row].get(mode="fill", fill_value=0.0)
     return jnp.einsum("tkd,tk->td", mixed.reshape(*routing.weights.shape, -1), routing.weights)
