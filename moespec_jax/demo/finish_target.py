@@ -1,7 +1,8 @@
 """Export the embedded target from a training run: python -m moespec_jax.demo.finish_target --training DIR.
 
 Writes the model in Hugging Face format, loads it as any other, and measures it on the held-out modules: bits per byte,
-load of the experts, and router mass of the heaviest experts. Writes a record of these, and a plot of the training.
+load of the experts, router mass of the heaviest experts, and how often greedy text ends in a loop. Writes a record of
+these, and a plot of the training.
 """
 
 # optax does not type trees of dataclasses.
@@ -25,9 +26,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moespec_jax.checkpoint.write import export
-from moespec_jax.demo.train_target import CONFIG, Recipe, init_params, optimizer
+from moespec_jax.demo.target_model import CONFIG, init_params
+from moespec_jax.demo.train_target import Recipe, optimizer
 from moespec_jax.files import write_json
 from moespec_jax.measure import corpus
+from moespec_jax.measure.prompt_sets import continued, held_out_pieces
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder, forward, unembed
@@ -37,6 +40,7 @@ from moespec_jax.runtime.model import Model
 
 WINDOW, STRIDE = 1024, 512
 TREE_ROWS = 60
+LOOP_PROMPTS, LOOP_TOKENS, LOOP_PERIOD = 20, 128, 40
 
 
 def main() -> None:
@@ -51,19 +55,21 @@ def main() -> None:
         help="directory of the model (default: %(default)s)",
     )
     arguments = parser.parse_args()
+    tokens_per_step = json.loads((arguments.training / "recipe.json").read_text())["tokens_per_step"]
     step = export_checkpoint(arguments.training.absolute(), arguments.output)
     model = load(str(arguments.output), dtype="float32", backend=BACKENDS["switch"])
     documents = corpus.held_out_documents()
     record = {
         "steps": step,
-        "tokens": step * Recipe(steps=step).tokens_per_step,
+        "tokens": step * tokens_per_step,
         "corpus": json.loads((arguments.training / "corpus.json").read_text()),
         "held_out": list(corpus.HELD_OUT),
         **measure(model, documents),
+        f"loops_of_{LOOP_PROMPTS}": greedy_loops(model),
         "xz_bits_per_byte": xz_bits_per_byte(list(dict.fromkeys(corpus.training_documents())), documents),
     }
     write_json(arguments.output.parent / "target_record.json", record)
-    draw_training(arguments.training / "log.jsonl", arguments.output.parent / "target_training.png")
+    draw_training(arguments.training / "log.jsonl", tokens_per_step, arguments.output.parent / "target_training.png")
 
 
 def export_checkpoint(training: Path, output: Path) -> int:
@@ -145,6 +151,19 @@ def _routing(load: Any, tails: np.ndarray) -> dict[str, Any]:
     }
 
 
+def greedy_loops(model: Model) -> int:
+    """Count the held-out prompts of `LOOP_PROMPTS` whose greedy continuation ends in a loop."""
+    prompts = held_out_pieces(model, LOOP_PROMPTS)
+    return sum(ends_in_loop(ids) for ids in continued(model, prompts, LOOP_TOKENS))
+
+
+def ends_in_loop(ids: list[int]) -> bool:
+    """Test whether the last tokens are one passage of at most `LOOP_PERIOD` tokens three times, or a shorter one as
+    often as fits into 16 tokens."""
+    repeats = [max(2 * period, 16) for period in range(1, LOOP_PERIOD + 1)]
+    return any(ids[-n:] == ids[-n - period : -period] for period, n in enumerate(repeats, 1))
+
+
 def xz_bits_per_byte(training: list[str], held_out: list[str]) -> float:
     """Measure the baseline without a model: bits that `xz -9e` adds for the held-out text after the training text."""
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 << 20}]
@@ -156,7 +175,7 @@ def xz_bits_per_byte(training: list[str], held_out: list[str]) -> float:
     return (size(before + after) - size(before)) * 8 / len(after)
 
 
-def draw_training(log: Path, picture: Path) -> None:
+def draw_training(log: Path, tokens_per_step: int, picture: Path) -> None:
     """Plot training loss and held-out bits per byte by tokens of training."""
     import matplotlib
 
@@ -164,14 +183,14 @@ def draw_training(log: Path, picture: Path) -> None:
     from matplotlib import pyplot
 
     rows = {row["step"]: row for row in map(json.loads, log.read_text().splitlines())}
-    tokens = Recipe(steps=1).tokens_per_step / 1e6
+    tokens = tokens_per_step / 1e6
     steps = sorted(rows)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
     left.plot([(s + 1) * tokens for s in steps], [rows[s]["loss"] for s in steps], linewidth=0.8, color="#1f77b4")
-    left.set(xlabel="million tokens", ylabel="training loss (nats per token)", ylim=(1.5, 6))
+    left.set(xlabel="million tokens", ylabel="training loss (nats per token)", ylim=(1, 6))
     held = [s for s in steps if "held_out_bits_per_byte" in rows[s]]
     right.plot([(s + 1) * tokens for s in held], [rows[s]["held_out_bits_per_byte"] for s in held], "o-", color="C3")
-    right.set(xlabel="million tokens", ylabel="held-out bits per byte (on 32 windows)", ylim=(1, 2.1))
+    right.set(xlabel="million tokens", ylabel="held-out bits per byte (on 32 windows)", ylim=(0.75, 2.1))
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(picture, dpi=110)

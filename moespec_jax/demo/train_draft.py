@@ -1,4 +1,4 @@
-"""Train the embedded draft head: python -m moespec_jax.demo.train_draft --output DIR.
+"""Train the embedded draft head: python -m moespec_jax.demo.train_draft --text DIR --output DIR.
 
 The target continues prompts from its training text, two thirds of them greedily and one third at temperature 1. The
 head is trained on these continuations and on as many rows of the text. The same command continues an interrupted run.
@@ -6,15 +6,18 @@ Afterwards python -m moespec_jax.demo.finish_draft --training DIR exports the he
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.config import DraftConfig
-from moespec_jax.measure import corpus
+from moespec_jax.demo.text import prepare_text
+from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.optimizer import OptimizerConfig
@@ -23,11 +26,11 @@ from moespec_jax.train.regenerate import regenerate
 from moespec_jax.train.run import Pace, train
 from moespec_jax.train.trainer import Recipe
 
-PROMPT, RESPONSE = 64, 192
+PROMPT, RESPONSE, BATCH = 64, 192, 256
 LENGTH = PROMPT + RESPONSE
 # Name of the file, number of prompts, temperature of the continuations.
-RESPONSES = (("greedy", 3072, 0.0), ("sampled", 1536, 1.0))
-TEXT_ROWS, HELD_OUT_ROWS = 4608, 128
+RESPONSES = (("greedy", 24576, 0.0), ("sampled", 12288, 1.0))
+TEXT_ROWS, HELD_OUT_ROWS = 24576, 256
 DRAFT = DraftConfig(
     vocab_size=4096,
     draft_vocab_size=2048,
@@ -47,27 +50,32 @@ def recipe(model: Model, steps: int) -> Recipe:
     optimizer = OptimizerConfig(
         steps, "muon", learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=40, decay_from=0.4, clip=1.0
     )
-    return Recipe(model.config, DRAFT, optimizer, batch=16, length=LENGTH, recompute=False)
+    return Recipe(model.config, DRAFT, optimizer, batch=64, length=LENGTH, recompute=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = Parser(prog="python -m moespec_jax.demo.train_draft", description=__doc__)
+    parser.add_argument(
+        "--text", type=Path, required=True, metavar="DIR", help="directory of the target's run, which holds its text"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the run")
-    parser.add_argument("--steps", type=int, default=800, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimizer steps (default: %(default)s)")
     return run_command(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    model, directory = load(draft_model="none", dtype="float32"), arguments.output
+    # On a GPU the kernels of decoding do not pay for products of many rows, and have no gradients.
+    backend = BACKENDS["dense"] if jax.default_backend() == "gpu" else None
+    model, directory = load(draft_model="none", dtype="float32", backend=backend), arguments.output
     directory.mkdir(parents=True, exist_ok=True)
-    stream = _stream(model, directory)
+    stream, held_out_stream = prepare_text(arguments.text, model.config.vocab_size)
     random = np.random.default_rng(1)
     for name, count, temperature in RESPONSES:
         starts = random.integers(0, len(stream) - 100, count)
         prompts = [stream[start : start + PROMPT].tolist() for start in starts]
         output = directory / f"{name}.jsonl"
-        regenerate(model, prompts, output, batch=64, max_new_tokens=RESPONSE, temperature=temperature)
+        regenerate(model, prompts, output, batch=BATCH, max_new_tokens=RESPONSE, temperature=temperature)
 
     def data() -> Iterator[Sample]:
         for name, _, _ in RESPONSES:
@@ -75,33 +83,17 @@ def _run(arguments: argparse.Namespace) -> None:
         yield from _windows(stream, TEXT_ROWS)
 
     def held_out() -> Iterator[Sample]:
-        return _windows(corpus.encode_documents(_tokenizer(model), corpus.held_out_documents()), HELD_OUT_ROWS)
+        return _windows(held_out_stream, HELD_OUT_ROWS)
 
-    source = {"responses": [list(row) for row in RESPONSES], "text_rows": TEXT_ROWS, **corpus.corpus_versions()}
+    text = json.loads((arguments.text / "corpus.json").read_text(encoding="utf-8"))
+    source = {"responses": [list(row) for row in RESPONSES], "text_rows": TEXT_ROWS, **text}
     train(model, recipe(model, arguments.steps), data, held_out, directory, Pace(), source)
-
-
-def _stream(model: Model, directory: Path) -> np.ndarray:
-    """Tokenize the training text, each document once, as one stream; the result is kept in `directory`."""
-    file = directory / "stream.npy"
-    if not file.exists():
-        documents = list(dict.fromkeys(corpus.training_documents()))
-        np.random.default_rng(0).shuffle(documents)
-        temporary = directory / "stream.incomplete.npy"
-        np.save(temporary, corpus.encode_documents(_tokenizer(model), documents))
-        temporary.replace(file)
-    return np.load(file)
 
 
 def _windows(stream: np.ndarray, count: int) -> Iterator[Sample]:
     """Cut evenly spaced samples from a stream; every token counts."""
     for start in np.linspace(0, len(stream) - LENGTH - 1, count).astype(int):
-        yield Sample(stream[start : start + LENGTH + 1], np.ones(LENGTH + 1, bool))
-
-
-def _tokenizer(model: Model):
-    assert model.tokenizer is not None
-    return model.tokenizer
+        yield Sample(stream[start : start + LENGTH + 1].astype(np.int32), np.ones(LENGTH + 1, bool))
 
 
 if __name__ == "__main__":

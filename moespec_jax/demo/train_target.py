@@ -21,38 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from moespec_jax.config import DecoderConfig, RopeConfig
-from moespec_jax.measure import corpus
+from moespec_jax.config import DecoderConfig
+from moespec_jax.demo.repetition import Batch, loss_with_repetition, repeated
+from moespec_jax.demo.target_model import CONFIG, init_params
+from moespec_jax.demo.text import bytes_per_token, prepare_text
+from moespec_jax.files import write_json
 from moespec_jax.nn.attention import Attention, causal_mask
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder, Layer, forward, unembed
-from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts
+from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts, every_expert
 from moespec_jax.nn.moe import RouterInfo, SparseMlp
-
-LAYERS = 4
-CONFIG = DecoderConfig(
-    model_type="qwen3_moe",
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=512,
-    moe_intermediate_size=96,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_experts=32,
-    num_experts_per_tok=4,
-    max_position_embeddings=1024,
-    sparse_layers=(True,) * LAYERS,
-    sliding_windows=(0,) * LAYERS,
-    rope=RopeConfig(rope_theta=10_000.0),
-    norm_topk_prob=True,
-    tie_word_embeddings=True,
-    qk_norm="head",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +47,10 @@ class Recipe:
         adam_learning_rate: peak learning rate of all other parameters (AdamW).
         warmup_steps: length of the linear warm-up.
         decay_from: share of all steps after which the decay begins.
-        capacity_factor: slots of an expert, relative to an even distribution of tokens.
+        capacity_factor: slots of an expert, relative to an even distribution of tokens; 0: every expert processes every
+            token, which is faster on a GPU.
+        repeat_from: share of all steps after which rows of repetitions begin.
+        repeat_share: share of such rows in a batch.
         load_balance: weight of the load-balancing loss.
         weight_decay: of matrices.
         dtype: of arithmetic; parameters are float32.
@@ -77,11 +60,13 @@ class Recipe:
     steps: int
     tokens_per_step: int = 8192
     stages: tuple[tuple[float, int], ...] = ((0.0, 256), (0.6, 512), (0.9, 1024))
-    learning_rate: float = 1.2e-2
-    adam_learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
+    adam_learning_rate: float = 4e-3
     warmup_steps: int = 60
     decay_from: float = 0.5
     capacity_factor: float = 1.25
+    repeat_from: float = 0.5
+    repeat_share: float = 0.25
     load_balance: float = 0.01
     weight_decay: float = 0.05
     dtype: str = "float32"
@@ -92,7 +77,7 @@ class Metrics(NamedTuple):
     """Metrics of one step.
 
     Fields:
-        loss: cross-entropy in nats a token.
+        loss: cross-entropy of ordinary text in nats a token.
         balance: load-balancing loss; 1 is balanced.
         gradient_norm: global norm of the gradient before clipping.
     """
@@ -102,30 +87,6 @@ class Metrics(NamedTuple):
     gradient_norm: jax.Array
 
 
-def init_params(config: DecoderConfig, key: jax.Array) -> Decoder:
-    """Draw initial parameters in float32; matrices whose output is added to the residual stream are zero."""
-    d, h, f, n = config.hidden_size, config.head_dim, config.moe_intermediate_size, config.num_experts
-    q, kv = config.num_attention_heads * h, config.num_key_value_heads * h
-    keys = iter(jax.random.split(key, 7 * config.num_hidden_layers + 1))
-
-    def normal(*shape: int, fan_in: int) -> jax.Array:
-        return jax.random.normal(next(keys), shape, jnp.float32) * 0.6 * fan_in**-0.5
-
-    def layer() -> Layer:
-        attention = Attention(
-            q=normal(q, d, fan_in=d), k=normal(kv, d, fan_in=d), v=normal(kv, d, fan_in=d), o=jnp.zeros((q, d)),
-            q_norm=jnp.ones(h), k_norm=jnp.ones(h),
-        )  # fmt: skip
-        return Layer(jnp.ones(d), attention, jnp.ones(d), SparseMlp(router=normal(n, d, fan_in=d) * 0.5))
-
-    def experts() -> ExpertStack:
-        return ExpertStack(normal(n, d, f, fan_in=d), normal(n, d, f, fan_in=d), jnp.zeros((n, f, d)))
-
-    embed = jax.random.normal(next(keys), (config.vocab_size, d), jnp.float32) * 0.02
-    layers = tuple(layer() for _ in range(config.num_hidden_layers))
-    return Decoder(embed, layers, tuple(experts() for _ in layers), jnp.ones(d), None)
-
-
 def load_balance_loss(config: DecoderConfig, info: RouterInfo) -> jax.Array:
     """Compute the load-balancing loss of Switch Transformer (arXiv:2101.03961): number of experts times the dot product
     of load and mean probability; 1 if both are uniform."""
@@ -133,19 +94,23 @@ def load_balance_loss(config: DecoderConfig, info: RouterInfo) -> jax.Array:
     return config.num_experts * jnp.sum(load * jnp.mean(info.probabilities, axis=0))
 
 
-def next_token_loss(
-    config: DecoderConfig, recipe: Recipe, params: Decoder, batch: jax.Array
-) -> tuple[jax.Array, Metrics]:
-    """Compute the cross-entropy of the next tokens `batch[:, 1:]`, plus the weighted load-balancing loss."""
-    params = jax.tree.map(lambda p: p.astype(recipe.dtype), params)
-    tokens, targets = batch[:, :-1], batch[:, 1:]
+def next_token_loss(config: DecoderConfig, recipe: Recipe, params: Decoder, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Compute the loss of the next tokens of a batch, plus the weighted load-balancing loss."""
+    tokens, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    backend = Backend("capacity", "per_expert", False, functools.partial(capacity_experts, recipe.capacity_factor))
+    # Looked up in float32: GPUs add gradients of the same row in bfloat16 by compare-and-swap, 8 times the step's time.
+    rows = params.embed[tokens].astype(recipe.dtype).reshape(tokens.size, -1)
+    own_row = jnp.arange(tokens.size, dtype=jnp.int32).reshape(tokens.shape)
+    params = jax.tree.map(lambda p: p.astype(recipe.dtype), params)
+    experts = functools.partial(capacity_experts, recipe.capacity_factor) if recipe.capacity_factor else every_expert
+    backend = Backend("training", "per_expert", False, experts)
     mask = causal_mask(positions, tokens.shape[1])
-    hidden, _, info = forward(config, params, tokens, positions, mask, None, backend)
-    loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(unembed(params, hidden), targets))
+    looked_up = dataclasses.replace(params, embed=rows)
+    hidden, _, info = forward(config, looked_up, own_row, positions, mask, None, backend)
+    log_probabilities = -optax.softmax_cross_entropy_with_integer_labels(unembed(params, hidden), targets)
+    loss, cross_entropy = loss_with_repetition(log_probabilities, batch)
     balance = jnp.mean(jnp.stack([load_balance_loss(config, router) for router in info.routers]))
-    return loss + recipe.load_balance * balance, Metrics(loss, balance, jnp.zeros(()))
+    return loss + recipe.load_balance * balance, Metrics(cross_entropy, balance, jnp.zeros(()))
 
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -180,8 +145,8 @@ def _matrix_dimensions(params: Decoder) -> Decoder:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def train_step(config: DecoderConfig, recipe: Recipe, params: Decoder, state: optax.OptState, batch: jax.Array):
-    """Run one optimizer step on a batch `[sequences, length + 1]`; returns params, state and metrics."""
+def train_step(config: DecoderConfig, recipe: Recipe, params: Decoder, state: optax.OptState, batch: Batch):
+    """Run one optimizer step; returns params, state and metrics."""
     loss = functools.partial(next_token_loss, config, recipe)
     (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
     updates, state = optimizer(recipe).update(gradients, state, params)
@@ -193,8 +158,9 @@ def sequence_length(recipe: Recipe, step: int) -> int:
     return [length for begin, length in recipe.stages if step >= begin * recipe.steps][-1]
 
 
-def batch_at(recipe: Recipe, stream: np.ndarray, step: int) -> np.ndarray:
-    """Select the batch of a step: windows of the stream, without replacement within an epoch, shuffled in each."""
+def batch_at(recipe: Recipe, stream: np.ndarray, step: int) -> Batch:
+    """Select the batch of a step: windows of the stream, without replacement within an epoch, shuffled in each. From
+    `repeat_from` on some of them become repetitions."""
     length = sequence_length(recipe, step)
     rows, count = recipe.tokens_per_step // length, (len(stream) - 2 * length) // length
     picks = []
@@ -202,7 +168,8 @@ def batch_at(recipe: Recipe, stream: np.ndarray, step: int) -> np.ndarray:
         offset, order = _epoch(recipe.seed, index // count, length, count)
         start = offset + order[index % count] * length
         picks.append(stream[start : start + length + 1])
-    return np.stack(picks)
+    count = round(recipe.repeat_share * rows) if step >= recipe.repeat_from * recipe.steps else 0
+    return repeated(np.stack(picks).astype(np.int32), count, np.random.default_rng((recipe.seed, step)))
 
 
 @functools.lru_cache(maxsize=2)
@@ -211,36 +178,8 @@ def _epoch(seed: int, epoch: int, length: int, count: int) -> tuple[int, np.ndar
     return int(rng.integers(length)), rng.permutation(count)
 
 
-def prepare_text(directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Train the tokenizer and tokenize both texts, or read them from `directory`; returns the training stream and the
-    held-out stream."""
-    if not (directory / "streams.npz").exists():
-        documents, held_out = corpus.training_documents(), corpus.held_out_documents()
-        tokenizer = corpus.train_tokenizer(list(dict.fromkeys(documents)), CONFIG.vocab_size)
-        tokenizer.save(str(directory / "tokenizer.json"))
-        np.random.default_rng(0).shuffle(documents)
-        sizes = {
-            "train_bytes": sum(len(d.encode()) for d in documents),
-            "held_out_bytes": sum(len(d.encode()) for d in held_out),
-        }
-        (directory / "corpus.json").write_text(json.dumps(corpus.corpus_versions() | sizes))
-        np.savez(
-            directory / "streams.npz",
-            train=corpus.encode_documents(tokenizer, documents),
-            held_out=corpus.encode_documents(tokenizer, held_out),
-        )
-    with np.load(directory / "streams.npz") as streams:
-        return streams["train"], streams["held_out"]
-
-
-def bytes_per_token(directory: Path, held_out: np.ndarray) -> float:
-    """Compute the mean number of bytes in a token of the held-out text."""
-    text = Tokenizer.from_file(str(directory / "tokenizer.json")).decode(held_out.tolist(), skip_special_tokens=True)
-    return len(text.encode()) / len(held_out)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _held_out_loss(config: DecoderConfig, recipe: Recipe, params: Decoder, batch: jax.Array) -> jax.Array:
+def _held_out_loss(config: DecoderConfig, recipe: Recipe, params: Decoder, batch: Batch) -> jax.Array:
     return next_token_loss(config, recipe, params, batch)[1].loss
 
 
@@ -249,17 +188,16 @@ def quick_bits_per_byte(
 ) -> float:
     """Estimate held-out bits per byte during training, on 32 evenly spaced windows of 512 tokens."""
     starts = np.linspace(0, len(stream) - 513, 32).astype(int)
-    batch = np.stack([stream[s : s + 513] for s in starts])
-    return (
-        float(_held_out_loss(config, dataclasses.replace(recipe, capacity_factor=4.0), params, batch))
-        / math.log(2)
-        / token_bytes
-    )
+    windows = np.stack([stream[s : s + 513] for s in starts]).astype(np.int32)
+    batch = repeated(windows, 0, np.random.default_rng(0))
+    if recipe.capacity_factor:
+        recipe = dataclasses.replace(recipe, capacity_factor=4.0)
+    return float(_held_out_loss(config, recipe, params, batch)) / math.log(2) / token_bytes
 
 
 def train(recipe: Recipe, directory: Path, save_every: int, evaluate_every: int) -> Decoder:
     """Run or continue a recipe in `directory`, with a log in `log.jsonl`; returns the trained parameters."""
-    stream, held_out = prepare_text(directory)
+    stream, held_out = prepare_text(directory, CONFIG.vocab_size)
     token_bytes = bytes_per_token(directory, held_out)
     params = init_params(CONFIG, jax.random.key(recipe.seed))
     state = optimizer(recipe).init(params)
@@ -268,15 +206,14 @@ def train(recipe: Recipe, directory: Path, save_every: int, evaluate_every: int)
     if (latest := manager.latest_step()) is not None:
         restored = manager.restore(latest, args=ocp.args.StandardRestore({"params": params, "state": state}))
         params, state, first = restored["params"], restored["state"], latest
+    batch, started = batch_at(recipe, stream, first), time.perf_counter()
     with tqdm(total=recipe.steps, initial=first, unit="step") as bar, (directory / "log.jsonl").open("a") as log:
         for step in range(first, recipe.steps):
-            started = time.perf_counter()
-            params, state, metrics = train_step(CONFIG, recipe, params, state, batch_at(recipe, stream, step))
-            row = {
-                "step": step,
-                **{k: float(v) for k, v in metrics._asdict().items()},
-                "seconds": time.perf_counter() - started,
-            }
+            params, state, metrics = train_step(CONFIG, recipe, params, state, batch)
+            # Made while the device computes.
+            batch = batch_at(recipe, stream, step + 1)
+            row = {"step": step, **{k: float(v) for k, v in metrics._asdict().items()}}
+            row["seconds"], started = time.perf_counter() - started, time.perf_counter()
             if (step + 1) % evaluate_every == 0 or step + 1 == recipe.steps:
                 row["held_out_bits_per_byte"] = quick_bits_per_byte(CONFIG, recipe, params, held_out, token_bytes)
             print(json.dumps(row), file=log, flush=True)
@@ -302,6 +239,14 @@ def main() -> None:
         "--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of arithmetic (default: %(default)s)"
     )
     parser.add_argument(
+        "--capacity-factor",
+        type=float,
+        default=1.25,
+        metavar="F",
+        help="slots of an expert, relative to an even distribution of tokens; 0: every expert processes every token,"
+        " which is faster on a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
         "--save-every", type=int, default=50, metavar="N", help="steps between checkpoints (default: %(default)s)"
     )
     parser.add_argument(
@@ -309,7 +254,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(steps=arguments.steps, tokens_per_step=arguments.tokens_per_step, dtype=arguments.dtype)
+    recipe = Recipe(
+        arguments.steps, arguments.tokens_per_step, dtype=arguments.dtype, capacity_factor=arguments.capacity_factor
+    )
+    write_json(arguments.output / "recipe.json", dataclasses.asdict(recipe))
     train(recipe, arguments.output.absolute(), arguments.save_every, arguments.evaluate_every)
 
 

@@ -1,7 +1,8 @@
 """Capacity-bounded expert compute for training: static shapes, differentiable, one batched product for each matrix.
 
 Each expert processes at most `capacity_factor * tokens * k / experts` tokens; further ones skip it (Switch
-Transformer, arXiv:2101.03961, section 2.2). For training only: generation drops no token.
+Transformer, arXiv:2101.03961, section 2.2). For training only: generation drops no token. `every_expert` computes the
+same without a capacity.
 """
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.routing import Routing
+from moespec_jax.nn.routing import Routing, combine_weights
 from moespec_jax.nn.summary import summary
 
 
@@ -41,6 +42,21 @@ def capacity_experts(capacity_factor: float, activation: str = "silu") -> Expert
         out = jnp.einsum("ecf,efd->ecd", hidden, stack.down).reshape(-1, x.shape[-1])
         out = jnp.concatenate([out, jnp.zeros_like(out[:1])])[slot].reshape(tokens, k, -1)
         return jnp.sum(out * routing.weights[:, :, None].astype(out.dtype), axis=1)
+
+    return compute
+
+
+def every_expert(activation: str = "silu") -> ExpertCompute:
+    """Build the same without a capacity: every expert processes every token, in three products for all experts."""
+
+    def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
+        assert isinstance(experts, tuple) and isinstance(layer, int)
+        stack: ExpertStack = experts[layer]
+        count, _, ffn = stack.gate.shape
+        gate, up = (jnp.moveaxis(w, 0, 1).reshape(x.shape[-1], count * ffn) for w in (stack.gate, stack.up))
+        combine = combine_weights(routing, jnp.arange(count, dtype=jnp.int32)).astype(x.dtype)
+        hidden = (ACTIVATIONS[activation](x @ gate) * (x @ up)).reshape(-1, count, ffn) * combine[:, :, None]
+        return hidden.reshape(-1, count * ffn) @ stack.down.reshape(count * ffn, -1)
 
     return compute
 
