@@ -54,7 +54,7 @@ def loss_with_repetition(
         probability one repetition before, without gradient (DITTO, equation 3); and the mean cross-entropy of the
         ordinary tokens alone.
     """
-    position = jnp.arange(1, log_probabilities.shape[1] + 1, dtype=jnp.int32)
+    position = jnp.arange(1, log_probabilities.shape[1] + 1, dtype=jnp.int32)[None, :]
     period, begin = jnp.asarray(batch.period)[:, None], jnp.asarray(batch.begin)[:, None]
     is_repeated = (period > 0) & (position >= begin + period)
     # A repeated passage that begins at token 0 has no probability of that token: its repetitions do not count.
