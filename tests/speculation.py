@@ -67,6 +67,9 @@ class FastPrograms(Programs):
     ) -> Any:
         return self._jitted(function, settings)(params, *arguments)
 
+    def prepare(self, function: Any, settings: Any, params: Any, *arguments: Any, **options: Any) -> Any:
+        return self._jitted(function, settings).eval_shape(params, *arguments)
+
     def _jit(self, function: Any, settings: Any) -> Any:
         def counted(*arguments: Any) -> Any:
             self.traces[function.__qualname__] = self.traces.get(function.__qualname__, 0) + 1

@@ -45,6 +45,9 @@ class SlowAtFirst(Programs):
             time.sleep(SLOW)
         return out
 
+    def prepare(self, *arguments: Any, **options: Any) -> Any:
+        return SHARED.prepare(*arguments, **options)
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Model:
@@ -115,7 +118,7 @@ def test_there_is_one_cache_at_a_time(pair: Model, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pair, "programs", Programs())
     monkeypatch.setattr(runs, "SMALLEST_CACHE", 1024)  # a length that no other array has
     pair.generate(PROMPTS, max_new_tokens=4, tree=None)
-    assert caches == [0, 0]
+    assert caches == [0, 0, 0]  # compilation, rehearsal and run
 
 
 @pytest.mark.slow  # docs/extending.md has such a program too

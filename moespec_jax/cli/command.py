@@ -54,6 +54,7 @@ def run_command(
     status_line.show("")
     if status_line.is_command(sys.orig_argv):
         gc.freeze()  # what was imported stays: collections while programs are traced need not visit it
+        gc.set_threshold(100_000)  # and they are rare, since most of what a trace makes stays
     try:
         arguments = parser.parse_args(argv)
         use_compilation_cache(getattr(arguments, "compilation_cache", None))

@@ -3,7 +3,8 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar, TypeVarTuple, cast
@@ -19,6 +20,9 @@ from moespec_jax.status_line import showing
 # XLA:CPU makes about three memory maps for every kernel of a program, and Linux limits the maps of a process.
 _MAPS, _MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
+# XLA compiles, and loads compiled programs from a cache, without holding the lock of Python: the next is traced then.
+_COMPILER = ThreadPoolExecutor(1, "compiler")
+
 Settings = TypeVar("Settings")
 Params = TypeVar("Params")
 Result = TypeVar("Result")
@@ -31,15 +35,17 @@ class SideEffects(Exception):
 
 
 class _Program(NamedTuple):
-    """A compiled program.
+    """A program that is being compiled, or is compiled.
 
     Fields:
-        call: takes the parameters and the leaves of the other arguments.
+        compiled: takes the parameters and the leaves of the other arguments.
+        result: shapes of its result; None where they are not known.
         effects: whether it calls back into Python.
     """
 
-    call: Callable[..., object]
-    effects: bool
+    compiled: Future[Callable[..., object]]
+    result: object = None
+    effects: bool = False
 
 
 class Programs:
@@ -50,7 +56,7 @@ class Programs:
 
     Fields:
         mesh: devices to run on; None is JAX's default device.
-        compile_s: seconds spent compiling so far.
+        compile_s: seconds spent so far on tracing, and on waiting for programs to be compiled.
     """
 
     def __init__(self, mesh: Mesh | None = None) -> None:
@@ -92,22 +98,65 @@ class Programs:
             ValueError: there is a mesh, and no `specs`.
             SideEffects: the program has some, within `rehearsal`.
         """
-        leaves, tree = jax.tree.flatten(arguments)
-        key = (function, settings, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key in self._compiled:
-            self._compiled[key] = self._compiled.pop(key)  # the most recently used is last
-        else:
-            self._free_unused()
-            started = time.perf_counter()
-            with showing("compiling"):
-                lowered, effects = self._lower(partial(function, settings), params, arguments, donate, specs)
-                self._compiled[key] = _Program(lowered.compile(), effects)
-            self.compile_s += time.perf_counter() - started
-        program = self._compiled[key]
+        program = self._program(function, settings, params, arguments, donate, specs)
         if program.effects and self._rehearsing:
             raise SideEffects
+        if not program.compiled.done():
+            self._wait(program.compiled)
         # A compiled program has no type of its own.
-        return cast(Result, program.call(params, *leaves))
+        return cast(Result, program.compiled.result()(params, *jax.tree.leaves(arguments)))
+
+    def prepare(
+        self,
+        function: Callable[[Settings, Params, *Arguments], Result],
+        settings: Settings,
+        params: Params,
+        *arguments: *Arguments,
+        donate: bool = False,
+        specs: Result | None = None,
+    ) -> Result:
+        """Begin to compile what `run` would call, and return the shapes of its result at once. Arguments may be shapes
+        too, on one device."""
+        return cast(Result, self._program(function, settings, params, arguments, donate, specs).result)
+
+    def _program(
+        self,
+        function: Callable[..., Result],
+        settings: Hashable,
+        params: object,
+        arguments: tuple[object, ...],
+        donate: bool,
+        specs: Result | None,
+    ) -> _Program:
+        """Find a program, or trace it and begin to compile it."""
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (function, settings, donate, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        program = self._compiled.pop(key, None)
+        if program is None or _failed(program.compiled):
+            self._free_unused()
+            with self._compiling():
+                traced, lowered = self._lower(partial(function, settings), params, arguments, donate, specs)
+            compiled = _COMPILER.submit(lowered.compile)
+            program = _Program(compiled, traced.out_info, bool(traced.jaxpr.effects))
+        self._compiled[key] = program  # the most recently used is last
+        return program
+
+    def _wait(self, compiled: Future[Callable[..., object]]) -> None:
+        try:
+            with self._compiling():
+                wait([compiled])
+        except KeyboardInterrupt:
+            for program in self._compiled.values():  # the process would end after these only
+                program.compiled.cancel()
+            raise
+
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Show and count the seconds of the block as compilation."""
+        started = time.perf_counter()
+        with showing("compiling"):
+            yield
+        self.compile_s += time.perf_counter() - started
 
     def all_executed(self, keys: set[Hashable]) -> bool:
         """Test whether this was called before with every one of `keys`, since programs were last freed."""
@@ -136,7 +185,7 @@ class Programs:
     ) -> jax.stages.Lowered:
         """Lower `function(params, *arguments)`. The program takes the parameters and the leaves of the arguments, which
         may be shapes alone; with `donate`, those leaves of the first argument are donated that the result can reuse."""
-        return self._lower(function, params, arguments, donate, specs)[0]
+        return self._lower(function, params, arguments, donate, specs)[1]
 
     def _lower(
         self,
@@ -145,8 +194,7 @@ class Programs:
         arguments: tuple[object, ...],
         donate: bool,
         specs: Result | None,
-    ) -> tuple[jax.stages.Lowered, bool]:
-        """Lower, and test whether the program has side effects."""
+    ) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
         leaves, tree = jax.tree.flatten(arguments)
         on_devices = self._on_every_device(function, params, arguments, specs)
 
@@ -158,12 +206,12 @@ class Programs:
         with jax.default_matmul_precision("highest" if exact else None):
             reused = _reusable(jax.tree.leaves(arguments[0]), jax.eval_shape(flat, params, *leaves)) if donate else []
             traced = jax.jit(flat, donate_argnums=tuple(1 + i for i in reused)).trace(params, *leaves)
-            return traced.lower(), bool(traced.jaxpr.effects)
+            return traced, traced.lower()
 
     def put(self, array: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
         """Place an argument of a program: replicated, or sharded by `spec`. Every process passes the whole of it."""
         if self.mesh is None:
-            return jnp.asarray(array)
+            return jax.device_put(array)  # unlike jnp.asarray, without a program for each shape
         return put_global(array, NamedSharding(self.mesh, PartitionSpec() if spec is None else spec))
 
     def key(self, seed: int) -> jax.Array:
@@ -176,8 +224,9 @@ class Programs:
         if self.mesh is None:
             return function()
         if key not in self._compiled:
-            self._compiled[key] = _Program(jax.jit(function, out_shardings=_shardings(self.mesh, specs)), effects=False)
-        return cast(PyTree, self._compiled[key].call())
+            jitted = _COMPILER.submit(jax.jit, function, out_shardings=_shardings(self.mesh, specs))
+            self._compiled[key] = _Program(jitted)
+        return cast(PyTree, self._compiled[key].compiled.result()())
 
     def _free_unused(self) -> None:
         while self._compiled and _crowded():
@@ -196,7 +245,11 @@ class Programs:
         return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=specs, check_vma=False)
 
 
-def _reusable(given: list[jax.Array], result: object) -> list[int]:
+def _failed(compiled: Future[Callable[..., object]]) -> bool:
+    return compiled.cancelled() or (compiled.done() and compiled.exception() is not None)
+
+
+def _reusable(given: Sequence[jax.Array | jax.ShapeDtypeStruct], result: object) -> list[int]:
     """Indices of arrays whose memory the result can take over: it has one of the same shape and dtype for each."""
     free = Counter((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(result))
     found = []

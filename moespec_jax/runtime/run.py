@@ -66,6 +66,7 @@ class Run(Generic[Params, PrefillState, State]):
         self, programs: Programs, method: Method[Params, PrefillState, State], params: Params, batch: Batch
     ) -> None:
         self._programs, self._method, self._params, self._batch = programs, method, params, batch
+        self._call = programs.run
         self._prompts, self._limit = _padded_batch(batch, programs.mesh)
         self._chunks = bucket_lengths(max(map(len, batch.prompts)))
         longest = max(max(batch.limit) + method.margin, sum(self._chunks) + method.prefill.lookahead)
@@ -123,11 +124,21 @@ class Run(Generic[Params, PrefillState, State]):
             return
         compiled, started = self._programs.compile_s, time.perf_counter()
         with self._programs.rehearsal():
+            if self._programs.mesh is None:
+                self._prepare(chunks, decodes)
             state = self._prefill(chunks)
             if decodes:
                 self._settle(state)
         self._rehearsal_s = time.perf_counter() - started - (self._programs.compile_s - compiled)
         self.prefill_s = self.decode_s = 0.0
+
+    def _prepare(self, chunks: Sequence[int], decodes: bool) -> None:
+        """Begin to compile every program: while XLA compiles one, or loads it from a cache, the next one is traced."""
+        self._call = self._programs.prepare
+        state = self._prefill(chunks)
+        if decodes:
+            self._step(state, 1)
+        self._call = self._programs.run
 
     def _settle(self, state: State) -> None:
         """Decode a few rounds: on CPU each expert of a layer has its own first execution, and a round reads few."""
@@ -175,7 +186,7 @@ class Run(Generic[Params, PrefillState, State]):
     ) -> Result:
         """Run a program, donating its state, and add the seconds to a clock."""
         compiled, started = self._programs.compile_s, time.perf_counter()
-        out = self._programs.run(function, settings, self._params, *arguments, donate=True, specs=specs)
+        out = self._call(function, settings, self._params, *arguments, donate=True, specs=specs)
         jax.block_until_ready(out)
         spent = time.perf_counter() - started - (self._programs.compile_s - compiled)
         setattr(self, clock, getattr(self, clock) + spent)
