@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from hf_models import FAMILIES, Fields, draw_fields
 from published import DTYPES, Tensors, draw_tensors, same, write
+from tiny import write_tiny
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.experts.layouts import Flat, flat_from_per_expert
+from moespec_jax.runtime.load import load
 
 SWITCH, SLOTS = BACKENDS["switch"], BACKENDS["slots"]
 
@@ -169,3 +172,19 @@ for dtype in ("float32", "bfloat16"):
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     run = subprocess.run([sys.executable, "-c", script], env=os.environ | flags, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside a model", "alone"])
+def test_an_adapter_is_refused_by_name(tmp_path: Path, beside: bool) -> None:
+    """Its base model alone would be another model."""
+    if beside:
+        write_tiny(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+    for read in (load_config, lambda directory: load(str(directory))):
+        with pytest.raises(
+            CheckpointError, match=r"without an adapter; .*adapter_config.json is a PEFT .* merge"
+        ) as found:
+            read(tmp_path)
+        assert "\n" not in str(found.value) and str(tmp_path) in str(found.value)
+    (tmp_path / "adapter_config.json").unlink()
+    assert not beside or load(str(tmp_path)).config == load_config(tmp_path)

@@ -126,6 +126,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda d: os.truncate(d / "model.safetensors", 900), "expected a whole safetensors file"),
     "no weights": (lambda d: os.remove(d / "model.safetensors"), "expected .*safetensors .* in .*; there is neither"),
     "no config": (lambda d: os.remove(d / "config.json"), "expected a file config.json"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter_config.json is a PEFT adapter's"),
     "unknown": (change(extra=np.ones(3, np.float32)), "1 unknown: extra in "),
     "twice": (change(model__norm__weight=np.ones(MODEL, np.float32)), r"doubly assigned: norm.weight \(as .* and "),
     "misshapen": (change(norm__weight=lambda a: a[:8]), r"norm.weight \(expected \[16\], got \[8\]\)"),

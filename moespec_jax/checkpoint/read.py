@@ -35,9 +35,24 @@ def load_config(directory: Path) -> DecoderConfig:
     """Read the decoder's settings from the `config.json` of a directory.
 
     Raises:
-        CheckpointError: as `read_config_file`.
+        CheckpointError: as `check_no_adapter` and `read_config_file`.
     """
+    check_no_adapter(directory)
     return read_config_file(directory / "config.json")
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Refuse a directory with an adapter: without it, its weights would be those of another model.
+
+    Raises:
+        CheckpointError: there is a PEFT adapter.
+    """
+    file = directory / "adapter_config.json"
+    if file.exists():
+        raise CheckpointError(
+            f"expected a model without an adapter; {file} is a PEFT adapter's: merge it into its base model first"
+            " (PEFT's merge_and_unload, then save_pretrained), and load the result"
+        )
 
 
 def read_config_file(file: Path) -> DecoderConfig:

@@ -25,6 +25,7 @@ from moespec_jax.checkpoint.head.tensor_table import (
 )
 from moespec_jax.checkpoint.head.vocabulary import read_target_ids
 from moespec_jax.checkpoint.leaves import cast
+from moespec_jax.checkpoint.read import check_no_adapter
 from moespec_jax.checkpoint.shards import read_headers, read_tensors
 from moespec_jax.checkpoint.tensor_table import Path as TreePath
 from moespec_jax.checkpoint.tensor_table import Tensor, raise_problems, table_problems
@@ -93,9 +94,10 @@ def load_draft(
         boundaries: overrides those of the files.
 
     Raises:
-        CheckpointError: as `describe_head` and `read_target_ids`; or tensors are unknown, missing, misshapen, doubly
-            assigned or of an unsupported dtype; or a file is damaged.
+        CheckpointError: as `check_no_adapter`, `describe_head` and `read_target_ids`; or tensors are unknown, missing,
+            misshapen, doubly assigned or of an unsupported dtype; or a file is damaged.
     """
+    check_no_adapter(directory)
     fields = read_json(directory / "config.json")
     stored = _open(directory)
     described = describe_head(
@@ -111,7 +113,7 @@ def load_draft(
     if described.shares_lm_head and np.any(ids != np.arange(len(ids))):
         raise CheckpointError(f"expected {LM_HEAD} for tokens in the order of d2t; there is none in {directory}")
     order = np.argsort(ids)
-    leaves: dict[TreePath, Any] = {("target_ids",): jnp.asarray(ids[order])}
+    leaves: dict[TreePath, Any] = {("target_ids",): jax.device_put(ids[order])}
     for key, array in stored.read(table):
         if key == LM_HEAD and np.any(ids != ids[order]):
             array = array[order]  # rows by id, in whichever order they are stored
@@ -203,4 +205,5 @@ def _to_device(array: np.ndarray, transpose: bool) -> jax.Array:
     """Copy a tensor to the device, into memory that it does not share: that of the array may be reused."""
     if transpose:
         return jnp.transpose(jax.device_put(array)).block_until_ready()
-    return jnp.array(array, copy=True).block_until_ready()
+    # A copy by NumPy, since one by JAX compiles a program for each shape.
+    return jax.device_put(array.copy())
