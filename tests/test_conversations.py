@@ -205,6 +205,25 @@ def test_refused_conversations_are_left_out_counted_and_named(
         list(again.report(read_samples(model, write(tmp_path / "bad.jsonl", bad, bad), leave_out=again)))
 
 
+def test_a_list_of_what_an_earlier_run_left_out_is_removed(tmp_path: Path) -> None:
+    model, file = chat_model(tmp_path / "model", STRICT), tmp_path / "left_out.txt"
+    data, good = write(tmp_path / "data.jsonl", GOOD, TWICE), write(tmp_path / "good.jsonl", GOOD, GOOD)
+
+    def run(*paths: Path) -> None:
+        left_out = LeftOut(file, strict=False)
+        for path in paths:
+            list(left_out.report(read_samples(model, path, leave_out=left_out)))
+
+    run(data, good)
+    assert file.read_text().count("\n") == 1, "the second file does not remove the lines of the first"
+    run(good, good)
+    assert not file.exists()
+    run(good, data)
+    assert file.read_text().count("\n") == 1
+    run(good)
+    assert not file.exists()
+
+
 def test_regeneration_leaves_out_what_the_template_refuses(tmp_path: Path) -> None:
     model, file = chat_model(tmp_path / "model", STRICT), write(tmp_path / "data.jsonl", GOOD, TWICE, UNANSWERED)
     errors: list[UnusableConversation] = []
@@ -218,6 +237,20 @@ NOTHING = {
     "its rows hold none": [{"prompt_ids": [1, 2, 3], "response_ids": []}],
     "all 2 are left out": [UNANSWERED, TWICE],
 }
+
+
+@pytest.mark.parametrize("held_out", [[], [{"text": ""}], [{"response_ids": [3]}], [UNANSWERED]])
+def test_held_out_data_without_anything_to_measure_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: list[Record]
+) -> None:
+    model = chat_model(tmp_path / "model", STRICT, num_hidden_layers=4)
+    data, held = write(tmp_path / "data.jsonl", GOOD), write(tmp_path / "held.jsonl", *held_out)
+    argv = ["--model", str(model.directory), "--data", str(data), "--output", str(tmp_path / "run"), "--steps", "1"]
+    argv += ["--boundaries", "1,2,3", "--length", "16", "--unroll", "2", "--batch", "1", "--held-out", str(held)]
+    assert train.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert "all 1 are left out" in err if held_out == [UNANSWERED] else "expected held-out data with tokens" in err
 
 
 @pytest.mark.parametrize("message", NOTHING)

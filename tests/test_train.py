@@ -195,11 +195,11 @@ def test_mended_data_begin_anew(model: Model, tmp_path: Path) -> None:
 
     recipe = recipe_of(model, OPTIMIZERS["adamw"])
     with pytest.raises(RequestError, match="line 5"):
-        train(model, recipe, bad, list, tmp_path, PACE, {"data": 1})
+        train(model, recipe, bad, None, tmp_path, PACE, {"data": 1})
     np.savez(tmp_path / "rows.npz", ids=np.zeros((4, 3)))
     for empty in ([], [s._replace(counts=~s.counts) for s in samples()]):
         with pytest.raises(RequestError, match="tokens to be predicted"):
-            train(model, recipe, lambda empty=empty: empty, list, tmp_path, PACE, {"data": 2})
+            train(model, recipe, lambda empty=empty: empty, None, tmp_path, PACE, {"data": 2})
     go(model, recipe, tmp_path / "fresh")
     go(model, recipe, tmp_path)
     assert log_of(tmp_path) == log_of(tmp_path / "fresh")

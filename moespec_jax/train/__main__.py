@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
         model,
         recipe,
         lambda: samples(arguments.data),
-        lambda: samples(held_out),
+        None if arguments.held_out is None else lambda: samples(held_out),
         arguments.output,
         Pace(arguments.save_every, arguments.evaluate_every),
         source,

@@ -16,7 +16,7 @@ class LeftOut:
     """Collects the errors of conversations that are left out.
 
     Args:
-        file: receives a line for each, if there are any.
+        file: receives a line for each; that of an earlier run is removed.
         strict: raise the first error instead.
     """
 
@@ -37,6 +37,8 @@ class LeftOut:
             RequestError: everything was left out.
         """
         count, before = 0, len(self._reasons)
+        if not before:
+            self._file.unlink(missing_ok=True)
         for count, item in enumerate(items, 1):  # noqa: B007
             yield item
         reasons = self._reasons[before:]

@@ -61,7 +61,7 @@ class Pace:
 
 
 def train(
-    model: Model, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
+    model: Model, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]] | None,
     directory: Path, pace: Pace, source: dict[str, Any],
 ) -> DraftHead:  # fmt: skip
     """Run or continue a recipe in `directory`; returns the trained head.
@@ -70,14 +70,14 @@ def train(
         model: target; its draft head is not used.
         recipe: what to train, and how.
         data: makes the samples to train on; called once, before the first step of a new run.
-        held_out: makes the samples to measure accuracy on.
+        held_out: makes the samples to measure accuracy on, if there are any.
         directory: of the run, made if there is none.
         pace: when to save and to measure.
         source: identity of model and data as JSON; a run continues only if it is unchanged, and of the recipe nothing
             but a larger number of steps is new.
 
     Raises:
-        RequestError: `directory` holds another run, or no token of the data can be learned.
+        RequestError: `directory` holds another run, or no token can be learned, or measured in the held-out data.
     """
     run, mesh = {"recipe": dataclasses.asdict(recipe), "source": source}, data_mesh(recipe.batch)
     with all_or_none():
@@ -142,8 +142,8 @@ def held_out_accuracy(recipe: Recipe, model: Model, target_ids: Any, state: Trai
 
 
 def _prepare(
-    directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]],
-    keep: bool,
+    directory: Path, recipe: Recipe, data: Callable[[], Iterable[Sample]],
+    held_out: Callable[[], Iterable[Sample]] | None, keep: bool,
 ) -> None:  # fmt: skip
     """Pack the rows to train on and the held-out rows into rows.npz. The file of a continued run (`keep`) is kept.
 
@@ -153,8 +153,9 @@ def _prepare(
     file = directory / "rows.npz"
     if not (keep and file.exists()):
         # One token more than the target reads: the last one is a label only.
-        train, check = pack(data(), recipe.length + 1), pack(held_out(), recipe.length + 1)
-        if len(check.ids) and not _learnable(check):
+        train = pack(data(), recipe.length + 1)
+        check = pack([] if held_out is None else held_out(), recipe.length + 1)
+        if held_out is not None and not _learnable(check):
             raise RequestError("expected held-out data with tokens to be predicted; its rows hold none")
         with replacing(file) as temporary, temporary.open("wb") as out:
             np.savez(out, ids=train.ids, counts=train.counts, check_ids=check.ids, check_counts=check.counts)
