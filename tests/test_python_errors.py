@@ -13,7 +13,8 @@ from tiny import write_tiny
 from tiny_pair import write_pair
 
 import moespec_jax
-from moespec_jax import MeshConfig, Model, RequestError, TreeConfig
+from moespec_jax import BudgetConfig, MeshConfig, Model, RequestError, SamplingConfig, TreeConfig
+from moespec_jax.decoding.budget_rules import SIZES
 from moespec_jax.parallel.mesh import best_mesh, shard_decoder
 from moespec_jax.runtime.tuned_profile import read_profile
 
@@ -102,6 +103,39 @@ def test_generate(model: Model, prompts: Any, options: dict[str, Any], says: str
         model.generate(prompts, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
     assert says is None or str(error.value) == says
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "says"),
+    [
+        (BudgetConfig, {"experts": "many"}, "experts of a budget as {per_layer}; got 'many' (str)"),
+        (BudgetConfig, {"experts": None}, "experts of a budget as {per_layer}; got None (NoneType)"),
+        (BudgetConfig, {"experts": [8, 8]}, "experts of a budget as {per_layer}; got [8, 8] (list)"),
+        (BudgetConfig, {"experts": (8, "x")}, "experts of a budget as {per_layer}; got (8, 'x') (tuple)"),
+        (BudgetConfig, {"size": "many"}, "a budget's size of {sizes}, or a function; got 'many' (str)"),
+        (BudgetConfig, {"size": 3}, "a budget's size of {sizes}, or a function; got 3 (int)"),
+        (BudgetConfig, {"mass": "most"}, "mass of a budget as a number; got 'most' (str)"),
+        (BudgetConfig, {"anchor_probability": None}, "anchor_probability of a budget as a number; got None (NoneType)"),
+        (BudgetConfig, {"min_kept_weight": (0.5,)}, "min_kept_weight of a budget as a number; got (0.5,) (tuple)"),
+        (BudgetConfig, {"groups": "2"}, "groups of a budget as a whole number; got '2' (str)"),
+        (BudgetConfig, {"groups": 2.0}, "groups of a budget as a whole number; got 2.0 (float)"),
+        (SamplingConfig, {"temperature": "hot"}, "temperature as a number; got 'hot' (str)"),
+        (SamplingConfig, {"temperature": None}, "temperature as a number; got None (NoneType)"),
+        (SamplingConfig, {"top_k": 1.5}, "top_k as a whole number; got 1.5 (float)"),
+        (SamplingConfig, {"top_p": [0.9]}, "top_p as a number; got [0.9] (list)"),
+    ],
+)
+def test_settings(make: Any, fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError) as error:
+        make(**({"experts": 8} if make is BudgetConfig else {}) | fields)
+    per_layer = "a number, or a tuple with one for each layer"
+    assert str(error.value) == f"expected {says.format(per_layer=per_layer, sizes=', '.join(SIZES))}"
+
+
+def test_settings_hold_numbers_of_other_libraries() -> None:
+    """What was right stays right."""
+    assert SamplingConfig(np.float32(0.5), np.int64(3), np.float64(0.5)).top_k == 3  # pyright: ignore[reportArgumentType]
+    assert BudgetConfig(8, mass=1, groups=np.int32(2)).groups == 2  # pyright: ignore[reportArgumentType]
 
 
 def test_other_functions(model: Model) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from moespec_jax.config import DecoderConfig
@@ -17,6 +18,7 @@ from moespec_jax.decoding.budget_rules import (
     Score,
     Size,
 )
+from moespec_jax.errors import RequestError, shown_value, wrong_type
 
 _TABLES: dict[str, Mapping[str, object]] = {
     "score": SCORES, "credit": EXPERT_WEIGHTS, "anchor": ANCHORS, "size": SIZES, "coverage": COVERAGES,
@@ -50,7 +52,7 @@ class BudgetConfig:
             as many as a mesh has expert shards, no device reads more than its share.
 
     Raises:
-        ValueError: a number is out of its range, or there is no such rule.
+        RequestError: a field has a wrong type, a number is out of its range, or there is no such rule.
     """
 
     experts: int | float | tuple[int | float, ...]
@@ -65,15 +67,24 @@ class BudgetConfig:
     groups: int = 1
 
     def __post_init__(self) -> None:
+        given = self.experts if isinstance(self.experts, tuple) else (self.experts,)
+        if not all(isinstance(number, Real) for number in given):
+            raise wrong_type("experts of a budget", "a number, or a tuple with one for each layer", self.experts)
         for name, table in _TABLES.items():
             rule = getattr(self, name)
             if not callable(rule) and (not isinstance(rule, str) or rule not in table):
-                raise ValueError(f"expected a budget's {name} of {', '.join(table)}, or a function; got {rule!r}")
+                raise RequestError(
+                    f"expected a budget's {name} of {', '.join(table)}, or a function; got {shown_value(rule)}"
+                )
         for name in ("mass", "anchor_probability", "min_kept_weight"):
+            if not isinstance(getattr(self, name), Real):
+                raise wrong_type(f"{name} of a budget", "a number", getattr(self, name))
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"expected a budget's {name} from 0 to 1, got {getattr(self, name)}")
+                raise RequestError(f"expected a budget's {name} from 0 to 1, got {getattr(self, name)}")
+        if not isinstance(self.groups, Integral):
+            raise wrong_type("groups of a budget", "a whole number", self.groups)
         if self.groups < 1:
-            raise ValueError(f"expected a budget of at least one group of experts, got {self.groups}")
+            raise RequestError(f"expected a budget of at least one group of experts, got {self.groups}")
 
     @property
     def name(self) -> str:

@@ -1,11 +1,13 @@
 """Sampling: the distribution of temperature, top-k and top-p, and one draw from it."""
 
 import dataclasses
+from numbers import Integral, Real
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.errors import RequestError, wrong_type
 from moespec_jax.nn.top_k import top_k
 from moespec_jax.parallel.collectives import first_sequence
 
@@ -26,7 +28,7 @@ class SamplingConfig:
         top_p: draw from the smallest set of most probable tokens that holds this probability; 1 is all.
 
     Raises:
-        ValueError: a value is out of its range.
+        RequestError: a value has a wrong type, or is out of its range.
     """
 
     temperature: float = 0.0
@@ -34,12 +36,17 @@ class SamplingConfig:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, kind, expected in (
+            ("temperature", Real, "a number"), ("top_k", Integral, "a whole number"), ("top_p", Real, "a number")
+        ):  # fmt: skip
+            if not isinstance(getattr(self, name), kind):
+                raise wrong_type(name, expected, getattr(self, name))
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"expected a temperature of at least 0, got {self.temperature}")
+            raise RequestError(f"expected a temperature of at least 0, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"expected top_k of at least 0, got {self.top_k}")
+            raise RequestError(f"expected top_k of at least 0, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"expected top_p above 0 and at most 1, got {self.top_p}")
+            raise RequestError(f"expected top_p above 0 and at most 1, got {self.top_p}")
 
     @property
     def greedy(self) -> bool:
