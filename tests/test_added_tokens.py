@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tiny import byte_level_tokenizer, write_json, write_tiny
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from moespec_jax.checkpoint.tokenizer import load_tokenizer
 from moespec_jax.errors import CheckpointError, RequestError
@@ -69,6 +70,27 @@ def test_tokens_of_other_files_as_in_transformers(name: str, tmp_path: Path) -> 
     directory = write(tmp_path, **FILES[name])
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(directory))
     assert loaded(directory).encode(TEXT).ids == theirs(TEXT, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("template", [False, True])
+def test_tokenizer_json_says_which_tokens_a_text_begins_and_ends_with(
+    kind: str, template: bool, tmp_path: Path
+) -> None:
+    """`add_bos_token` and `add_eos_token` were of tokenizers without one: transformers ignores them beside it."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, end = byte_level_tokenizer(), "<|end|>"
+    if template:
+        number = tokenizer.token_to_id(end)
+        tokenizer.post_processor = TemplateProcessing(single=f"{end} $A", special_tokens=[(end, number)])
+    for flags in ({}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True}):
+        names = {"tokenizer_class": kind, "bos_token": end, "eos_token": end}
+        directory = write(tmp_path / "".join(flags), tokenizer_config__json=names | flags)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        write_json(directory / "config.json", {"model_type": "qwen3_moe"})
+        ids = loaded(directory).encode(TEXT).ids
+        assert ids == transformers.AutoTokenizer.from_pretrained(str(directory))(TEXT)["input_ids"]
+        assert (ids[0] == tokenizer.token_to_id(end)) == template
 
 
 def test_an_ordinary_token_may_be_declared_an_added_one(tmp_path: Path) -> None:
