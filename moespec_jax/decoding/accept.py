@@ -1,10 +1,10 @@
 """Acceptance of one sequence's draft tree: the path that the target accepts, and the bonus token after it.
 
-Drafts are a deterministic function of the text so far, so each proposal is a point mass, and recursive rejection
-(SpecInfer, arXiv:2305.09781) reduces to one uniform draw u at each node: with children c_1, c_2, ... in order, accept
-the first c_i with p(c_1) + ... + p(c_i) > u, where p is the target's distribution at the node; if there is none, the
-bonus is drawn from p without the children, renormalised. The output has the target's distribution. Callers `vmap` over
-the batch.
+The target's own token at a node is the one that plain decoding would draw there: the most probable one or, where tokens
+are sampled, a draw with the noise of its sequence and position (`sampling.draw_token`). The child that equals it is
+accepted, and where there is none it is the bonus. So drafts decide how many tokens a round gains, but not which
+(drafter-invariant speculation, arXiv:2408.07978): a seed gives the same text with any drafter and without one. Callers
+`vmap` over the batch.
 """
 
 import functools
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.decoding.sampling import SamplingConfig, log_probabilities
+from moespec_jax.decoding.sampling import SamplingConfig, draw_token
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.summary import summary
 
@@ -42,7 +42,8 @@ Accept = Callable[[Tree, Array, Array, Array], Accepted]
 
 
 def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None = None) -> Accept:
-    """Choose the acceptance: greedy, sampled, or, for timing, simulated with a mean number of tokens `simulate`.
+    """Choose the acceptance: of the target's own tokens or, for timing, simulated with a mean number of tokens
+    `simulate`.
 
     Equal settings give the same function object, which identifies compiled programs.
 
@@ -54,19 +55,7 @@ def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | N
     return _accept_rule(sampling, longest_path, simulate)
 
 
-def accept_greedy(longest_path: int, tree: Tree, logits: Float[Array, "nodes vocab"]) -> Accepted:
-    """Accept from each node the child that is the target's most probable token."""
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def choose(level: Array, node: Array) -> tuple[Array, Array]:
-        match = (tree.parents == node) & (tree.tokens == best[node])
-        return jnp.argmax(match).astype(jnp.int32), jnp.any(match)
-
-    path, count = walk(longest_path, choose)
-    return Accepted(path, count, best[path[-1]])
-
-
-def accept_sampled(
+def accept_own(
     sampling: SamplingConfig,
     longest_path: int,
     tree: Tree,
@@ -74,46 +63,24 @@ def accept_sampled(
     key: Array,
     index: Int[Array, ""],
 ) -> Accepted:
-    """Accept by recursive rejection; siblings must differ in their tokens.
+    """Accept from each node the child that is the target's own token there; siblings must differ in their tokens.
 
-    Random draws are a function of `key` and of their token's position alone, and so do not depend on where rounds
-    begin. Only rows of `logits` on the path are processed, since top-p sorts the vocabulary.
+    Sampled, only rows of `logits` on the path are processed, since top-p sorts the vocabulary.
     """
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32) if sampling.greedy else None
 
-    def log_p(node: Array) -> Array:
-        return log_probabilities(sampling, jax.lax.dynamic_index_in_dim(logits, node, keepdims=False))
+    def own_token(level: Array, node: Array) -> Array:
+        if best is not None:
+            return best[node]
+        row = jax.lax.dynamic_index_in_dim(logits, node, keepdims=False)
+        return draw_token(sampling, key, row, index + level)
 
-    def choose(level: Array, node: Array) -> tuple[Array, Array]:
-        u = jax.random.uniform(position_keys(key, index + level)[0])
-        return take_child(jnp.exp(log_p(node)), tree.tokens, tree.parents == node, u)
+    def choose(level: Array, node: Array) -> tuple[Array, Array, Array]:
+        token = own_token(level, node)
+        match = (tree.parents == node) & (tree.tokens == token)
+        return jnp.argmax(match).astype(jnp.int32), jnp.any(match), token
 
-    path, count = walk(longest_path, choose)
-    last = path[-1]
-    refused = jnp.zeros((logits.shape[-1],), jnp.bool_).at[tree.tokens].max(tree.parents == last)
-    residual = jnp.where(refused, -jnp.inf, log_p(last))
-    bonus = jax.random.categorical(position_keys(key, index + count - 1)[1], residual)
-    return Accepted(path, count, bonus.astype(jnp.int32))
-
-
-def take_child(
-    probabilities: Float[Array, " vocab"],
-    tokens: Int[Array, " nodes"],
-    children: Bool[Array, " nodes"],
-    u: Float[Array, ""],
-) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """Find the first of the `children` whose running sum of target probability exceeds `u`; also whether there is one.
-
-    `u` is scaled by the sum of children and rest, not by 1: where the rest is 0, a child is accepted however the sums
-    are rounded. A child of probability 0 never is.
-    """
-    mass = jnp.where(children, probabilities[tokens], 0.0)
-    # Accelerators add in a tree, where a running sum may creep up over an addend of 0: hence `possible`.
-    possible = mass > 0
-    running = jnp.where(possible, jnp.cumsum(mass), 0.0)
-    others = jnp.ones(probabilities.shape, jnp.bool_).at[tokens].min(~children)
-    rest = jnp.sum(jnp.where(others, probabilities, 0.0))
-    taken = possible & (running > u * (jnp.max(running) + rest))
-    return jnp.argmax(taken).astype(jnp.int32), jnp.any(taken)
+    return walk(longest_path, choose)
 
 
 def accept_simulated(
@@ -133,7 +100,7 @@ def accept_simulated(
     depth = depths(mask)
     deepest = jnp.argmax(depth)
     whole = int(mean_length)
-    u = jax.random.uniform(position_keys(key, index)[0])
+    u = jax.random.uniform(jax.random.fold_in(key, index))
     count = jnp.minimum(whole + (u < mean_length - whole).astype(jnp.int32), depth[deepest] + 1)
     steps = jnp.minimum(jnp.arange(longest_path, dtype=jnp.int32), count - 1)
     path = jnp.argmax(mask[deepest][None, :] & (depth[None, :] == steps[:, None]), axis=-1).astype(jnp.int32)
@@ -141,26 +108,20 @@ def accept_simulated(
     return Accepted(path, count, bonus.astype(jnp.int32))
 
 
-def walk(
-    longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array]]
-) -> tuple[Int[Array, " path"], Int[Array, ""]]:
-    """Walk from the root to the child of `choose(level, node) -> (child, found)` while one is found; returns `path` and
-    `count` of an `Accepted`. `level` counts from 0 at the root; a child is an int32 scalar."""
+def walk(longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array, Array]]) -> Accepted:
+    """Walk from the root to the child of `choose(level, node) -> (child, found, token)` while one is found; the token
+    of the last node is the bonus. `level` counts from 0 at the root; child and token are int32 scalars, and a leaf has
+    no child."""
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        path, count, _ = state
-        node = path[-1]
-        child, found = choose(count - 1, node)
-        ahead = jnp.arange(longest_path, dtype=jnp.int32) >= count
-        return jnp.where(ahead & found, child, path), count + found.astype(jnp.int32), found
+    def step(state: tuple[Accepted, Array]) -> tuple[Accepted, Array]:
+        accepted, _ = state
+        child, found, token = choose(accepted.count - 1, accepted.path[-1])
+        ahead = jnp.arange(longest_path, dtype=jnp.int32) >= accepted.count
+        path = jnp.where(ahead & found, child, accepted.path)
+        return Accepted(path, accepted.count + found.astype(jnp.int32), token), found
 
-    def going(state: tuple[Array, Array, Array]) -> Array:
-        _, count, found = state
-        return found & (count < longest_path)
-
-    start = jnp.zeros((longest_path,), jnp.int32), jnp.int32(1), jnp.bool_(True)
-    path, count, _ = jax.lax.while_loop(going, step, start)
-    return path, count
+    start = Accepted(jnp.zeros((longest_path,), jnp.int32), jnp.int32(1), jnp.int32(0))
+    return jax.lax.while_loop(lambda state: state[1], step, (start, jnp.bool_(True)))[0]
 
 
 def cut_path(tree: Tree, accepted: Accepted, kept: Bool[Array, " nodes"]) -> Accepted:
@@ -177,16 +138,8 @@ def cut_path(tree: Tree, accepted: Accepted, kept: Bool[Array, " nodes"]) -> Acc
     return Accepted(path, first, bonus)
 
 
-def position_keys(key: Array, position: Int[Array, ""]) -> tuple[Array, Array]:
-    """Keys of a position's uniform draw and of its bonus token, which are independent."""
-    uniform, bonus = jax.random.split(jax.random.fold_in(key, position))
-    return uniform, bonus
-
-
 @functools.cache
 def _accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None) -> Accept:
     if simulate is not None:
         return functools.partial(accept_simulated, simulate, longest_path)
-    if sampling.greedy:
-        return lambda tree, logits, key, index: accept_greedy(longest_path, tree, logits)
-    return functools.partial(accept_sampled, sampling, longest_path)
+    return functools.partial(accept_own, sampling, longest_path)

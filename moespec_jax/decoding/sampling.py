@@ -1,6 +1,7 @@
-"""Sampling: the distribution of temperature, top-k and top-p, and one draw from it."""
+"""Sampling: the distribution of temperature, top-k and top-p, and draws from it by sequence and position."""
 
 import dataclasses
+from functools import partial
 from numbers import Integral, Real
 
 import jax
@@ -72,16 +73,33 @@ def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch voc
     return jax.nn.log_softmax(logits, axis=-1)
 
 
-def draw(
-    sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"], index: Int[Array, " batch"]
-) -> Int[Array, " batch"]:
-    """Draw one token for every sequence. The key of a draw is a function of the sequence's number and of the position
-    `index` of the new token, so that a sequence's draws depend neither on the loop's calls nor on its neighbours."""
+def sequence_keys(key: Array, batch: int) -> Array:
+    """Random key of each of this device's `batch` sequences, from that of the whole batch and the sequence's place."""
+    place = first_sequence(batch) + jnp.arange(batch, dtype=jnp.int32)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, place)
+
+
+def draw_token(
+    sampling: SamplingConfig, key: Array, logits: Float[Array, " vocab"], position: Int[Array, ""]
+) -> Int[Array, ""]:
+    """Draw one token of a sequence: the most probable one or, where tokens are sampled, the largest sum of
+    log-probability and Gumbel noise.
+
+    The noise is a function of the sequence's `key` and of the token's own `position` alone, so that a position has one
+    draw, whichever pass, round or call computes its logits.
+    """
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    row = first_sequence(logits.shape[0]) + jnp.arange(logits.shape[0], dtype=jnp.int32)
-    keys = jax.vmap(lambda r, i: jax.random.fold_in(jax.random.fold_in(key, r), i))(row, index)
-    return jax.vmap(jax.random.categorical)(keys, log_probabilities(sampling, logits)).astype(jnp.int32)
+        return jnp.argmax(logits).astype(jnp.int32)
+    noise = jax.random.fold_in(key, position)
+    return jax.random.categorical(noise, log_probabilities(sampling, logits)).astype(jnp.int32)
+
+
+def draw(
+    sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"], position: Int[Array, " batch"]
+) -> Int[Array, " batch"]:
+    """Draw the token at a `position` of every sequence; `key` is that of the whole batch."""
+    keys = sequence_keys(key, logits.shape[0])
+    return jax.vmap(partial(draw_token, sampling))(keys, logits, position)
 
 
 def _outside_nucleus(logits: Array, top_p: float) -> Array:

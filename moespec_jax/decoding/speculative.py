@@ -22,6 +22,7 @@ from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.drafter import Drafter, DraftState, SpeculationState, SpeculativeParams, Weights
 from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, committed_depths, no_tree_rounds, tree_round_info
+from moespec_jax.decoding.sampling import sequence_keys
 from moespec_jax.decoding.state_specs import (
     decode_state_specs,
     depth_count_specs,
@@ -34,7 +35,7 @@ from moespec_jax.nn.attention import tree_mask
 from moespec_jax.nn.cache import Cache, keep_rows
 from moespec_jax.nn.decoder import ForwardInfo, forward, unembed
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import data_axes, first_sequence, psum
+from moespec_jax.parallel.collectives import data_axes, psum
 
 # `decoder.forward`, or a function of its signature.
 TargetForward = Callable[..., tuple[Array, Cache | None, ForwardInfo]]
@@ -231,8 +232,7 @@ def accept_trees(
     kept: Bool[Array, "batch nodes"] | None,
 ) -> Accepted:
     """Accept a path of every sequence's tree; its bonus token is `NO_TOKEN` where logits on the path are not finite."""
-    row = first_sequence(len(logits)) + jnp.arange(len(logits), dtype=jnp.int32)
-    keys = jax.vmap(lambda r: jax.random.fold_in(decoding.key, r))(row)
+    keys = sequence_keys(decoding.key, len(logits))
     accepted = jax.vmap(accept)(trees, logits, keys, decoding.length)
     on_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
     finite = jnp.isfinite(jnp.max(on_path, axis=(1, 2)))
