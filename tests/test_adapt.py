@@ -11,7 +11,8 @@ from driver import fast_jit
 from tiny_pair import write_pair
 
 from moespec_jax import Model, RequestError, TreeConfig, load
-from moespec_jax.decoding.accept import Accepted, accept_greedy
+from moespec_jax.decoding.accept import Accepted, accept_rule
+from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.decoder import Decoder, forward, unembed
@@ -75,7 +76,7 @@ def test_equal_functions_are_the_same_program_and_nothing_is_claimed(model: Mode
         return dataclasses.replace(method, accept=rule)
 
     def rule(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
-        return accept_greedy(TREE.longest_path, tree, logits)
+        return accept_rule(SamplingConfig(), TREE.longest_path)(tree, logits, key, index)
 
     first = model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, tree=TREE, adapt=as_it_is)
     compiled = len(model.programs)

@@ -154,18 +154,20 @@ def poison(params: Any, layout: str, num_experts: int, keep: list[set[int]]) -> 
 EXACT: dict[str, Any] = dict(anchor="likely", anchor_probability=0.0, min_kept_weight=1.0)
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow_except("2-substitute-0.0")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize(
     ("experts", "coverage"), [(2, "substitute"), (4, "substitute"), ((2, 7), "substitute"), (4, "truncate")], ids=str
 )
-def test_budgets_that_prune_every_loss_are_exact(experts: Any, coverage: str) -> None:
-    """Greedy output is plain decoding's, whichever the number of experts."""
+def test_budgets_that_prune_every_loss_are_exact(experts: Any, coverage: str, temperature: float) -> None:
+    """Output is plain decoding's, greedy and sampled, whichever the number of experts."""
     rule = BudgetConfig(experts, coverage=coverage, score="path", **EXACT)
     config, params, form, *_ = parts("qwen3_moe")
-    plain = decode(plainly(config, params, form), FastPrograms(), PROMPTS[:1], 200).sequences
-    run = decode(budgeted("qwen3_moe", rule), FastPrograms(), PROMPTS[:1], 200)
+    sampling = SamplingConfig(temperature)
+    plain = decode(plainly(config, params, form, sampling), FastPrograms(), PROMPTS[:1], 200).sequences
+    run = decode(budgeted("qwen3_moe", rule, sampling=sampling), FastPrograms(), PROMPTS[:1], 200)
     assert run.sequences == plain
-    free = decode(budgeted("qwen3_moe", None), FastPrograms(), PROMPTS[:1], 200)
+    free = decode(budgeted("qwen3_moe", None, sampling=sampling), FastPrograms(), PROMPTS[:1], 200)
     assert free.rounds <= run.rounds < 199  # some drafts are accepted, if fewer
     assert run.sums["experts_read"] / run.rounds <= np.mean(resolve(rule, config).experts)
 

@@ -101,19 +101,25 @@ class Prophet:
         raise NotImplementedError
 
 
+WARM = SamplingConfig(0.8, 12, 0.95)
+greedy_and_sampled = pytest.mark.parametrize("sampling", [SamplingConfig(), WARM], ids=["greedy", "sampled"])
+
+
+@greedy_and_sampled
 @pytest.mark.parametrize("drafter, tree", [(Repeat(), CHAIN), (Fixed(), TREE)], ids=["chain", "tree"])
-def test_output_is_plain_decoding_s(drafter: Any, tree: TreeConfig) -> None:
-    run = decode(drafting(drafter, tree), FastPrograms(), PROMPTS, NEW)
+def test_output_is_plain_decoding_s(drafter: Any, tree: TreeConfig, sampling: SamplingConfig) -> None:
+    run = decode(drafting(drafter, tree, sampling), FastPrograms(), PROMPTS, NEW)
     assert run.sequences == [
-        s[: len(p) + NEW] for s, p in zip(plain_tokens("qwen3_moe", "switch", 340), PROMPTS, strict=True)
+        s[: len(p) + NEW] for s, p in zip(plain_tokens("qwen3_moe", "switch", 340, sampling), PROMPTS, strict=True)
     ]
     assert 0 < run.accepted.sum() < run.active.sum() * (tree.longest_path - 1)
 
 
-def test_a_perfect_drafter_is_accepted_whole_and_keeps_its_state() -> None:
-    whole = plain_tokens("qwen3_moe", "switch", 340)
+@greedy_and_sampled
+def test_a_perfect_drafter_is_accepted_whole_and_keeps_its_state(sampling: SamplingConfig) -> None:
+    whole = plain_tokens("qwen3_moe", "switch", 340, sampling)
     text = jnp.asarray([s[: len(p) + NEW + 8] + [0] * (40 - len(p)) for s, p in zip(whole, PROMPTS, strict=True)])
-    decoding, programs = drafting(Prophet(), CHAIN, draft=text.astype(jnp.int32)), FastPrograms()
+    decoding, programs = drafting(Prophet(), CHAIN, sampling, text.astype(jnp.int32)), FastPrograms()
     assert isinstance(decoding.method.drafter, Drafter)
     run = decode(decoding, programs, PROMPTS, NEW)
     assert run.sequences == [s[: len(p) + NEW] for s, p in zip(whole, PROMPTS, strict=True)]

@@ -80,6 +80,19 @@ def test_bfloat16_logits_are_widened() -> None:
 WARM = SamplingConfig(temperature=1.0, top_k=12)
 
 
+@pytest.mark.parametrize("sampling", [s for s in SETTINGS if s.top_k != 1], ids=str)
+def test_a_draw_is_the_largest_log_probability_with_the_noise_of_its_place(sampling: SamplingConfig) -> None:
+    """In NumPy, with Gumbel noise of the key that docs/how_a_round_works.md writes down."""
+    logits = some_logits(ties=True)
+    index = np.arange(12, dtype=np.int32) * 5
+    drawn = draw(sampling, jax.random.key(7), jnp.asarray(logits), jnp.asarray(index)).tolist()
+    for sequence, row in enumerate(logits.astype(np.float64)):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), sequence), index[sequence])
+        p = oracles.token_distribution(row.tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+        with np.errstate(divide="ignore"):
+            assert drawn[sequence] == np.argmax(np.log(p) + np.asarray(jax.random.gumbel(key, (23,))))
+
+
 def test_draws_depend_on_the_seed() -> None:
     logits, index = jnp.zeros((16, 50)), jnp.arange(16, dtype=jnp.int32)
     first, again, other = (draw(WARM, jax.random.key(seed), logits, index).tolist() for seed in (1, 1, 2))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import build, fast_jit
-from speculation import Decoding, FastPrograms, decode, draft_config, plainly, small_head, speculating
+from speculation import GREEDY, Decoding, FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
 from moespec_jax.checkpoint.families import read_config
@@ -60,8 +60,8 @@ def pair(family: str = "qwen3_moe", backend: str = "switch", vocab_size: int = 1
 
 
 @cache
-def plain_tokens(family: str, backend: str, new: int) -> list[list[int]]:
-    return decode(plainly(*pair(family, backend)[:3]), FastPrograms(), PROMPTS, new).sequences
+def plain_tokens(family: str, backend: str, new: int, sampling: SamplingConfig = GREEDY) -> list[list[int]]:
+    return decode(plainly(*pair(family, backend)[:3], sampling), FastPrograms(), PROMPTS, new).sequences
 
 
 @pytest.mark.slow_except("16/4/4-olmoe")
@@ -129,7 +129,7 @@ def test_stop_ids_and_limits_cut_where_plain_decoding_stops() -> None:
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(0.9, 12, 0.95)], ids=["greedy", "sampled"])
 def test_streaming_changes_no_token(sampling: SamplingConfig) -> None:
     decoding, programs = speculating(*pair(), SMALL, sampling), FastPrograms()
-    whole = decode(decoding, programs, PROMPTS, 50).sequences
+    whole = plain_tokens("qwen3_moe", "switch", 50, sampling)
     run = Run(programs, *decoding, Batch(PROMPTS, [len(p) + 50 for p in PROMPTS], (), 0))
     pieces: list[list[list[int]]] = []
     run.execute(on_tokens=pieces.append, on_round=lambda number, info: None)

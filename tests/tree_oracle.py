@@ -4,7 +4,6 @@ Scores are added as NumPy float32 scalars, so that ties come out as they do in f
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,50 +78,3 @@ def greedy(tokens: Sequence[int], parents: Sequence[int], logits: Sequence[Row])
             length += 1
         longest = max(longest, path[:length], key=len)
     return longest, choice[longest[-1]]
-
-
-def one_coin(
-    tokens: Sequence[int],
-    parents: Sequence[int],
-    distribution: Callable[[int], Row],
-    coin: Callable[[int], float],
-) -> tuple[list[int], list[float]]:
-    """The path that one coin a visited node accepts, and the unnormalised distribution of the bonus after it."""
-    path = [0]
-    while True:
-        p = list(distribution(path[-1]))
-        toss, running = coin(len(path) - 1), 0.0
-        for child in (i for i, parent in enumerate(parents) if parent == path[-1]):
-            running += p[tokens[child]]
-            if running > toss:
-                path.append(child)
-                break
-            p[tokens[child]] = 0.0
-        else:
-            return path, p
-
-
-def law(
-    tokens: Sequence[int], parents: Sequence[int], distribution: Callable[[int], Row]
-) -> dict[tuple[int, ...], float]:
-    """Probability of each outcome (accepted tokens, then the bonus): `one_coin` under every coin that matters."""
-    outcomes: dict[tuple[int, ...], float] = {}
-
-    def explore(coins: list[float], weight: float) -> None:
-        path, residual = one_coin(tokens, parents, distribution, lambda level: (coins + [2.0])[min(level, len(coins))])
-        if len(path) <= len(coins):  # the last coin refused all children
-            given, total = tuple(tokens[i] for i in path[1:]), math.fsum(residual)
-            for token, share in enumerate(residual):
-                if share:
-                    outcomes[*given, token] = outcomes.get((*given, token), 0.0) + weight * share / total
-            return
-        p, edges = distribution(path[-1]), [0.0]
-        for child in (i for i, parent in enumerate(parents) if parent == path[-1]):
-            edges.append(edges[-1] + p[tokens[child]])
-        edges.append(1.0)
-        for low, high in zip(edges, edges[1:], strict=False):
-            if high - low > 1e-14:
-                explore([*coins, (low + high) / 2], weight * (high - low))
-
-    explore([], 1.0)
-    return outcomes
