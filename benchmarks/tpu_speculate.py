@@ -126,6 +126,7 @@ def examine(case: Case, layers: int | None) -> dict[str, Any]:
     sampling = SAMPLINGS[case.sampling]
     accept = accept_rule(sampling, method.tree.longest_path)
     method = dataclasses.replace(method, target=dataclasses.replace(method.target, sampling=sampling), accept=accept)
+    state = dataclasses.replace(state, sampling=sampling)
     rounds = placed(jax.ShapeDtypeStruct((), jnp.int32), state.decoding.length.sharding)
     program = compile_lowered(Programs().lower(method.step, params, state, rounds, donate=True))
     caches = (state.decoding.cache.k, state.decoding.cache.v, state.draft.cache.k, state.draft.cache.v)

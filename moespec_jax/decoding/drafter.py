@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.states import DecodeState
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.decoder import Decoder
@@ -38,11 +39,14 @@ class SpeculationState(Generic[DraftState]):
         decoding: as in plain decoding; the newest token, which is the next tree's root, is not in the cache.
         draft: the drafter's state.
         depth_counts: rounds of all sequences that committed a node of each depth, the root's included.
+        sampling: how the target's tokens are drawn. The noise of their draws (`sampling.token_noise`) is known before
+            the target's logits are, so that a drafter may draw with it too.
     """
 
     decoding: DecodeState
     draft: DraftState
     depth_counts: Float[Array, " path"]
+    sampling: SamplingConfig = struct.field(pytree_node=False, default=SamplingConfig())
 
     __repr__ = summary
 
@@ -52,7 +56,7 @@ class Drafter(Protocol[Weights, DraftState]):
     """A way of drafting.
 
     `init`, `read` and `begin` follow the prompt, `propose` and `commit` every round. Exactness asks of the trees only
-    what `tree.Tree` says of them, and that they are a function of the tokens so far: any other error costs acceptance.
+    what `tree.Tree` says of them: any other error costs acceptance.
     """
 
     @property

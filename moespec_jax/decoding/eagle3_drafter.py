@@ -1,5 +1,6 @@
 """Drafting with an EAGLE-3 head (arXiv:2503.01840): the head reads the pairs that the last round confirmed, then grows
-a tree level by level (EAGLE-2, arXiv:2406.16858, section 3).
+a tree level by level (EAGLE-2, arXiv:2406.16858, section 3). Where tokens are sampled, the head's logits take the noise
+of the target's draws: a token that noise favours at a position is drafted there, too, and accepted more often.
 
 The whole batch drafts at once; every sequence has a tree of its own. While a tree grows, its rows are in the head's
 cache behind the confirmed pairs: row `i * top_k + s` is beam node s of level i. The next round overwrites them, since
@@ -7,6 +8,7 @@ they were computed from the head's own features, not from the target's.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,6 +20,7 @@ from moespec_jax.config import DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.autoregressive import row_at
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
+from moespec_jax.decoding.sampling import sequence_keys, token_noise
 from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
 from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
 from moespec_jax.nn.attention import causal_mask, tree_mask
@@ -98,7 +101,8 @@ class Eagle3Drafter:
         outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
         roots = jnp.take_along_axis(decoding.tokens, pairs[:, None], axis=1)[:, 0]
         cache = dataclasses.replace(cache, length=pairs)
-        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache)
+        log_probabilities = partial(draw_log_probabilities, self.config, params, state)
+        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, log_probabilities)
         return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux))
 
     def commit(
@@ -137,6 +141,7 @@ def grow_trees(
     outputs: Float[Array, "batch model"],
     roots: Int[Array, " batch"],
     cache: Cache,
+    log_probabilities: Callable[[Array, Array], Array],
 ) -> tuple[Tree, Cache]:
     """Draft a tree for every sequence.
 
@@ -147,6 +152,7 @@ def grow_trees(
         outputs: the head's outputs at the last confirmed pair.
         roots: the newest token of each sequence.
         cache: all confirmed pairs.
+        log_probabilities: of the tokens `level` places after the root's next, from the outputs before them.
 
     Returns:
         The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
@@ -155,9 +161,6 @@ def grow_trees(
     ids = head.target_ids
     assert ids is not None  # only a head in training has none
 
-    def log_probabilities(outputs: Array) -> Array:
-        return jax.nn.log_softmax(draft_logits(config, head, outputs), axis=-1)
-
     def grow(carry: tuple[Cache, Beam, Array], level: Array) -> tuple[tuple[Cache, Beam, Array], Level]:
         cache, beam, features = carry
         positions = jnp.broadcast_to((confirmed + level)[:, None], beam.tokens.shape)
@@ -165,17 +168,39 @@ def grow_trees(
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache)
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
-        candidates, beam = jax.vmap(lambda b, lp: next_level(tree, level, b, lp, ids))(beam, log_probabilities(outputs))
+        log_p = log_probabilities(outputs, level + 1)
+        candidates, beam = jax.vmap(lambda b, row: next_level(tree, level, b, row, ids))(beam, log_p)
         features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)
         return (cache, beam, features), candidates
 
-    first, beam = jax.vmap(lambda lp: first_level(tree, lp, ids))(log_probabilities(outputs))
+    first, beam = jax.vmap(lambda row: first_level(tree, row, ids))(log_probabilities(outputs, jnp.int32(0)))
     features = next_features(config, head, outputs)[:, None, :]
     features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
     levels = jnp.arange(tree.depth, dtype=jnp.int32)
     (cache, _, _), rest = jax.lax.scan(grow, (cache, beam, features), levels)
     trees = jax.vmap(partial(prune, tree), in_axes=(0, 0, 1))(roots, first, rest)
     return trees, dataclasses.replace(cache, length=confirmed)
+
+
+def draw_log_probabilities(
+    config: DraftConfig,
+    params: Params,
+    state: SpeculationState[Eagle3State],
+    outputs: Float[Array, "batch *beam model"],
+    level: Int[Array, ""],
+) -> Float[Array, "batch *beam draft_vocab"]:
+    """Compute the head's log-probability that the target draws each token `level` places after the root's next.
+
+    Where tokens are sampled, this is given the noise of that draw. Top-k and top-p are the target's alone, so that
+    every node of a tree has children.
+    """
+    logits, decoding, sampling = draft_logits(config, params.draft, outputs), state.decoding, state.sampling
+    if not sampling.greedy:
+        keys, vocab_size = sequence_keys(decoding.key, outputs.shape[0]), params.target.embed.shape[0]
+        noise = jax.vmap(token_noise, in_axes=(0, 0, None))(keys, decoding.length + level, vocab_size)
+        noise = noise[:, params.draft.target_ids]
+        logits = logits / sampling.temperature + jnp.expand_dims(noise, tuple(range(1, logits.ndim - 1)))
+    return jax.nn.log_softmax(logits, axis=-1)
 
 
 def _embedding(params: Params) -> Float[Array, "vocab model"]:

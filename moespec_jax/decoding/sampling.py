@@ -79,19 +79,23 @@ def sequence_keys(key: Array, batch: int) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, place)
 
 
+def token_noise(key: Array, position: Int[Array, ""], vocab_size: int) -> Float[Array, " vocab"]:
+    """Make the Gumbel noise of the token at a `position` of the sequence of this key.
+
+    It is a function of these two alone, so that a position has one draw, whichever pass, round or call computes its
+    logits.
+    """
+    return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
+
+
 def draw_token(
     sampling: SamplingConfig, key: Array, logits: Float[Array, " vocab"], position: Int[Array, ""]
 ) -> Int[Array, ""]:
-    """Draw one token of a sequence: the most probable one or, where tokens are sampled, the largest sum of
-    log-probability and Gumbel noise.
-
-    The noise is a function of the sequence's `key` and of the token's own `position` alone, so that a position has one
-    draw, whichever pass, round or call computes its logits.
-    """
-    if sampling.greedy:
-        return jnp.argmax(logits).astype(jnp.int32)
-    noise = jax.random.fold_in(key, position)
-    return jax.random.categorical(noise, log_probabilities(sampling, logits)).astype(jnp.int32)
+    """Draw the token at a `position` of the sequence of this key: the most probable one or, where tokens are sampled,
+    the one with the largest sum of log-probability and noise."""
+    if not sampling.greedy:
+        logits = log_probabilities(sampling, logits) + token_noise(key, position, logits.shape[0])
+    return jnp.argmax(logits).astype(jnp.int32)
 
 
 def draw(

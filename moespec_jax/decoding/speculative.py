@@ -122,7 +122,7 @@ class Speculative(Generic[Weights, DraftState]):
         """Draw every sequence's first token."""
         decoding = self.target.begin(params.target, state.target, prompts)
         draft = self.drafter.begin(self.tree, state.draft, prompts.lengths)
-        return SpeculationState(decoding, draft, prior_depth_counts(self.tree))
+        return SpeculationState(decoding, draft, prior_depth_counts(self.tree), self.target.sampling)
 
     def step(
         self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState], rounds: Int[Array, ""]
@@ -201,7 +201,8 @@ class Speculative(Generic[Weights, DraftState]):
         committed = committed_depths(accepted, ~decoding.done)
         counts = psum(jnp.sum(committed, axis=0, dtype=jnp.float32), data_axes())
         new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-        return SpeculationState(new, draft, state.depth_counts + counts), round_info
+        counts = state.depth_counts + counts
+        return dataclasses.replace(state, decoding=new, draft=draft, depth_counts=counts), round_info
 
     def sequences(self, state: SpeculationState[DraftState]) -> DecodeState:
         """Sequences as in plain decoding."""
@@ -210,7 +211,8 @@ class Speculative(Generic[Weights, DraftState]):
     def specs(self, params: SpeculativeParams[Weights]) -> tuple[SpeculationState[DraftState], RunInfo]:
         """Sharding of the results of `step` on a mesh."""
         decoding = decode_state_specs(params.target)
-        state = SpeculationState(decoding, self.drafter.specs(params), depth_count_specs())
+        draft = self.drafter.specs(params)
+        state = SpeculationState(decoding, draft, depth_count_specs(), self.target.sampling)
         budgeted = self.budget is not None and self.target.config.num_sparse_layers > 0
         return state, tree_run_info_specs(budget=budgeted)
 

@@ -108,7 +108,7 @@ def forced_round(
     cache = keep_rows(cache, decoding.length - 1, accepted.path, method.tree.size)
     draft = method.drafter.commit(state.draft, accepted, info.aux_hidden_states)
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-    return accepted, logits, info, SpeculationState(decoding, draft, counts)
+    return accepted, logits, info, dataclasses.replace(state, decoding=decoding, draft=draft, depth_counts=counts)
 
 
 def empty_stats(method: Method, exact: Float[Array, "texts positions vocab"]) -> ForcedStats:
