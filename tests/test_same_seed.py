@@ -1,12 +1,15 @@
 """The text is a function of the seed: the same sampled tokens with any tree and without one, alone and in a batch, in
 one call and in many; and every one of them as NumPy draws it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import oracles
 import pytest
-from driver import cached_logits
-from speculation import FastPrograms, decode, plainly, speculating
+import tree_oracle
+from driver import cached_logits, fast_jit
+from speculation import Decoding, FastPrograms, decode, plainly, speculating
 from test_speculate import CHAIN, PROMPTS, SMALL, every_family, pair, plain_tokens
 
 from moespec_jax.config import TreeConfig
@@ -67,3 +70,30 @@ def test_every_token_is_the_one_that_numpy_draws() -> None:
     for ids, drawn, prompt in zip(run.sequences, numpy_draws(sampling, seed, run.sequences), PROMPTS, strict=True):
         assert ids[len(prompt) :] == drawn[len(prompt) - 1 : len(ids) - 1]
     assert run.accepted.sum() > 5
+
+
+def drafted(decoding: Decoding, sampling: SamplingConfig) -> tuple[dict[tuple[int, ...], float], int]:
+    """Scores of all paths of a complete tree of two levels that is drafted for draws of `sampling`, and the position of
+    its first token."""
+    run = Run(FastPrograms(), *decoding, Batch(PROMPTS[:1], [40], (), 5))
+    state = dataclasses.replace(run.state_after(2), sampling=sampling)
+    trees, _ = fast_jit(decoding.method.propose)(decoding.params, state)
+    tokens, parents, scores = (part[0].tolist() for part in trees)
+    paths = [tuple(tokens[i] for i in tree_oracle.path_to(parents, node)[1:]) for node in range(len(tokens))]
+    return dict(zip(paths, scores, strict=True)), int(state.decoding.length[0])
+
+
+def test_drafts_share_the_noise_of_the_draws() -> None:
+    """The head's logits, over the temperature, with the noise of their position: in NumPy from the greedy tree's."""
+    draft, sampling = pair()[3], SamplingConfig(0.6, 3, 0.9)
+    width = draft.draft_vocab_size
+    decoding = speculating(*pair(), TreeConfig(1, width, 1 + width + width**2), sampling)
+    (plain, position), (scores, _) = drafted(decoding, SamplingConfig()), drafted(decoding, sampling)
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    assert len(scores) == 1 + width + width**2 and scores.keys() == plain.keys()
+    for path in [(), *(path for path in plain if len(path) == 1)]:
+        children = [other for other in plain if other[:-1] == path and len(other) > len(path)]
+        noise = jax.random.gumbel(jax.random.fold_in(key, position + len(path)), (pair()[0].vocab_size,))
+        row = np.array([(plain[child] - plain[path]) / 0.6 + float(noise[child[-1]]) for child in children])
+        expected = scores[path] + row - np.log(np.exp(row).sum())
+        np.testing.assert_allclose([scores[child] for child in children], expected, atol=1e-4)  # sums of float32

@@ -33,8 +33,7 @@ class Comparison:
         tokens_per_s: median of the requested spec.
         over_plain: speed-up of the requested spec over plain decoding.
         over_exact: the same over exact speculation; None without a budget.
-        same_tokens: share of plain decoding's tokens before the first difference; None where tokens are sampled or
-            simulated.
+        same_tokens: share of plain decoding's tokens before the first difference; None where they are simulated.
     """
 
     repeats: int
@@ -58,7 +57,7 @@ def compare(
         if spec.budget is not None:
             exact.append(generate(tree=spec.tree, budget=None))
         requested.append(generate(tree=spec.tree, budget=spec.budget))
-    comparable = requested[-1].greedy and requested[-1].simulated_accept_length is None
+    comparable = requested[-1].simulated_accept_length is None
     return Comparison(
         repeats=repeats,
         plain_tokens_per_s=_median(plain),

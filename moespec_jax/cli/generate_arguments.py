@@ -129,7 +129,13 @@ def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="sample from the smallest set of most probable tokens that holds this probability; 1: all (default)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random draws (default: 0)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of all random draws: the same seed gives the same text, with any draft and without (default: 0)",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's stop ids")
 
 

@@ -144,7 +144,7 @@ class Model:
             temperature: 0 is greedy.
             top_k: draw from the k most probable tokens; 0 is all.
             top_p: draw from the smallest set of most probable tokens that holds this probability.
-            seed: of all random draws.
+            seed: of all random draws. The same seed gives the same text with any tree and without one.
             ignore_eos: generate beyond the model's stop ids.
             max_length: longest sequence in tokens (default: the model's context).
             tree: shape of the draft tree; None decodes plainly. Models without a draft head decode plainly by default.

@@ -41,7 +41,7 @@ class Batch(NamedTuple):
         prompts: token ids.
         limit: length that each sequence may reach.
         stop_ids: token ids that end a sequence.
-        seed: of all random draws.
+        seed: of all random draws; those of a sequence depend on its place in `prompts`, too.
     """
 
     prompts: list[list[int]]
