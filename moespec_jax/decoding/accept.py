@@ -65,18 +65,12 @@ def accept_own(
 ) -> Accepted:
     """Accept from each node the child that is the target's own token there; siblings must differ in their tokens.
 
-    Sampled, only rows of `logits` on the path are processed, since top-p sorts the vocabulary.
+    Only rows of `logits` on the path are processed: top-p sorts the vocabulary, and a CPU is slow at `argmax`.
     """
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32) if sampling.greedy else None
-
-    def own_token(level: Array, node: Array) -> Array:
-        if best is not None:
-            return best[node]
-        row = jax.lax.dynamic_index_in_dim(logits, node, keepdims=False)
-        return draw_token(sampling, key, row, index + level)
 
     def choose(level: Array, node: Array) -> tuple[Array, Array, Array]:
-        token = own_token(level, node)
+        row = jax.lax.dynamic_index_in_dim(logits, node, keepdims=False)
+        token = draw_token(sampling, key, row, index + level)
         match = (tree.parents == node) & (tree.tokens == token)
         return jnp.argmax(match).astype(jnp.int32), jnp.any(match), token
 
