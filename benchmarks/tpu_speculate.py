@@ -10,9 +10,9 @@ The committed compile seconds are from two cores busy with other work, and say o
 
 Memory is that of one device: arguments (parameters, caches and the rest of the state, as the chip's layouts pad them)
 and temporaries. Caches are in place if all bytes of them that go in come out in the same memory. Large copies and large
-activations: see `tpu_hlo.py`. Where VMEM has room for the head's cache (v6e), it moves there for part of a round, and
-its way back to where it was counts as a copy. The activations are the attention scores of a tree
-(`slots` on v5p).
+activations: see `tpu_hlo.py`. Where VMEM has room for the head's cache (v6e; v5e, sampled), it moves there for part of
+a round, and its way back to where it was counts as a copy. The activations are the attention scores of a tree (`slots`
+on v5p).
 
 What several chips hold and exchange: `tpu_mesh.py`.
 """
