@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
-from moespec_jax.nn.experts.gpu import SlotOutputs, sum_grouped
+from moespec_jax.nn.experts.gpu import SlotOutputs, sum_distinct, sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.slots import SLOT_TOKENS
 from moespec_jax.nn.routing import Routing
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 128, 64
@@ -64,15 +65,16 @@ def check(got: jax.Array, experts: Flat, x: jax.Array, routing: Routing, activat
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=rounding * max(np.abs(expected).max(), 1.0))
 
 
-def grouped(activation: str, outputs: SlotOutputs) -> Callable[[Flat, jax.Array, Routing], jax.Array]:
-    """Experts of `LAYER` by a kernel for more tokens than slots of distinct experts take."""
+def by_slots(activation: str, outputs: SlotOutputs) -> Callable[[Flat, jax.Array, Routing], jax.Array]:
+    """Experts of `LAYER` by an interpreted kernel, over slots of distinct experts or of blocks of rows."""
 
     def compute(experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
-        def run(rows: jax.Array, ids: jax.Array, active: jax.Array) -> jax.Array:
-            matrices = (experts.gate, experts.up, experts.down)
-            return outputs(activation, rows, *matrices, LAYER * EXPERTS + ids, active)
+        def run(rows: jax.Array, ids: jax.Array) -> jax.Array:
+            return outputs(activation, rows, experts, jnp.int32(LAYER * EXPERTS), ids)
 
-        return sum_grouped(x, routing, EXPERTS, run)
+        if x.shape[0] > SLOT_TOKENS:
+            return sum_grouped(x, routing, EXPERTS, run)
+        return sum_distinct(x, routing, EXPERTS, run, interpret=True)
 
     return compute
 

@@ -20,8 +20,8 @@ from flat_experts import (
     LAYERS,
     MODEL,
     REAL,
+    by_slots,
     check,
-    grouped,
     poison_unused,
     random_experts,
     random_input,
@@ -29,10 +29,10 @@ from flat_experts import (
     some_choice,
 )
 
+from moespec_jax.nn.experts.distinct_gpu import list_distinct
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.mosaic_gpu import KERNEL_ACTIVATIONS, STAGES, TILE, mosaic_experts, slot_outputs, supported
-from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts
-from moespec_jax.nn.routing import Routing, combine_weights
+from moespec_jax.nn.routing import Routing
 
 # What the compiler must know of an H100.
 H100 = """
@@ -55,21 +55,14 @@ def emulate(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> j
     # Public from jax 0.12 on.
     emulator = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     outputs = partial(slot_outputs, interpret=emulator.InterpretGPUParams())
-    if x.shape[0] > SLOT_TOKENS:
-        return jax.jit(grouped(activation, outputs))(experts, x, routing)
-    ids, active = distinct_experts(routing, experts.num_experts)
-    # Past the active slots no row is looked at: it would be outside the weights, which the emulator refuses to read.
-    rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
-    combine = combine_weights(routing, ids)
-    arguments = (x, experts.gate, experts.up, experts.down, rows, active)
-    return add_slots(jax.jit(lambda *a: outputs(activation, *a))(*arguments), combine, active)
+    return jax.jit(by_slots(activation, outputs))(experts, x, routing)
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
         pytest.param([[4, 1]], id="one token"),
-        pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route, whose slot holds a chosen id"),
+        pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route"),
         pytest.param([[4, 1], [1, 4], [4, 1]], id="fewer experts than slots"),
         pytest.param([[0, 5], [2, 3], [EXPERTS, EXPERTS], [1, 4]], id="all experts and an idle token"),
         pytest.param([[EXPERTS, EXPERTS]], id="no experts"),
@@ -100,7 +93,7 @@ def test_slots_are_no_more_than_the_routing_allows() -> None:
     experts = random_experts()
     x, routing = random_input(experts, [[4, 1], [1, 4], [4, 1]])
     routing = routing.replace(max_distinct=3)
-    assert len(distinct_experts(routing, EXPERTS)[0]) == 3
+    assert len(list_distinct(routing, EXPERTS, interpret=True)[0]) == 3
     check(emulate("silu", experts, x, routing), experts, x, routing)
 
 

@@ -17,11 +17,10 @@ from flat_experts import (
     EXPERTS,
     FFN,
     LAYER,
-    LAYERS,
     MODEL,
     REAL,
+    by_slots,
     check,
-    grouped,
     poison_unused,
     random_experts,
     random_input,
@@ -29,10 +28,11 @@ from flat_experts import (
     some_choice,
 )
 
+from moespec_jax.nn.experts.distinct_gpu import list_distinct
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts
+from moespec_jax.nn.experts.slots import SLOT_TOKENS
 from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, slot_outputs, supported, triton_experts
-from moespec_jax.nn.routing import Routing, combine_weights
+from moespec_jax.nn.routing import Routing
 
 # Said at lowering, from jax 0.11 on; the module says why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -40,22 +40,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
     """The kernels block by block on the CPU; what was not written reads as NaN."""
-    if x.shape[0] > SLOT_TOKENS:
-        return fast_jit(grouped(activation, partial(slot_outputs, interpret=True)))(experts, x, routing)
-    ids, active = distinct_experts(routing, experts.num_experts)
-    # Past the active slots no row is looked at: it would be the last one, which is poisoned unless it is chosen.
-    rows = jnp.where(jnp.arange(len(ids)) < active, LAYER * EXPERTS + ids, LAYERS * EXPERTS)
-    # A weight for every slot: only `active` may keep the unused ones out.
-    combine = jnp.where(jnp.arange(len(ids))[None, :] < active, combine_weights(routing, ids), 1.0)
-    arguments = (x, experts.gate, experts.up, experts.down, rows, active)
-    return add_slots(fast_jit(lambda *a: slot_outputs(activation, *a, interpret=True))(*arguments), combine, active)
+    return fast_jit(by_slots(activation, partial(slot_outputs, interpret=True)))(experts, x, routing)
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
         pytest.param([[4, 1]], id="one token"),
-        pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route, whose slot holds a chosen id"),
+        pytest.param([[EXPERTS - 1, EXPERTS]], id="one token with an absent route"),
         pytest.param([[4, 1], [1, 4], [4, 1]], id="fewer experts than slots"),
         pytest.param([[0, 5], [2, 3], [EXPERTS, EXPERTS], [1, 4]], id="all experts and an idle token"),
         pytest.param([[EXPERTS, EXPERTS]], id="no experts"),
@@ -86,7 +78,7 @@ def test_slots_are_no_more_than_the_routing_allows() -> None:
     experts = random_experts()
     x, routing = random_input(experts, [[4, 1], [1, 4], [4, 1]])
     routing = routing.replace(max_distinct=3)
-    assert len(distinct_experts(routing, EXPERTS)[0]) == 3
+    assert len(list_distinct(routing, EXPERTS, interpret=True)[0]) == 3
     check(interpret("silu", experts, x, routing), experts, x, routing)
 
 

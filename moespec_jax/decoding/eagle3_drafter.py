@@ -24,6 +24,7 @@ from moespec_jax.decoding.sampling import sequence_keys, token_noise
 from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
 from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
 from moespec_jax.nn.attention import causal_mask, tree_mask
+from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache, in_rows
 from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
 from moespec_jax.nn.summary import summary
@@ -49,9 +50,15 @@ class Eagle3State:
 
 @dataclasses.dataclass(frozen=True)
 class Eagle3Drafter:
-    """Dynamic trees or chains of an EAGLE-3 head (`drafter.Drafter`)."""
+    """Dynamic trees or chains of an EAGLE-3 head (`drafter.Drafter`).
+
+    Fields:
+        config: the head's settings.
+        backend: forms of attention and of the projection before it.
+    """
 
     config: DraftConfig
+    backend: Backend = PLAIN
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -76,7 +83,7 @@ class Eagle3Drafter:
         """Read the pairs of one chunk. The pair of a prompt's last token waits for the first draw."""
         assert aux_hidden_states is not None
         cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, prompt_lengths.shape))
-        _, cache = extend_cache(self.config, params, aux_hidden_states, next_tokens, cache)
+        _, cache = extend_cache(self.config, params, aux_hidden_states, next_tokens, cache, self.backend)
         last = row_at(aux_hidden_states, prompt_lengths - 1 - start, state.aux[:, 0])
         return Eagle3State(cache, last[:, None, :])
 
@@ -95,14 +102,14 @@ class Eagle3Drafter:
         confirmed = draft.cache.length
         next_positions = confirmed[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
         next_tokens = jnp.take_along_axis(decoding.tokens, next_positions, axis=1)
-        outputs, cache = extend_cache(self.config, params, draft.aux, next_tokens, draft.cache)
+        outputs, cache = extend_cache(self.config, params, draft.aux, next_tokens, draft.cache, self.backend)
         pairs = decoding.length - 1  # one for every token but the root
         last = jnp.clip(pairs - 1 - confirmed, 0, width - 1)
         outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
         roots = jnp.take_along_axis(decoding.tokens, pairs[:, None], axis=1)[:, 0]
         cache = dataclasses.replace(cache, length=pairs)
         log_probabilities = partial(draw_log_probabilities, self.config, params, state)
-        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, log_probabilities)
+        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, log_probabilities, self.backend)
         return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux))
 
     def commit(
@@ -124,6 +131,7 @@ def extend_cache(
     aux: Float[Array, "batch pairs aux"],
     next_tokens: Int[Array, "batch pairs"],
     cache: Cache,
+    backend: Backend = PLAIN,
 ) -> tuple[Float[Array, "batch pairs model"], Cache]:
     """Run the head on new pairs: the target's hidden states of the tokens from position `cache.length[b]` on, each with
     the token after it. Rows behind the last true pair are padding, which later passes overwrite before they read it."""
@@ -131,7 +139,7 @@ def extend_cache(
     positions = cache.length[:, None] + jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None, :]
     mask = causal_mask(positions, cache.slots)
     features = fuse_aux(config, params.draft, aux)
-    return draft_forward(config, params.draft, embed[next_tokens], features, positions, mask, cache)
+    return draft_forward(config, params.draft, embed[next_tokens], features, positions, mask, cache, backend)
 
 
 def grow_trees(
@@ -142,6 +150,7 @@ def grow_trees(
     roots: Int[Array, " batch"],
     cache: Cache,
     log_probabilities: Callable[[Array, Array], Array],
+    backend: Backend = PLAIN,
 ) -> tuple[Tree, Cache]:
     """Draft a tree for every sequence.
 
@@ -153,6 +162,7 @@ def grow_trees(
         roots: the newest token of each sequence.
         cache: all confirmed pairs.
         log_probabilities: of the tokens `level` places after the root's next, from the outputs before them.
+        backend: forms of the head's attention.
 
     Returns:
         The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
@@ -166,7 +176,7 @@ def grow_trees(
         positions = jnp.broadcast_to((confirmed + level)[:, None], beam.tokens.shape)
         mask = tree_mask(beam.ancestors, confirmed, cache.slots)
         cache = dataclasses.replace(cache, length=confirmed + level * k)
-        outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache)
+        outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache, backend)
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
         log_p = log_probabilities(outputs, level + 1)
         candidates, beam = jax.vmap(lambda b, row: next_level(tree, level, b, row, ids))(beam, log_p)

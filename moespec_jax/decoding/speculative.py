@@ -32,7 +32,7 @@ from moespec_jax.decoding.state_specs import (
 from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, append_tokens
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.attention import tree_mask
-from moespec_jax.nn.cache import Cache, keep_rows
+from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.decoder import ForwardInfo, forward, unembed
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, psum
@@ -195,6 +195,7 @@ class Speculative(Generic[Weights, DraftState]):
         """Append the accepted tokens, and keep their rows of the verification's cache."""
         decoding = state.decoding
         if self.tree.top_k > 1:  # a chain's accepted rows are where they belong
+            keep_rows = self.target.backend.keep_rows
             cache = keep_rows(cache, decoding.length - 1, accepted.path, self.tree.size)
         draft = self.drafter.commit(state.draft, accepted, info.aux_hidden_states)
         round_info = tree_round_info(self.target.config, ~decoding.done, trees, accepted, info)

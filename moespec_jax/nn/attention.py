@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import AttentionConfig
+from moespec_jax.nn.cache import write_rows
 from moespec_jax.nn.layers import apply_rope, rms_norm
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
@@ -108,19 +109,41 @@ def attend(
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head)
 
 
-# Attention over one layer of a stacked cache; signature of `attend_layer`.
-LayerAttention = Callable[[Array, Array, Array, Array, Array], Array]
+# Attention over one layer of a cache; signature of `attend_layer`.
+LayerAttention = Callable[[Array, Array, Array, "Array | None", Array], Array]
 
 
 def attend_layer(
     q: Float[Array, "batch tokens heads head"],
-    k: Float[Array, "layers batch kv_heads slots head"],
-    v: Float[Array, "layers batch kv_heads slots head"],
-    layer: Int[Array, ""],
+    k: Float[Array, "*layers batch kv_heads slots head"],
+    v: Float[Array, "*layers batch kv_heads slots head"],
+    layer: Int[Array, ""] | None,
     mask: Bool[Array, "batch tokens slots"],
 ) -> Float[Array, "batch tokens q_out"]:
-    """Apply `attend` to one layer of a stacked cache."""
-    return attend(q, k[layer], v[layer], mask)
+    """Apply `attend` to one layer of a stacked cache, or, without `layer`, to the cache of a layer."""
+    return attend(q, k, v, mask) if layer is None else attend(q, k[layer], v[layer], mask)
+
+
+def write_qkv(
+    config: AttentionConfig,
+    weights: Attention,
+    x: Float[Array, "batch tokens inputs"],
+    angles: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    kv: tuple[Float[Array, "*layers batch kv_heads slots head"], Float[Array, "*layers batch kv_heads slots head"]],
+    start: Int[Array, " batch"],
+    layer: Int[Array, ""] | None = None,
+    axes: Axes = (),
+) -> tuple[Array, tuple[Array, Array]]:
+    """Compute rotated queries, and write rotated keys and values from slot `start[b]` on into a cache (`write_rows`).
+
+    `angles` are cosine and sine.
+    """
+    q, k, v = project_qkv(config, weights, x, *angles, axes)
+    return q, (write_rows(kv[0], k, start, layer), write_rows(kv[1], v, start, layer))
+
+
+# `write_qkv`, or a function of its signature.
+WriteQkv = Callable[..., tuple[Array, tuple[Array, Array]]]
 
 
 def output_projection(

@@ -27,16 +27,16 @@ MASKED = float(jnp.finfo(jnp.float32).min)
 
 def attend_layer_tpu(
     q: Float[Array, "batch tokens heads head"],
-    k: Float[Array, "layers batch kv_heads slots head"],
-    v: Float[Array, "layers batch kv_heads slots head"],
-    layer: Int[Array, ""],
+    k: Float[Array, "*layers batch kv_heads slots head"],
+    v: Float[Array, "*layers batch kv_heads slots head"],
+    layer: Int[Array, ""] | None,
     mask: Bool[Array, "batch tokens slots"],
 ) -> Float[Array, "batch tokens q_out"]:
     """Compute `attend_layer`: on TPU with the fused kernel where it `fits`, elsewhere with plain operations.
 
     The compiler cannot partition a kernel: the cache must not be sharded by the compiler (axes of type Auto).
     """
-    if not fits(q, k):
+    if layer is None or not fits(q, k):
         return attend_layer(q, k, v, layer, mask)
     return jax.lax.platform_dependent(q, k, v, layer, mask, tpu=fused_attention, default=attend_layer)
 

@@ -8,12 +8,15 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moespec_jax.nn.attention import LayerAttention, attend_layer
+from moespec_jax.nn.attention import LayerAttention, WriteQkv, attend_layer, write_qkv
+from moespec_jax.nn.cache import KeepRows, keep_rows
 from moespec_jax.nn.experts.cpu import cpu_experts
 from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.nn.experts.forward_only import kernel, kernel_operands, loop
 from moespec_jax.nn.experts.slots import slot_experts
+from moespec_jax.nn.layers import AddNorm, add_norm
 from moespec_jax.nn.moe import ExpertCompute
+from moespec_jax.nn.routing import Route, route
 
 
 class Backend(NamedTuple):
@@ -25,9 +28,13 @@ class Backend(NamedTuple):
         stacked: whether layers are stacked and run under `lax.scan`.
         compute: builds the expert compute for an activation.
         supported: whether a GPU (a `jax.Device`) can run it.
-        attention: attention over one layer of a stacked cache.
+        attention: attention over one layer of the cache.
         missing: names what GPU kernels do not support of (activation, experts, dtype), None if they run; None without
             such kernels.
+        write_qkv: projection to queries, and to keys and values in the cache.
+        add_norm: sum of the residual stream and a block's output, and its norm.
+        route: choice of every token's experts.
+        keep_rows: moves the accepted rows of the cache.
     """
 
     name: str
@@ -37,32 +44,54 @@ class Backend(NamedTuple):
     supported: Callable[[Any], bool] = lambda device: True
     attention: LayerAttention = attend_layer
     missing: Callable[[str, Any, DTypeLike], str | None] | None = None
+    write_qkv: WriteQkv = write_qkv
+    add_norm: AddNorm = add_norm
+    route: Route = route
+    keep_rows: KeepRows = keep_rows
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """Function of a module of `nn/experts/` that is imported at the first call: Pallas takes long to import."""
+    """Function of a module of `nn/` that is imported at the first call: Pallas takes long to import."""
 
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"moespec_jax.nn.experts.{module}"), name)(*arguments)
+        return getattr(importlib.import_module(f"moespec_jax.nn.{module}"), name)(*arguments)
 
     return call
 
 
-def _pallas_attention(q: Array, k: Array, v: Array, layer: Array, mask: Array) -> Array:
+def _pallas_attention(q: Array, k: Array, v: Array, layer: Array | None, mask: Array) -> Array:
     from moespec_jax.nn.attention_tpu import attend_layer_tpu
 
     q, k, v = kernel_operands("pallas", (q, k, v))
     return attend_layer_tpu(q, k, v, layer, mask)
 
 
-_pallas_experts = _later("pallas_tpu", "pallas_experts")
+_pallas_experts = _later("experts.pallas_tpu", "pallas_experts")
+
+
+# Forms of a layer's parts in few launches, for NVIDIA GPUs: field of `Backend`, and function of a module of `nn/`.
+_GPU_FORMS = {
+    "attention": ("attention_gpu", "attend_gpu"),
+    "write_qkv": ("qkv_gpu", "write_qkv_gpu"),
+    "add_norm": ("norm_gpu", "add_norm_gpu"),
+    "route": ("routing_gpu", "route_gpu"),
+    "keep_rows": ("cache_gpu", "keep_rows_gpu"),
+}
+
+
+def _gpu_form(backend: str, module: str, name: str) -> Callable[..., Any]:
+    form = _later(module, name)
+    return lambda *arguments: form(*kernel_operands(backend, arguments))
 
 
 def _gpu_backend(name: str) -> Backend:
     """Back-end of the kernels in `nn/experts/{name}_gpu.py`. Layers are kept apart: XLA:GPU copies a slice of stacked
     weights before every product of several rows."""
-    compute, supported, missing = (_later(f"{name}_gpu", part) for part in (f"{name}_experts", "supported", "missing"))
-    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing)
+    compute, supported, missing = (
+        _later(f"experts.{name}_gpu", part) for part in (f"{name}_experts", "supported", "missing")
+    )
+    forms: dict[str, Any] = {field: _gpu_form(name, *form) for field, form in _GPU_FORMS.items()}
+    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing, **forms)
 
 
 BACKENDS = {
@@ -74,6 +103,8 @@ BACKENDS = {
     # Chosen by name only: with gradients, on every platform; it reads all experts.
     "dense": Backend("dense", "flat", False, dense_experts),
 }
+# Of plain operations alone.
+PLAIN = BACKENDS["dense"]
 
 
 def default_backend(device: Any = None) -> Backend:

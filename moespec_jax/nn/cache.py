@@ -101,6 +101,10 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
     return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
 
 
+# `keep_rows`, or a function of its signature.
+KeepRows = Callable[[Cache, Array, Array, int], Cache]
+
+
 def in_rows(store: Array) -> Array:
     """Constrain `store` to row-major layout, that of the caller's operand; for use inside a loop.
 

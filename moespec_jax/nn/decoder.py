@@ -15,17 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.nn.attention import (
-    Attention,
-    LayerAttention,
-    attend,
-    output_projection,
-    project_qkv,
-    within_window,
-)
+from moespec_jax.nn.attention import Attention, attend, output_projection, project_qkv, within_window
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.cache import Cache, write_rows
-from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
+from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.layers import GatedMlp, gated_mlp, rope_angles
 from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import all_gather, axis_index, psum
@@ -93,7 +86,7 @@ class _Context(NamedTuple):
         cos, sin: rotary embedding of every token.
         boundaries: layers whose entering hidden state is returned.
         compute: expert compute.
-        attention: attention over one layer of a stacked cache.
+        backend: forms of the other parts of a layer.
         restrict: limit on each sparse layer's experts.
         sharding: how the parameters are sharded.
     """
@@ -106,7 +99,7 @@ class _Context(NamedTuple):
     sin: Float[Array, "*batch tokens half"]
     boundaries: tuple[int, ...]
     compute: ExpertCompute
-    attention: LayerAttention
+    backend: Backend
     restrict: Restrict | None
     sharding: ShardingPlan
 
@@ -157,11 +150,10 @@ def forward(
     compute, slot_positions = backend.compute(config.hidden_act), _slot_positions(positions, start, mask.shape[-1])
     context = _Context(
         positions, slot_positions, mask, start, cos, sin, boundaries,
-        compute, backend.attention, restrict, params.sharding,
+        compute, backend, restrict, params.sharding,
     )  # fmt: skip
     run = _scanned_layers if params.stacked else _unrolled_layers
-    x, cache, info = run(config, params, x, valid.reshape(-1), context, cache)
-    return rms_norm(x, params.norm, config.rms_norm_eps), cache, info
+    return run(config, params, x, valid.reshape(-1), context, cache)
 
 
 def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
@@ -199,28 +191,27 @@ def _slot_positions(
 def _attention_block(
     config: DecoderConfig,
     layer: Layer,
-    x: Array,
+    h: Array,
     context: _Context,
     window: int | Array,
     kv: tuple[Array, Array] | None,
     index: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
-    """Add attention to the residual stream, and write the tokens' keys and values.
+    """Compute attention of normed rows, and write the tokens' keys and values.
 
     `kv` is the cache of this layer, or, with `index`, of all layers, of which layer `index` is written and read.
     """
-    h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-    q, k, v = project_qkv(config, layer.attention, h, context.cos, context.sin, context.sharding.heads)
-    mask = context.mask
+    angles, heads, mask = (context.cos, context.sin), context.sharding.heads, context.mask
     if any(config.sliding_windows):
         mask = mask & within_window(context.positions, context.slot_positions, window)
     if kv is None:
+        q, k, v = project_qkv(config, layer.attention, h, *angles, heads)
         mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
     else:
         # Written into the whole cache first and read after: the other order copies the layer's cache twice.
-        kv = write_rows(kv[0], k, context.start, index), write_rows(kv[1], v, context.start, index)
-        mixed = attend(q, *kv, mask) if index is None else context.attention(q, *kv, index, mask)
-    return x + output_projection(layer.attention, mixed, context.sharding.heads), kv
+        q, kv = context.backend.write_qkv(config, layer.attention, h, angles, kv, context.start, index, heads)
+        mixed = context.backend.attention(q, *kv, index, mask)
+    return output_projection(layer.attention, mixed, heads), kv
 
 
 def _mlp_block(
@@ -228,23 +219,24 @@ def _mlp_block(
     params: Decoder,
     layer: Layer,
     index: int | Array,
-    x: Array,
+    h: Array,
     valid: Array,
     context: _Context,
 ) -> tuple[Array, Array, RouterInfo | None]:
-    """Add the feed-forward block to the residual stream; also the rows that are still valid, and the routing.
+    """Compute the feed-forward block of normed rows; also the rows that are still valid, and the routing.
 
     `index` counts sparse layers.
     """
-    rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
-    info = None
+    rows, info = h.reshape(-1, config.hidden_size), None
     if isinstance(layer.mlp, SparseMlp):
-        compute, restrict, sharding = context.compute, context.restrict, context.sharding
-        y, info = sparse_mlp(config, layer.mlp, params.experts, index, rows, valid, compute, restrict, sharding)
+        y, info = sparse_mlp(
+            config, layer.mlp, params.experts, index, rows, valid,
+            context.compute, context.restrict, context.sharding, context.backend.route,
+        )  # fmt: skip
         valid = valid if info.restricted is None else info.restricted.kept
     else:
         y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
-    return x + y.reshape(x.shape), valid, info
+    return y.reshape(h.shape), valid, info
 
 
 def _unrolled_layers(
@@ -255,13 +247,17 @@ def _unrolled_layers(
     context: _Context,
     cache: Cache | None,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
-    """Run layers in a Python loop."""
-    keys, values, routers, entering = [], [], [], []
+    """Run layers in a Python loop, and the last norm."""
+    add_norm, eps = context.backend.add_norm, config.rms_norm_eps
+    keys, values, routers, entering, y = [], [], [], [], None
     for i, layer in enumerate(params.layers):
+        # The output of a block is added together with the norm of the next.
+        x, h = add_norm(x, y, layer.input_norm, eps)
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
-        x, kv = _attention_block(config, layer, x, context, config.sliding_windows[i], kv)
-        x, valid, info = _mlp_block(config, params, layer, len(routers), x, valid, context)
+        mixed, kv = _attention_block(config, layer, h, context, config.sliding_windows[i], kv)
+        x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
+        y, valid, info = _mlp_block(config, params, layer, len(routers), h, valid, context)
         if info is not None:
             routers.append(info)
         if kv is not None:
@@ -269,9 +265,10 @@ def _unrolled_layers(
             values.append(kv[1])
     if cache is not None:
         cache = dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
+    x, h = add_norm(x, y, params.norm, eps)
     states = [*entering, x]
     aux = jnp.concatenate([states[b] for b in context.boundaries], axis=-1) if context.boundaries else None
-    return x, cache, ForwardInfo(tuple(routers), aux)
+    return h, cache, ForwardInfo(tuple(routers), aux)
 
 
 def _scanned_layers(
@@ -282,8 +279,8 @@ def _scanned_layers(
     context: _Context,
     cache: Cache | None,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
-    """Run layers under `lax.scan`. The cache is carried and updated in place; experts stay outside the scan, indexed by
-    layer. Auxiliary hidden states are carried: as outputs of the scan, the states of all layers would be kept."""
+    """Run layers under `lax.scan`, and the last norm. The cache is carried and updated in place; experts stay outside,
+    indexed by layer. Auxiliary hidden states are carried: as outputs of the scan, those of all layers would be kept."""
     if cache is None:
         raise RequestError(
             "expected a cache (nn.cache.empty_cache) for a model whose layers are stacked; without one, load it with"
@@ -291,15 +288,18 @@ def _scanned_layers(
         )
     windows = jnp.asarray(config.sliding_windows, jnp.int32)
     routers: list[RouterInfo] = []
+    add_norm, eps = context.backend.add_norm, config.rms_norm_eps
 
     def step(carry, xs):
         x, valid, k, v, aux = carry
         layer, index, sparse_index, window = xs
         aux = _take_aux(context.boundaries, index, x, aux)
-        x, kv = _attention_block(config, layer, x, context, window, (k, v), index)
+        x, h = add_norm(x, None, layer.input_norm, eps)
+        mixed, kv = _attention_block(config, layer, h, context, window, (k, v), index)
         assert kv is not None
-        x, valid, info = _mlp_block(config, params, layer, sparse_index, x, valid, context)
-        return (x, valid, *kv, aux), info
+        x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
+        y, valid, info = _mlp_block(config, params, layer, sparse_index, h, valid, context)
+        return (x + y, valid, *kv, aux), info
 
     carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in context.boundaries))
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
@@ -312,7 +312,8 @@ def _scanned_layers(
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
     x, _, k, v, aux = carry
     aux = _take_aux(context.boundaries, jnp.int32(config.num_hidden_layers), x, aux)
-    return x, Cache(k, v, cache.length), ForwardInfo(tuple(routers), jnp.concatenate(aux, axis=-1) if aux else None)
+    h, cache = add_norm(x, None, params.norm, eps)[1], Cache(k, v, cache.length)
+    return h, cache, ForwardInfo(tuple(routers), jnp.concatenate(aux, axis=-1) if aux else None)
 
 
 def _take_aux(boundaries: tuple[int, ...], layer: Array, x: Array, aux: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DraftConfig
-from moespec_jax.nn.attention import Attention, attend, output_projection, project_qkv
-from moespec_jax.nn.cache import Cache, write_rows
+from moespec_jax.nn.attention import Attention, output_projection
+from moespec_jax.nn.backend import PLAIN, Backend
+from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import all_gather, data_axes, pmax, psum
@@ -102,6 +103,7 @@ def draft_forward(
     positions: Int[Array, "batch tokens"],
     mask: Bool[Array, "batch tokens slots"],
     cache: Cache,
+    backend: Backend = PLAIN,
 ) -> tuple[Float[Array, "batch tokens model"], Cache]:
     """Run the head over some pairs of every sequence.
 
@@ -114,6 +116,7 @@ def draft_forward(
         mask: `mask[b, t, s]` is true where pair t of sequence b attends to cache slot s.
         cache: KV cache; this pass writes the rows of its pairs from slot `cache.length[b]` on. `length` itself stays:
             the caller decides how many of the rows to keep.
+        backend: forms of attention and of the projection before it.
 
     Returns:
         Outputs before the last norm, and the cache with the new rows.
@@ -124,10 +127,11 @@ def draft_forward(
     x, keys, values = features, [], []
     for layer, k_store, v_store in zip(head.layers, cache.k, cache.v, strict=True):
         h, x = layer_input(config, layer, embedded, x)
-        q, k, v = project_qkv(config, layer.attention, h, cos, sin, head.sharding.heads)
-        keys.append(write_rows(k_store, k, cache.length))
-        values.append(write_rows(v_store, v, cache.length))
-        x = finish_layer(config, layer, x, attend(q, keys[-1], values[-1], mask), head.sharding)
+        kv, heads = (k_store, v_store), head.sharding.heads
+        q, (k, v) = backend.write_qkv(config, layer.attention, h, (cos, sin), kv, cache.length, None, heads)
+        keys.append(k)
+        values.append(v)
+        x = finish_layer(config, layer, x, backend.attention(q, k, v, None, mask), head.sharding)
     return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 

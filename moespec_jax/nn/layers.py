@@ -45,6 +45,18 @@ def rms_norm(
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
+def add_norm(
+    x: Float[Array, "*batch model"], y: Float[Array, "*batch model"] | None, weight: Float[Array, " model"], eps: float
+) -> tuple[Float[Array, "*batch model"], Float[Array, "*batch model"]]:
+    """Compute x + y, or x without `y`, and its norm."""
+    x = x if y is None else x + y
+    return x, rms_norm(x, weight, eps)
+
+
+# `add_norm`, or a function of its signature.
+AddNorm = Callable[[Array, "Array | None", Array, float], tuple[Array, Array]]
+
+
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
     """Compute `down(act(gate(x)) * up(x))`: SwiGLU (arXiv:2002.05202) where `activation` is silu."""
     if isinstance(mlp.gate, Quantized) or isinstance(mlp.up, Quantized) or isinstance(mlp.down, Quantized):

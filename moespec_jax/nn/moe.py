@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.layers import GatedMlp, gated_mlp
-from moespec_jax.nn.routing import Restricted, Routing, route, shard_routing
+from moespec_jax.nn.routing import Restricted, Route, Routing, route, shard_routing
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
@@ -60,6 +60,7 @@ def sparse_mlp(
     compute: ExpertCompute,
     restrict: Restrict | None = None,
     sharding: ShardingPlan = REPLICATED,
+    route: Route = route,
 ) -> tuple[Float[Array, "tokens model"], RouterInfo]:
     """Run one sparse layer's feed-forward block; `layer` is its index among the sparse layers.
 

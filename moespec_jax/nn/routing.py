@@ -1,5 +1,6 @@
 """Routing: the experts of every token and their combine weights."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -71,6 +72,10 @@ def route(
         weights = normalise(weights)
     experts = jnp.where(valid[:, None], experts.astype(jnp.int32), jnp.int32(config.num_experts))
     return Routing(experts, jnp.where(valid[:, None], weights, 0.0)), probabilities
+
+
+# `route`, or a function of its signature.
+Route = Callable[[DecoderConfig, Array, Array, Array], tuple[Routing, Array]]
 
 
 def shard_routing(routing: Routing, num_experts: int, shards: int) -> Routing:

@@ -75,7 +75,7 @@ def abstract_round(work: Workload) -> Round:
     plain = Autoregressive(config, SamplingConfig(), work.backend)
     budget = None if work.budget is None else resolve(work.budget, config)
     accept = accept_rule(SamplingConfig(), work.tree.longest_path)
-    method = Speculative(plain, Eagle3Drafter(draft), work.tree, accept, budget)
+    method = Speculative(plain, Eagle3Drafter(draft, work.backend), work.tree, accept, budget)
     return Round(method, params, on_mesh(work.mesh, abstract_state(method, draft, work), method.specs(params)[0]))
 
 

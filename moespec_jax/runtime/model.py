@@ -246,7 +246,7 @@ class Model:
         drafter = spec.drafter
         if drafter is None:
             assert self.draft is not None
-            drafter = Eagle3Drafter(self.draft.config)
+            drafter = Eagle3Drafter(self.draft.config, self.backend)
         accept = accept_rule(sampling, spec.tree.longest_path, spec.simulate_accept_length)
         method = Speculative(self.autoregressive(sampling), drafter, spec.tree, accept, spec.budget)
         return method if spec.adapt is None else spec.adapt(method)

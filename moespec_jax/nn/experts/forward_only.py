@@ -51,8 +51,8 @@ def kernel(backend: str, build: BuildCompute) -> BuildCompute:
 
 
 def kernel_operands(backend: str, operands: Any) -> Any:
-    """Mark the operands of a kernel, a tree of arrays."""
-    return jax.tree.map(lambda leaf: _kernel.bind(leaf, backend=backend), operands)
+    """Mark the arrays among the operands of a kernel."""
+    return jax.tree.map(lambda x: _kernel.bind(x, backend=backend) if isinstance(x, jax.Array) else x, operands)
 
 
 def _refuse(backend: str) -> RequestError:

@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moespec_jax.nn.experts.blocks import lay_out_routes, rows_of_routes
+from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.experts.slots import SLOT_TOKENS, add_slots, distinct_experts, slot_experts
+from moespec_jax.nn.experts.slots import SLOT_TOKENS, slot_experts
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.quantization import Quantized
-from moespec_jax.nn.routing import Routing, combine_weights
+from moespec_jax.nn.routing import Routing
 
 # Dtypes whose products tensor cores compute exactly; float32 would be rounded to a mantissa of 10 bits (TF32).
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -25,11 +26,11 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 # Rows of a slot of more than `SLOT_TOKENS` tokens.
 BLOCK = 64
 
-# (activation, x, gate, up, down, rows, active) -> float32, as `triton_gpu.slot_outputs`.
+# (activation, x, experts, first, ids) -> float32, as `triton_gpu.slot_outputs`.
 SlotOutputs = Callable[..., Array]
-# (rows of every slot, or rows that all slots share; expert id of every slot; number of slots in use) -> rows of every
-# slot after its expert, float32.
-RunSlots = Callable[[Array, Array, Array], Array]
+# (rows of every slot, or rows that all slots share; expert id of every slot, `num_experts` for none) -> rows of every
+# slot after its expert, float32; undefined without one.
+RunSlots = Callable[[Array, Array], Array]
 
 
 def kernel_experts(activation: str, activations: Container[str], tile: int, outputs: SlotOutputs) -> ExpertCompute:
@@ -48,8 +49,8 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, outp
     def kernels(experts: Flat, layer: Array, x: Array, routing: Routing) -> Array:
         first = layer * experts.num_experts
 
-        def run(rows: Array, ids: Array, active: Array) -> Array:
-            return outputs(activation, rows, experts.gate, experts.up, experts.down, first + ids, active)
+        def run(rows: Array, ids: Array) -> Array:
+            return outputs(activation, rows, experts, first, ids)
 
         sum_experts = sum_distinct if x.shape[0] <= SLOT_TOKENS else sum_grouped
         return sum_experts(x, routing, experts.num_experts, run)
@@ -79,11 +80,17 @@ def unsupported(activation: str, activations: Container[str], experts: Flat, dty
 
 
 def sum_distinct(
-    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunSlots
+    x: Float[Array, "tokens model"], routing: Routing, num_experts: int, run: RunSlots, *, interpret: bool = False
 ) -> Float[Array, "tokens model"]:
-    """Run all tokens through every distinct expert, and sum the outputs by combine weight, float32."""
-    ids, active = distinct_experts(routing, num_experts)
-    return add_slots(run(x, ids, active), combine_weights(routing, ids), active)
+    """Run all tokens through every distinct expert, and sum the outputs by combine weight: float32, but rounded to the
+    dtype of `x` where there are several tokens."""
+    if x.shape[0] == 1:  # its experts are distinct
+        weight = routing.weights[0, :, None]
+        # Select instead of multiplying by 0: inf of an expert would become NaN for tokens that do not use it.
+        return jnp.sum(jnp.where(weight > 0, run(x, routing.experts[0])[:, 0] * weight, 0.0), axis=0)[None]
+    ids, places = list_distinct(routing, num_experts, interpret=interpret)
+    # Rounded by the kernel, not by a launch of its own: the caller's dtype is that of `x`.
+    return sum_places(run(x, ids), places, routing.weights, x.dtype, interpret=interpret).astype(jnp.float32)
 
 
 def sum_grouped(
@@ -95,8 +102,8 @@ def sum_grouped(
     blocks = rows_of_routes(x, routes).reshape(-1, BLOCK, x.shape[1])
     end = routes.begin + routes.length
     starts = jnp.arange(len(blocks), dtype=jnp.int32) * BLOCK
-    ids = jnp.minimum(jnp.searchsorted(end, starts, side="right").astype(jnp.int32), num_experts - 1)
-    out = run(blocks, ids, end[-1] // BLOCK)
+    # Blocks past the last have no expert.
+    out = run(blocks, jnp.searchsorted(end, starts, side="right").astype(jnp.int32))
     # A route without an expert has the row after the last; rows of unused blocks are undefined, and no route has one.
     mixed = out.reshape(-1, out.shape[-1]).at[routes.row].get(mode="fill", fill_value=0.0)
     return jnp.einsum("tkd,tk->td", mixed.reshape(*routing.weights.shape, -1), routing.weights)

@@ -4,8 +4,8 @@ Measured on an H100 (`docs/gpu.md`), and emulated in tests. They need `wgmma`, w
 GH200).
 
 The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
-one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA
-sums over slots, or over each token's rows (`gpu.py`).
+one tile of 64 columns and reads those columns of the weights only; those of slots without an expert return at once.
+XLA sums over slots, or over each token's rows (`gpu.py`).
 """
 
 from collections.abc import Callable
@@ -54,36 +54,32 @@ def supported(device: object) -> bool:
 def slot_outputs(
     activation: str,
     x: Float[Array, "*slots tokens model"],
-    gate: Float[Array, "all model ffn"],
-    up: Float[Array, "all model ffn"],
-    down: Float[Array, "all ffn model"],
-    rows: Int[Array, " slots"],
-    active: Int[Array, ""],
+    experts: Flat,
+    first: Int[Array, ""],
+    ids: Int[Array, " slots"],
     *,
     interpret: object = None,
 ) -> Float[Array, "slots tokens model"]:
-    """Run tokens through the experts of the first `active` slots, float32; the output of other slots is undefined.
+    """Run tokens through the expert of every slot, float32; the output of slots without an expert is undefined.
 
     Args:
         activation: name of the activation.
         x: at most `TILE` tokens of every slot, or, with two axes, tokens that all slots share.
-        gate: matrices of all experts of all sparse layers.
-        up: as `gate`.
-        down: as `gate`.
-        rows: index of every slot's expert in the matrices; not read in unused slots.
-        active: number of slots in use.
+        experts: matrices of all experts of all sparse layers.
+        first: index of the layer's first expert in the matrices.
+        ids: expert of every slot, counted from the layer's first; `num_experts` where there is none.
         interpret: settings of Pallas' GPU emulator, for tests; None compiles the kernels.
     """
     tokens = x.shape[-2]
-    run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
+    run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up
 
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, TILE - tokens), (0, 0)])
-    hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
+    hidden = run(gated, padded, (experts.gate, experts.up), kept=TILE, dtype=x.dtype)
     # A slice of a swizzled tile has a multiple of 8 rows.
-    return run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
+    return run(lambda y: y, hidden, (experts.down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
 
 
 def _multiply(
@@ -91,8 +87,9 @@ def _multiply(
     x: Float[Array, "*slots rows inner"],
     weights: tuple[Float[Array, "all inner columns"], ...],
     *,
-    rows: Int[Array, " slots"],
-    active: Int[Array, "1"],
+    ids: Int[Array, " slots"],
+    first: Int[Array, "1"],
+    num_experts: int,
     kept: int,
     dtype: jax.typing.DTypeLike,
     interpret: object,
@@ -103,21 +100,22 @@ def _multiply(
         finish: elementwise function of one float32 product for each of `weights`.
         x: rows of every slot, or, with two axes, rows that all slots share.
         weights: matrices of all experts.
-        rows: index of every slot's expert in the matrices.
-        active: number of slots in use; the output of the others is undefined.
+        ids: expert of every slot.
+        first: index in the matrices of the expert of id 0.
+        num_experts: ids from here on stand for none; the output of their slots is undefined.
         kept: number of rows to write, of those of `x`.
         dtype: dtype of the output.
         interpret: settings of Pallas' GPU emulator.
     """
-    slots, (_, inner, columns) = rows.shape[0], weights[0].shape
+    slots, (_, inner, columns) = ids.shape[0], weights[0].shape
 
-    def block(rows, active, x, *references):
+    def block(ids, first, x, *references):
         *weights, out, tile = references
         slot, column = jax.lax.axis_index("slot"), jax.lax.axis_index("column")
 
-        @pl.when(slot < active[0])
+        @pl.when(ids[slot] < num_experts)
         def _():
-            matrices = [matrix.at[rows[slot]] for matrix in weights]
+            matrices = [matrix.at[first[0] + ids[slot]] for matrix in weights]
             products = _stream(inner // TILE, column, x.at[slot] if x.ndim == 3 else x, matrices)
             tile[...] = finish(*products).astype(dtype)
             plgpu.commit_smem()
@@ -132,7 +130,7 @@ def _multiply(
         grid=(slots, columns // TILE),
         grid_names=("slot", "column"),
         interpret=interpret,
-    )(rows, active, x, *weights)
+    )(ids, first, x, *weights)
 
 
 def _stream(steps: int, column, x, matrices) -> tuple[Array, ...]:

@@ -73,17 +73,6 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
     return ids, jnp.sum(selected, dtype=jnp.int32)
 
 
-def add_slots(
-    out: Float[Array, "slots tokens model"], combine: Float[Array, "tokens slots"], active: Int[Array, ""]
-) -> Float[Array, "tokens model"]:
-    """Sum the outputs of the first `active` slots, weighted by `combine`; `out` of the others is undefined and not
-    used."""
-    used = jnp.arange(out.shape[0]) < active
-    weight = jnp.where(used[None, :], combine, 0.0).T[:, :, None]
-    # Select instead of multiplying by 0: inf of an expert would become NaN for tokens that do not use it.
-    return jnp.sum(jnp.where(weight > 0, out * weight, 0.0), axis=0)
-
-
 def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:
     def times(rows: Array, weights: Matrix) -> Array:
         if rows.shape[0] > 1 or rows.shape[1] % PARTS or isinstance(weights, Quantized):

@@ -8,8 +8,8 @@ for GPUs before Hopper we know no other way to read experts without a copy. XLA 
 of several rows, and as of jax 0.12 even a trivial Mosaic kernel does not compile for Ampere.
 
 The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
-one tile of 64 columns and reads those columns of the weights only; thread blocks of unused slots return at once. XLA
-sums over slots, or over each token's rows (`gpu.py`).
+one tile of 64 columns and reads those columns of the weights only; those of slots without an expert return at once.
+XLA sums over slots, or over each token's rows (`gpu.py`).
 """
 
 import re
@@ -60,36 +60,30 @@ def supported(device: object) -> bool:
 def slot_outputs(
     activation: str,
     x: Float[Array, "*slots tokens model"],
-    gate: Float[Array, "all model ffn"],
-    up: Float[Array, "all model ffn"],
-    down: Float[Array, "all ffn model"],
-    rows: Int[Array, " slots"],
-    active: Int[Array, ""],
+    experts: Flat,
+    first: Int[Array, ""],
+    ids: Int[Array, " slots"],
     *,
     interpret: bool = False,
 ) -> Float[Array, "slots tokens model"]:
-    """Run tokens through the experts of the first `active` slots, float32; the output of other slots is undefined.
+    """Run tokens through the expert of every slot, float32; the output of slots without an expert is undefined.
 
     Args:
         activation: name of the activation.
         x: tokens of every slot, or, with two axes, tokens that all slots share.
-        gate: matrices of all experts of all sparse layers.
-        up: as `gate`.
-        down: as `gate`.
-        rows: index of every slot's expert in the matrices; not read in unused slots.
-        active: number of slots in use.
+        experts: matrices of all experts of all sparse layers.
+        first: index of the layer's first expert in the matrices.
+        ids: expert of every slot, counted from the layer's first; `num_experts` where there is none.
         interpret: whether to interpret the kernels, on any platform.
     """
-    tokens = x.shape[-2]
-    run = partial(_multiply, rows=rows, active=active[None], interpret=interpret)
+    run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
+    height = max(FEWEST_ROWS, pl.next_power_of_2(x.shape[-2]))
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up
 
-    missing = max(FEWEST_ROWS, pl.next_power_of_2(tokens)) - tokens
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
-    hidden = run(gated, padded, (gate, up), dtype=x.dtype)
-    return run(lambda y: y, hidden, (down,), dtype=jnp.float32)[:, :tokens]
+    hidden = run(gated, x, (experts.gate, experts.up), kept=height, dtype=x.dtype)
+    return run(lambda y: y, hidden, (experts.down,), kept=x.shape[-2], dtype=jnp.float32)
 
 
 def _multiply(
@@ -97,49 +91,58 @@ def _multiply(
     x: Float[Array, "*slots rows inner"],
     weights: tuple[Float[Array, "all inner columns"], ...],
     *,
-    rows: Int[Array, " slots"],
-    active: Int[Array, "1"],
+    ids: Int[Array, " slots"],
+    first: Int[Array, "1"],
+    num_experts: int,
+    kept: int,
     dtype: jax.typing.DTypeLike,
     interpret: bool,
-) -> Float[Array, "slots rows columns"]:
+) -> Float[Array, "slots kept columns"]:
     """Compute `finish` of the products of `x` with every slot's matrices, one launch.
 
     Args:
         finish: elementwise function of one float32 product for each of `weights`.
         x: rows of every slot, or, with two axes, rows that all slots share.
         weights: matrices of all experts.
-        rows: index of every slot's expert in the matrices.
-        active: number of slots in use; the output of the others is undefined.
+        ids: expert of every slot.
+        first: index in the matrices of the expert of id 0.
+        num_experts: ids from here on stand for none; the output of their slots is undefined.
+        kept: number of rows to write; those beyond the rows of `x` are 0.
         dtype: dtype of the output.
         interpret: whether to interpret the kernel.
     """
-    slots, height, (_, inner, columns) = rows.shape[0], x.shape[-2], weights[0].shape
+    slots, given, (_, inner, columns) = ids.shape[0], x.shape[-2], weights[0].shape
+    height = max(FEWEST_ROWS, pl.next_power_of_2(given))
 
-    def block(rows, active, x, *references):
+    def block(ids, first, x, *references):
         *weights, out = references
         # Neighbours in the first grid axis run at the same time, on neighbouring columns of the same rows.
         across, slot = pl.ds(pl.program_id(0) * TILE, TILE), pl.program_id(1)
+        row = jnp.arange(height, dtype=jnp.int32)[:, None]
 
-        @pl.when(slot < active[0])
+        @pl.when(ids[slot] < num_experts)
         def _():
-            row = rows[slot]
+            expert = first[0] + ids[slot]
 
             def step(k, sums):
                 along = pl.ds(k * TILE, TILE)
-                left = x[slot, :, along] if x.ndim == 3 else x[:, along]
+                rows = x.at[slot, pl.ds(0, height), along] if x.ndim == 3 else x.at[pl.ds(0, height), along]
+                left = plgpu.load(rows) if given == height else plgpu.load(rows, mask=row < given, other=0.0)
                 return tuple(
-                    total + jnp.dot(left, matrix[row, along, across], preferred_element_type=jnp.float32)
+                    total + jnp.dot(left, matrix[expert, along, across], preferred_element_type=jnp.float32)
                     for total, matrix in zip(sums, weights, strict=True)
                 )
 
             sums = (jnp.zeros((height, TILE), jnp.float32),) * len(weights)
-            out[slot, :, across] = finish(*jax.lax.fori_loop(0, inner // TILE, step, sums)).astype(dtype)
+            result = finish(*jax.lax.fori_loop(0, inner // TILE, step, sums)).astype(dtype)
+            target = out.at[slot, pl.ds(0, height), across]
+            plgpu.store(target, result, mask=None if kept == height else row < kept)
 
     # Without block specs the kernel gets references to whole arrays, and loads only the parts that it indexes.
     return pl.pallas_call(
         block,
         grid=(columns // TILE, slots),
-        out_shape=jax.ShapeDtypeStruct((slots, height, columns), dtype),
+        out_shape=jax.ShapeDtypeStruct((slots, kept, columns), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
-    )(rows, active, x, *weights)
+    )(ids, first, x, *weights)

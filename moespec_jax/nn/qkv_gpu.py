@@ -1,0 +1,134 @@
+"""Queries, keys and values of a few tokens by one product and one Triton kernel: norms, clipping and rotation, and the
+rows of keys and values written into the cache. In plain operations these are five launches after the product.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from moespec_jax.config import AttentionConfig
+from moespec_jax.nn.attention import Attention, write_qkv
+from moespec_jax.nn.experts.gpu import DTYPES
+from moespec_jax.parallel.mesh import Axes
+
+# More tokens (a prompt) take plain operations; wider rows do not fit the registers of a thread block.
+MOST_TOKENS, WIDEST = 64, 16384
+
+
+def write_qkv_gpu(
+    config: AttentionConfig,
+    weights: Attention,
+    x: Float[Array, "batch tokens inputs"],
+    angles: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    kv: tuple[Float[Array, "*layers batch kv_heads slots head"], Float[Array, "*layers batch kv_heads slots head"]],
+    start: Int[Array, " batch"],
+    layer: Int[Array, ""] | None = None,
+    axes: Axes = (),
+) -> tuple[Array, tuple[Array, Array]]:
+    """Compute `write_qkv`: on NVIDIA GPUs with the kernel where tokens are few, numbers have 16 bits, layers are apart
+    and heads are not sharded; elsewhere with plain operations."""
+
+    def plain(weights: Attention, x: Array, angles: tuple[Array, Array], kv: tuple[Array, Array], start: Array):
+        return write_qkv(config, weights, x, angles, kv, start, layer, axes)
+
+    def fused(weights: Attention, x: Array, angles: tuple[Array, Array], kv: tuple[Array, Array], start: Array):
+        return fused_qkv(config, weights, x, angles, kv, start)
+
+    few = layer is None and not axes and x.shape[1] <= MOST_TOKENS and weights.q.shape[0] <= WIDEST
+    half = config.head_dim // 2
+    if not few or x.dtype not in DTYPES or not x.dtype == weights.q.dtype == kv[0].dtype or half & (half - 1):
+        return plain(weights, x, angles, kv, start)
+    return jax.lax.platform_dependent(weights, x, angles, kv, start, cuda=fused, default=plain)
+
+
+def fused_qkv(
+    config: AttentionConfig,
+    weights: Attention,
+    x: Float[Array, "batch tokens inputs"],
+    angles: tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]],
+    kv: tuple[Float[Array, "batch kv_heads slots head"], Float[Array, "batch kv_heads slots head"]],
+    start: Int[Array, " batch"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch tokens heads head"], tuple[Array, Array]]:
+    """Compute `write_qkv` with one product and the kernel."""
+    batch, tokens, _ = x.shape
+    groups, slots, head = kv[0].shape[1:]
+    half, heads = head // 2, len(weights.q) // head
+    norms = [norm for norm in (weights.q_norm, weights.k_norm) if norm is not None]
+
+    def kernel(products, cos, sin, start, *references):
+        *norms, _, _, q_out, k_out, v_out = references
+        token = pl.program_id(0)
+        sequence = jax.lax.div(token, tokens)
+        slot = start[sequence] + jax.lax.rem(token, tokens)
+        column = jnp.arange(half, dtype=jnp.int32)
+        c, s = (angle[token, :].astype(x.dtype).astype(jnp.float32)[None, :] for angle in (cos, sin))
+
+        def halves(first: int, count: int, norm):
+            """Load heads from column `first` on as two halves, normed and clipped as `project_qkv` does."""
+            nth = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)[:, None]
+            inside = nth < count
+            places = [nth * head + part * half + column[None, :] for part in (0, 1)]
+            parts = [plgpu.load(products.at[token, first + p], mask=inside, other=0.0) for p in places]
+            if norm is not None and config.qk_norm == "flat":
+                factors = [plgpu.load(norm.at[p], mask=inside, other=0.0) for p in places]
+                parts = _normed(parts, factors, 1.0 / (count * head), config.rms_norm_eps, flat=True)
+            if config.clip_qkv is not None:
+                parts = [jnp.minimum(jnp.maximum(part, -config.clip_qkv), config.clip_qkv) for part in parts]
+            if norm is not None and config.qk_norm == "head":
+                factors = [norm[pl.ds(part * half, half)][None, :] for part in (0, 1)]
+                parts = _normed(parts, factors, 1.0 / head, config.rms_norm_eps, flat=False)
+            return nth, inside, parts
+
+        def rotated(parts):
+            a, b = (part.astype(jnp.float32) for part in parts)
+            return [(a * c - b * s).astype(x.dtype), (b * c + a * s).astype(x.dtype)]
+
+        q_norm, k_norm = norms if norms else (None, None)
+        nth, inside, parts = halves(0, heads, q_norm)
+        for part, values in enumerate(rotated(parts)):
+            plgpu.store(q_out.at[token, nth, part * half + column[None, :]], values, mask=inside)
+        for first, norm, finish, out in (
+            (heads * head, k_norm, rotated, k_out),
+            ((heads + groups) * head, None, lambda parts: parts, v_out),
+        ):
+            nth, inside, parts = halves(first, groups, norm)
+            for part, values in enumerate(finish(parts)):
+                target = out.at[sequence, nth, slot, part * half + column[None, :]]
+                plgpu.store(target, values, mask=inside & (slot < slots))
+
+    shapes = (jax.ShapeDtypeStruct((batch * tokens, heads, head), x.dtype),)
+    shapes += tuple(jax.ShapeDtypeStruct(store.shape, store.dtype) for store in kv)
+    q, k, v = pl.pallas_call(
+        kernel,
+        grid=(batch * tokens,),
+        out_shape=shapes,
+        input_output_aliases={4 + len(norms): 1, 5 + len(norms): 2},
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(
+        _products(weights, x).reshape(batch * tokens, -1),
+        *(jnp.broadcast_to(a, (batch, tokens, half)).reshape(-1, half) for a in angles),
+        start,
+        *norms,
+        *kv,
+    )
+    return q.reshape(batch, tokens, heads, head), (k, v)
+
+
+def _products(weights: Attention, x: Float[Array, "batch tokens inputs"]) -> Float[Array, "batch tokens outputs"]:
+    """Compute queries, keys and values side by side. XLA reads the parts of a concatenation inside the product."""
+    products = jnp.einsum("btm,om->bto", x, jnp.concatenate([weights.q, weights.k, weights.v]))
+    biases = [bias for bias in (weights.q_bias, weights.k_bias, weights.v_bias) if bias is not None]
+    return products + jnp.concatenate(biases)[None, None, :] if biases else products
+
+
+def _normed(parts: list[Array], factors: list[Array], share: float, eps: float, *, flat: bool) -> list[Array]:
+    """Compute `rms_norm` over both halves, of every head or of all."""
+    wide = [part.astype(jnp.float32) for part in parts]
+    squares = jnp.sum(wide[0] * wide[0], axis=1) + jnp.sum(wide[1] * wide[1], axis=1)
+    scale = jax.lax.rsqrt((jnp.sum(squares, axis=0) if flat else squares[:, None]) * share + eps)
+    return [(part * scale).astype(parts[0].dtype) * factor for part, factor in zip(wide, factors, strict=True)]
