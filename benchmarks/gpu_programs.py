@@ -89,10 +89,10 @@ def main() -> None:
         print(json.dumps(examine(options.model, backend, options.gpu, program)), flush=True)
 
 
-def examine(model: str, backend: Backend, gpu: str, program: str) -> dict[str, Any]:
-    """The row of one program."""
+def examine(model: str, backend: Backend, gpu: str, program: str, layers: int | None = None) -> dict[str, Any]:
+    """The row of one program, of a model cut to its first `layers`."""
     started = time.perf_counter()
-    step, arguments = step_of(model, backend, gpu, program)
+    step, arguments = step_of(model, backend, gpu, program, layers)
     with lowering_for(gpu):
         lowered = Programs().lower(step, *arguments, donate=True)
     compiled = lowered.compile()
@@ -109,11 +109,15 @@ def examine(model: str, backend: Backend, gpu: str, program: str) -> dict[str, A
     }  # fmt: skip
 
 
-def step_of(model: str, backend: Backend, gpu: str, program: str) -> tuple[Step, tuple[Any, Any, Any]]:
+def step_of(
+    model: str, backend: Backend, gpu: str, program: str, layers: int | None = None
+) -> tuple[Step, tuple[Any, Any, Any]]:
     """A method's `step`, with parameters, state and number of rounds as shapes on the GPU."""
-    config, (tree, budget) = read_config(MODELS[model]), PROGRAMS[program]
+    cut = {} if layers is None else {"num_hidden_layers": layers}
+    config, (tree, budget) = read_config(MODELS[model] | cut), PROGRAMS[program]
     device = described_device(gpu)
-    mesh, draft = make_mesh(MeshConfig(), [device]), draft_config(model, config)
+    boundaries = {} if layers is None else {"boundaries": (1, layers // 2, layers - 1)}
+    mesh, draft = make_mesh(MeshConfig(), [device]), draft_config(model, config, **boundaries)
     limit = None if budget is None else BudgetConfig(budget)
     method, params, state = abstract_round(Workload(config, draft, mesh, backend, tree or CHAIN, SLOTS, budget=limit))
     rounds, sharding = jax.ShapeDtypeStruct((), jnp.int32), SingleDeviceSharding(device)

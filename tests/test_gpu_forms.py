@@ -25,6 +25,7 @@ from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
 from moespec_jax.nn.routing import Routing
 from moespec_jax.nn.routing_gpu import choose
+from moespec_jax.nn.top_k_gpu import fused_most_probable
 
 # Said at lowering, from jax 0.11 on; `experts/triton_gpu.py` says why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -159,6 +160,25 @@ def test_distinct_experts_and_the_sums_of_their_outputs(most: int | None) -> Non
     outputs[:, 2] = np.nan  # no token reads the row of another, nor one without experts any
     out = jnp.asarray(outputs, jnp.float32)
     close(sum_places(out, places, routing.weights, jnp.float32, interpret=True), expected, 1e-6)
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [(3, 2500, 10), (1, 700, 1), (2, 1024, 3)])
+def test_most_probable_tokens_and_their_order(rows: int, n: int, k: int) -> None:
+    logits = np.round(np.random.default_rng(0).normal(size=(rows, n)) * 4) / 4  # equals among them, across parts too
+    logits[0, :2] = -np.inf
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    scores = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    best, ids = fused_most_probable(jnp.asarray(logits, jnp.float32), k, interpret=True)
+    np.testing.assert_array_equal(np.asarray(ids), order)
+    close(best, np.take_along_axis(scores, order, axis=1), 1e-6)
+
+
+def test_tokens_differ_and_probabilities_are_at_most_1_for_any_logits() -> None:
+    logits = jnp.full((3, 1500), -jnp.inf).at[0].set(jnp.nan).at[1, 7].set(0.0).at[2].set(100.0)
+    best, ids = fused_most_probable(logits, 4, interpret=True)
+    assert all(len(set(row)) == 4 and 0 <= min(row) <= max(row) < 1500 for row in ids.tolist())
+    assert ids[1, 0] == 7 and ids[2].tolist() == [0, 1, 2, 3] and (np.asarray(best) <= 0).all()
+    assert best[1, 0] == 0 and not np.signbit(np.asarray(best)[1, 0])
 
 
 def test_rows_of_the_cache_are_all_read_before_one_is_written() -> None:

@@ -11,7 +11,17 @@ import tree_oracle
 from driver import fast_jit
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.tree import Beam, Tree, ancestors, depths, first_level, next_level, prune
+from moespec_jax.decoding.tree import (
+    Beam,
+    Tree,
+    ancestors,
+    check_draft_vocabulary,
+    depths,
+    first_level,
+    next_level,
+    prune,
+)
+from moespec_jax.nn.top_k import top_logarithms
 
 SHAPES = [
     TreeConfig(depth=7, top_k=10, size=60),
@@ -27,11 +37,12 @@ KINDS = ["distinct", "few values", "exact zeros", "all equal", "impossible token
 
 def grow(config: TreeConfig, root: Any, first: Any, later: Any, target_ids: Any) -> tuple[Tree, Beam]:
     """The tree and the stacked beams `[depth, top_k]` that were drafted, for log-probabilities that are given."""
-    level, beam = first_level(config, first, target_ids)
+    level, beam = first_level(config, *top_logarithms(first, config.top_k), target_ids)
 
     def expand(beam: Beam, step: Any) -> tuple[Beam, Any]:
         index, log_probs = step
-        level, following = next_level(config, index, beam, log_probs, target_ids)
+        best = top_logarithms(log_probs, config.top_k)
+        level, following = next_level(config, index, beam, *best, target_ids)
         return following, (level, beam)
 
     _, (levels, beams) = jax.lax.scan(expand, beam, (jnp.arange(config.depth, dtype=jnp.int32), later))
@@ -134,4 +145,4 @@ def test_a_parent_stays_ahead_of_its_children_whatever_the_logarithm_rounds_to()
 
 def test_a_wider_tree_than_the_draft_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match=r"top-k at most 4, .* got 5$"):
-        first_level(TreeConfig(depth=1, top_k=5, size=6), jnp.zeros((4,)), jnp.arange(4))
+        check_draft_vocabulary(TreeConfig(depth=1, top_k=5, size=6), 4)

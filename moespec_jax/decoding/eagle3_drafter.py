@@ -22,7 +22,7 @@ from moespec_jax.decoding.autoregressive import row_at
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import sequence_keys, token_noise
 from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
-from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
+from moespec_jax.decoding.tree import Beam, Level, Tree, check_draft_vocabulary, first_level, next_level, prune
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache, in_rows
@@ -54,7 +54,7 @@ class Eagle3Drafter:
 
     Fields:
         config: the head's settings.
-        backend: forms of attention and of the projection before it.
+        backend: forms of attention, of the projection before it, and of the choice of tokens.
     """
 
     config: DraftConfig
@@ -108,8 +108,8 @@ class Eagle3Drafter:
         outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
         roots = jnp.take_along_axis(decoding.tokens, pairs[:, None], axis=1)[:, 0]
         cache = dataclasses.replace(cache, length=pairs)
-        log_probabilities = partial(draw_log_probabilities, self.config, params, state)
-        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, log_probabilities, self.backend)
+        logits = partial(draw_logits, self.config, params, state)
+        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, logits, self.backend)
         return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux))
 
     def commit(
@@ -149,7 +149,7 @@ def grow_trees(
     outputs: Float[Array, "batch model"],
     roots: Int[Array, " batch"],
     cache: Cache,
-    log_probabilities: Callable[[Array, Array], Array],
+    logits: Callable[[Array, Array], Array],
     backend: Backend = PLAIN,
 ) -> tuple[Tree, Cache]:
     """Draft a tree for every sequence.
@@ -161,8 +161,8 @@ def grow_trees(
         outputs: the head's outputs at the last confirmed pair.
         roots: the newest token of each sequence.
         cache: all confirmed pairs.
-        log_probabilities: of the tokens `level` places after the root's next, from the outputs before them.
-        backend: forms of the head's attention.
+        logits: of the tokens `level` places after the root's next, from the outputs before them.
+        backend: forms of the head's attention and of the choice of tokens.
 
     Returns:
         The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
@@ -170,6 +170,10 @@ def grow_trees(
     head, embed, confirmed, k = params.draft, _embedding(params), cache.length, tree.top_k
     ids = head.target_ids
     assert ids is not None  # only a head in training has none
+    check_draft_vocabulary(tree, len(ids))
+
+    def children(outputs: Array, level: Array) -> tuple[Array, Array]:
+        return backend.most_probable(logits(outputs, level), k)
 
     def grow(carry: tuple[Cache, Beam, Array], level: Array) -> tuple[tuple[Cache, Beam, Array], Level]:
         cache, beam, features = carry
@@ -178,12 +182,12 @@ def grow_trees(
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache, backend)
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
-        log_p = log_probabilities(outputs, level + 1)
-        candidates, beam = jax.vmap(lambda b, row: next_level(tree, level, b, row, ids))(beam, log_p)
+        best = children(outputs, level + 1)
+        candidates, beam = jax.vmap(lambda *given: next_level(tree, level, *given, ids))(beam, *best)
         features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)
         return (cache, beam, features), candidates
 
-    first, beam = jax.vmap(lambda row: first_level(tree, row, ids))(log_probabilities(outputs, jnp.int32(0)))
+    first, beam = jax.vmap(lambda *best: first_level(tree, *best, ids))(*children(outputs, jnp.int32(0)))
     features = next_features(config, head, outputs)[:, None, :]
     features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
     levels = jnp.arange(tree.depth, dtype=jnp.int32)
@@ -192,16 +196,16 @@ def grow_trees(
     return trees, dataclasses.replace(cache, length=confirmed)
 
 
-def draw_log_probabilities(
+def draw_logits(
     config: DraftConfig,
     params: Params,
     state: SpeculationState[Eagle3State],
     outputs: Float[Array, "batch *beam model"],
     level: Int[Array, ""],
 ) -> Float[Array, "batch *beam draft_vocab"]:
-    """Compute the head's log-probability that the target draws each token `level` places after the root's next.
+    """Compute the head's logits of the token that the target draws `level` places after the root's next.
 
-    Where tokens are sampled, this is given the noise of that draw. Top-k and top-p are the target's alone, so that
+    Where tokens are sampled, they are given the noise of that draw. Top-k and top-p are the target's alone, so that
     every node of a tree has children.
     """
     logits, decoding, sampling = draft_logits(config, params.draft, outputs), state.decoding, state.sampling
@@ -210,7 +214,7 @@ def draw_log_probabilities(
         noise = jax.vmap(token_noise, in_axes=(0, 0, None))(keys, decoding.length + level, vocab_size)
         noise = noise[:, params.draft.target_ids]
         logits = logits / sampling.temperature + jnp.expand_dims(noise, tuple(range(1, logits.ndim - 1)))
-    return jax.nn.log_softmax(logits, axis=-1)
+    return logits
 
 
 def _embedding(params: Params) -> Float[Array, "vocab model"]:

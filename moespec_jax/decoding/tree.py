@@ -24,7 +24,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.nn.top_k import top_k
 
 
 class Tree(NamedTuple):
@@ -89,15 +88,16 @@ def check_draft_vocabulary(config: TreeConfig, draft_vocab_size: int) -> None:
 
 
 def first_level(
-    config: TreeConfig, log_probs: Float[Array, " draft_vocab"], target_ids: Int[Array, " draft_vocab"]
+    config: TreeConfig,
+    scores: Float[Array, " beam"],
+    ids: Int[Array, " beam"],
+    target_ids: Int[Array, " draft_vocab"],
 ) -> tuple[Level, Beam]:
     """Take the root's `top_k` best children, which are the first beam.
 
-    `log_probs` are the float32 `log_softmax` of the drafter's logits after the last confirmed pair; `target_ids` maps
-    the drafter's tokens to different tokens of the target.
+    `scores` and `ids` are the log-probabilities and the ids of the drafter's most probable tokens after the last
+    confirmed pair (`top_k.most_probable`); `target_ids` maps them to different tokens of the target.
     """
-    check_draft_vocabulary(config, log_probs.shape[0])
-    scores, ids = _best(log_probs, config.top_k)
     slots = jnp.arange(config.top_k, dtype=jnp.int32)
     beam = Beam(
         tokens=target_ids[ids].astype(jnp.int32),
@@ -113,16 +113,17 @@ def next_level(
     config: TreeConfig,
     level_index: Int[Array, ""],
     beam: Beam,
-    log_probs: Float[Array, "beam draft_vocab"],
+    gains: Float[Array, "beam children"],
+    ids: Int[Array, "beam children"],
     target_ids: Int[Array, " draft_vocab"],
 ) -> tuple[Level, Beam]:
     """Take the `top_k` best children of every beam node, and the best of them as the next beam.
 
-    `level_index` counts expansions from 0 and may be traced. `log_probs` are those of the beam's tokens. The beam of
-    the last expansion is not expanded and has no scratch slots.
+    `level_index` counts expansions from 0 and may be traced. `gains` and `ids` are the log-probabilities and the ids
+    of the most probable children of each node of the beam, in the drafter's vocabulary. The beam of the last expansion
+    is not expanded and has no scratch slots.
     """
     k = config.top_k
-    gains, ids = jax.vmap(lambda row: _best(row, k))(log_probs)
     tokens = target_ids[ids].astype(jnp.int32).reshape(k * k)
     scores = (beam.scores[:, None] + gains).reshape(k * k)
     level = Level(tokens, scores, jnp.repeat(beam.flat, k))
@@ -167,12 +168,6 @@ def ancestors(parents: Int[Array, " nodes"]) -> Bool[Array, "nodes nodes"]:
 def depths(mask: Bool[Array, "nodes nodes"]) -> Int[Array, " nodes"]:
     """Count the steps from the root to each node, given `ancestors`."""
     return jnp.sum(mask, axis=-1, dtype=jnp.int32) - 1
-
-
-def _best(log_probs: Float[Array, " draft_vocab"], k: int) -> tuple[Float[Array, " k"], Int[Array, " k"]]:
-    """Take the k largest, lower indices first among equals. A logarithm may round to above 0, or to -0, which `top_k`
-    ranks below 0: in both cases a child could precede its parent."""
-    return top_k(jnp.where(log_probs < 0, log_probs, 0.0), k)
 
 
 def _own_slot(config: TreeConfig, level_index: Int[Array, ""]) -> Bool[Array, "beam drafted"]:

@@ -154,6 +154,10 @@ def output_projection(
     return y if weights.o_bias is None else y + weights.o_bias[None, None, :]
 
 
+# `output_projection`, or a function of its signature.
+OutputProjection = Callable[[Attention, Array, Axes], Array]
+
+
 def causal_mask(positions: Int[Array, "batch tokens"], slots: int) -> Bool[Array, "batch tokens slots"]:
     """Build the mask of causal attention, true where slot <= position: the token at position p is in slot p."""
     return jnp.arange(slots, dtype=jnp.int32)[None, None, :] <= positions[:, :, None]
@@ -165,10 +169,20 @@ def tree_mask(
     """Build the mask of tree attention, true at every slot before `start[b]`, and at slot `start[b] + i` where
     `ancestors[b, t, i]`."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None, :] - start[:, None]
-    # A product with a one-hot matrix: indexing `ancestors` by slot would be a gather, which is slow on accelerators.
+    own = jax.lax.platform_dependent(ancestors, slot, cuda=_ancestor_slots_by_index, default=_ancestor_slots)
+    return (slot < 0)[:, None, :] | own
+
+
+def _ancestor_slots(ancestors: Array, slot: Array) -> Array:
+    # A product with a one-hot matrix: indexing `ancestors` by slot would be a gather, which is slow on TPUs.
     node_slots = jax.nn.one_hot(slot, ancestors.shape[-1], axis=1, dtype=jnp.float32)
-    attended = jnp.einsum("btn,bns->bts", ancestors.astype(jnp.float32), node_slots)
-    return (slot < 0)[:, None, :] | (attended > 0)
+    return jnp.einsum("btn,bns->bts", ancestors.astype(jnp.float32), node_slots) > 0
+
+
+def _ancestor_slots_by_index(ancestors: Array, slot: Array) -> Array:
+    """Compute the same as a gather, which is one launch."""
+    node, nodes = slot[:, None, :], ancestors.shape[-1]
+    return jnp.take_along_axis(ancestors, jnp.clip(node, 0, nodes - 1), axis=2) & (node >= 0) & (node < nodes)
 
 
 def within_window(

@@ -8,7 +8,14 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moespec_jax.nn.attention import LayerAttention, WriteQkv, attend_layer, write_qkv
+from moespec_jax.nn.attention import (
+    LayerAttention,
+    OutputProjection,
+    WriteQkv,
+    attend_layer,
+    output_projection,
+    write_qkv,
+)
 from moespec_jax.nn.cache import KeepRows, keep_rows
 from moespec_jax.nn.experts.cpu import cpu_experts
 from moespec_jax.nn.experts.dense import dense_experts
@@ -17,6 +24,7 @@ from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.layers import AddNorm, add_norm
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.routing import Route, route
+from moespec_jax.nn.top_k import MostProbable, most_probable
 
 
 class Backend(NamedTuple):
@@ -32,9 +40,11 @@ class Backend(NamedTuple):
         missing: names what GPU kernels do not support of (activation, experts, dtype), None if they run; None without
             such kernels.
         write_qkv: projection to queries, and to keys and values in the cache.
+        output_projection: projection of attention's output to the residual stream.
         add_norm: sum of the residual stream and a block's output, and its norm.
         route: choice of every token's experts.
         keep_rows: moves the accepted rows of the cache.
+        most_probable: choice of drafted tokens.
     """
 
     name: str
@@ -45,9 +55,11 @@ class Backend(NamedTuple):
     attention: LayerAttention = attend_layer
     missing: Callable[[str, Any, DTypeLike], str | None] | None = None
     write_qkv: WriteQkv = write_qkv
+    output_projection: OutputProjection = output_projection
     add_norm: AddNorm = add_norm
     route: Route = route
     keep_rows: KeepRows = keep_rows
+    most_probable: MostProbable = most_probable
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -73,8 +85,10 @@ _pallas_experts = _later("experts.pallas_tpu", "pallas_experts")
 _GPU_FORMS = {
     "attention": ("attention_gpu", "attend_gpu"),
     "write_qkv": ("qkv_gpu", "write_qkv_gpu"),
+    "output_projection": ("qkv_gpu", "output_projection_gpu"),
     "add_norm": ("norm_gpu", "add_norm_gpu"),
     "route": ("routing_gpu", "route_gpu"),
+    "most_probable": ("top_k_gpu", "most_probable_gpu"),
     "keep_rows": ("cache_gpu", "keep_rows_gpu"),
 }
 

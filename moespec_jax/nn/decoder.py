@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.nn.attention import Attention, attend, output_projection, project_qkv, within_window
+from moespec_jax.nn.attention import Attention, attend, project_qkv, within_window
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rope_angles
@@ -211,7 +211,7 @@ def _attention_block(
         # Written into the whole cache first and read after: the other order copies the layer's cache twice.
         q, kv = context.backend.write_qkv(config, layer.attention, h, angles, kv, context.start, index, heads)
         mixed = context.backend.attention(q, *kv, index, mask)
-    return output_projection(layer.attention, mixed, heads), kv
+    return context.backend.output_projection(layer.attention, mixed, heads), kv
 
 
 def _mlp_block(
@@ -250,8 +250,7 @@ def _unrolled_layers(
     """Run layers in a Python loop, and the last norm."""
     add_norm, eps = context.backend.add_norm, config.rms_norm_eps
     keys, values, routers, entering, y = [], [], [], [], None
-    for i, layer in enumerate(params.layers):
-        # The output of a block is added together with the norm of the next.
+    for i, layer in enumerate(params.layers):  # a block's output is added with the norm of the next
         x, h = add_norm(x, y, layer.input_norm, eps)
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])

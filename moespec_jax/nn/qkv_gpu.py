@@ -9,10 +9,13 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import AttentionConfig
-from moespec_jax.nn.attention import Attention, write_qkv
+from moespec_jax.nn.attention import Attention, output_projection, write_qkv
 from moespec_jax.nn.experts.gpu import DTYPES
+from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import Axes
 
+# Parts into which one token's product is split along the summed axis (split-K).
+PARTS = 16
 # More tokens (a prompt) take plain operations; wider rows do not fit the registers of a thread block.
 MOST_TOKENS, WIDEST = 64, 16384
 
@@ -41,6 +44,24 @@ def write_qkv_gpu(
     if not few or x.dtype not in DTYPES or not x.dtype == weights.q.dtype == kv[0].dtype or half & (half - 1):
         return plain(weights, x, angles, kv, start)
     return jax.lax.platform_dependent(weights, x, angles, kv, start, cuda=fused, default=plain)
+
+
+def output_projection_gpu(
+    weights: Attention, x: Float[Array, "batch tokens q_out"], axes: Axes = ()
+) -> Float[Array, "batch tokens model"]:
+    """Compute `output_projection`. For one token, XLA:GPU may write the elementwise product of matrix and token to
+    memory before it sums; in parts of the summed axis it does not."""
+    batch, tokens, width = x.shape
+    if batch * tokens > 1 or width % PARTS or weights.o_bias is not None:
+        return output_projection(weights, x, axes)
+
+    def split(x: Array, o: Array) -> Array:
+        parts, matrix = x.reshape(1, PARTS, -1), o.reshape(PARTS, -1, o.shape[1])
+        sums = jnp.einsum("tsd,sdf->stf", parts, matrix, preferred_element_type=jnp.float32)
+        # Without a barrier, the compiler merges both sums into one.
+        return jnp.sum(jax.lax.optimization_barrier(sums), axis=0)[None].astype(x.dtype)
+
+    return psum(jax.lax.platform_dependent(x, weights.o, cuda=split, default=lambda x, o: x @ o), axes)
 
 
 def fused_qkv(

@@ -4,6 +4,7 @@ On NVIDIA GPUs, one row of `jax.lax.top_k` over a vocabulary occupies a small pa
 of it: the largest of each part of the axis, and then the largest of those.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -20,6 +21,23 @@ def top_k(values: Float[Array, "*rows n"], k: int) -> tuple[Float[Array, "*rows 
     if values.shape[-1] < max(SHORTEST, PARTS * k):
         return _one_stage(values, k=k)
     return jax.lax.platform_dependent(values, cuda=partial(two_stages, k=k), default=partial(_one_stage, k=k))
+
+
+def most_probable(logits: Float[Array, "*rows n"], k: int) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Find the k most probable tokens, best first, and their log-probabilities; lower ids first among equals."""
+    return top_logarithms(jax.nn.log_softmax(logits, axis=-1), k)
+
+
+def top_logarithms(
+    log_probabilities: Float[Array, "*rows n"], k: int
+) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Compute `top_k` of logarithms of probabilities. One may round to above 0, or to -0, which `top_k` ranks below 0:
+    both become 0, so that no child of a draft tree precedes its parent."""
+    return top_k(jnp.where(log_probabilities < 0, log_probabilities, 0.0), k)
+
+
+# `most_probable`, or a function of its signature.
+MostProbable = Callable[[Array, int], tuple[Array, Array]]
 
 
 def two_stages(values: Float[Array, "*rows n"], *, k: int) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
