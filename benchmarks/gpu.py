@@ -7,6 +7,9 @@ Correctness: the embedded pair in float32 generates the tokens that a CPU genera
 speculatively, greedy and sampled, exact and under budgets. Sampled texts may part where two draws are near a boundary;
 the number of equal tokens before that is reported.
 
+Kernels: `kernels` is the error of each against plain operations in float32 (`gpu_forms.py`), as a share of the largest
+value. One that is not right is printed, and the rest goes on.
+
 Speed: OLMoE-1B-7B (or `--model`) with random weights in bfloat16, batch 1, SIMULATED acceptance of published length and
 SIMULATED routing skew (`moespec_jax/bench/random_pair.py`): times mean something, texts do not. Columns:
 
@@ -15,6 +18,7 @@ SIMULATED routing skew (`moespec_jax/bench/random_pair.py`): times mean somethin
 - `experts_read`: distinct experts a layer;
 - `floor_ms`: bytes of the weights that the verification must read (experts read, all else once) over the copy
 bandwidth;
+- `without`: which kernels were replaced by plain operations, in rows that compare (`all`: every part but the experts);
 - `prefill_ms`: prompts of 512 tokens; `prefill` has more lengths.
 
 `copy_gb_per_s` is that of a large copy out of place, bytes read and written.
@@ -35,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import moespec_jax
+from benchmarks.gpu_forms import FORMS, check_forms, on, without
 from moespec_jax import BACKENDS, BudgetConfig, DecodingSpec, Model, TreeConfig
 from moespec_jax.bench.random_pair import published_accept_length, random_model
 from moespec_jax.measure.roofline import verification_bytes
@@ -64,6 +69,10 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="cut the model to its first layers")
     parser.add_argument("--backends", nargs="+", default=["triton", "mosaic", "slots"])
     parser.add_argument("--full", default="triton", help="back-end that is timed with every tree and budget")
+    parser.add_argument(
+        "--without", nargs="*", choices=("all", *FORMS), default=["all"],
+        help="time --full again without each of these kernels, plainly and with the largest tree",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.reference:
@@ -71,6 +80,7 @@ def main() -> int:
         return 0
     report = {"device": device_name(), "versions": versions(), "model": arguments.model, "simulated": True}
     report["embedded"] = check_embedded(Path(__file__).parent / "results" / "embedded_tokens.json")
+    report["kernels"] = check_forms()
     report["copy_gb_per_s"] = round(copy_bandwidth() / 1e9, 1)
     report |= {"rows": [], "prefill": []}
     for name in arguments.backends:
@@ -78,6 +88,12 @@ def main() -> int:
         for kind, rows in _measure(model, name == arguments.full, arguments.repeats, report["copy_gb_per_s"] * 1e9):
             report[kind] += rows
             if arguments.out:  # what is measured so far, should time run out
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        for forms in arguments.without if name == arguments.full else ():
+            plainer, few = on(model, without(model.backend, [forms])), [*specs_of(model, TREES[-1:], (4,))]
+            rows = timed_rows(plainer, few, arguments.repeats, report["copy_gb_per_s"] * 1e9)
+            report["rows"] += [row | {"without": forms} for row in rows]
+            if arguments.out:
                 arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         del model
     return 0

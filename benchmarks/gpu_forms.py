@@ -1,0 +1,165 @@
+"""The parts of a layer that GPU back-ends compute in kernels of their own, against plain operations in float32.
+
+`check_forms` runs each kernel at the shapes of OLMoE-1B-7B and Qwen3-30B-A3B, for one row and for 60, and returns the
+largest error, as a share of the largest value. A kernel that does not compile or run is reported by its error, and the
+others go on. `without` turns forms off, to compare times.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moespec_jax.checkpoint.families import read_config
+from moespec_jax.config import DecoderConfig
+from moespec_jax.measure.published_shapes import MODELS
+from moespec_jax.nn.attention import Attention, attend, write_qkv
+from moespec_jax.nn.attention_gpu import fused_attention
+from moespec_jax.nn.backend import PLAIN, Backend
+from moespec_jax.nn.cache import Cache, keep_rows
+from moespec_jax.nn.cache_gpu import move_rows
+from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
+from moespec_jax.nn.layers import add_norm
+from moespec_jax.nn.norm_gpu import fused_add_norm
+from moespec_jax.nn.qkv_gpu import fused_qkv
+from moespec_jax.nn.routing import Routing, combine_weights, normalise
+from moespec_jax.nn.routing_gpu import choose
+from moespec_jax.nn.top_k import most_probable
+from moespec_jax.nn.top_k_gpu import fused_most_probable
+
+FORMS = ("attention", "write_qkv", "output_projection", "add_norm", "route", "most_probable", "keep_rows")
+# Of values rounded to 8 bits several times; ids must agree.
+TOLERANCE = 2**-6
+
+
+class Case(NamedTuple):
+    """A kernel, the same in plain operations, and arguments of both."""
+
+    name: str
+    kernel: Callable[..., Any]
+    plain: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def without(backend: Backend, forms: Sequence[str]) -> Backend:
+    """Replace forms of a back-end by plain operations; `all` stands for all of them."""
+    names = FORMS if "all" in forms else forms
+    return backend._replace(**{name: getattr(PLAIN, name) for name in names})
+
+
+def check_forms(interpret: bool = False, **changes: Any) -> dict[str, float | str]:
+    """Compute the error of every kernel, or name what failed; `changes` are fields of the models' `config.json`."""
+    cases = [
+        (f"{case.name}, {model}, {rows} rows", case)
+        for model in ("OLMoE-1B-7B", "Qwen3-30B-A3B")
+        for rows in (1, 60)
+        for case in cases_of(read_config(MODELS[model] | changes), rows, interpret)
+    ]
+    with ThreadPoolExecutor(8) as pool:  # compiles side by side
+        found = dict(zip([name for name, _ in cases], pool.map(_error, [case for _, case in cases]), strict=True))
+    for name, error in found.items():
+        if isinstance(error, str) or not error <= TOLERANCE:
+            print(f"NOT RIGHT: {name}: {error}", flush=True)
+    return found
+
+
+def _error(case: Case) -> float | str:
+    """Largest error of any output as a share of its largest value, 1 where ids differ."""
+    try:
+        got = jax.jit(case.kernel)(*case.arguments)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, case.arguments)
+        with jax.default_matmul_precision("highest"):
+            expected = jax.jit(case.plain)(*wide)
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+        return round(max(_difference(np.asarray(a), np.asarray(b)) for a, b in pairs), 6)
+    except Exception as error:  # whatever the compiler or the driver raises: the other kernels go on
+        return f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _difference(got: np.ndarray, expected: np.ndarray) -> float:
+    if np.issubdtype(expected.dtype, np.integer):
+        return float((got != expected).any())
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    return float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-9))
+
+
+def cases_of(config: DecoderConfig, rows: int, interpret: bool) -> Iterator[Case]:
+    """Every kernel for one sequence of `rows` tokens behind 300 in a cache of 1024 slots."""
+    slots, start, rng = 1024, jnp.full((1,), 300, jnp.int32), np.random.default_rng(0)
+    heads, groups, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    model, experts, k = config.hidden_size, config.num_experts, config.num_experts_per_tok
+
+    def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    store = normal(1, groups, slots, head), normal(1, groups, slots, head)
+    mask = (np.arange(slots) < 300)[None, None] | ((rng.random((1, rows, slots)) < 0.5) & (np.arange(slots) < 360))
+    queries = normal(1, rows, heads, head)
+    fused = partial(fused_attention, interpret=interpret)
+    yield Case("attention", fused, attend, (queries, *store, jnp.asarray(mask)))
+
+    widths = (heads * head, groups * head, groups * head)
+    norms = {"flat": widths[:2], "head": (head, head)}.get(config.qk_norm)
+    scale = model**-0.5
+    weights = Attention(
+        *(normal(width, model) * jnp.bfloat16(scale) for width in widths), normal(widths[0], 1),
+        q_norm=None if norms is None else normal(norms[0]), k_norm=None if norms is None else normal(norms[1]),
+    )  # fmt: skip
+    angle = normal(1, rows, head // 2, dtype=jnp.float32)
+    arguments = (weights, normal(1, rows, model), (jnp.cos(angle), jnp.sin(angle)), store, start)
+    fused = partial(fused_qkv, config, interpret=interpret)
+    yield Case("write_qkv", fused, partial(write_qkv, config), arguments)
+
+    x, y, weight = normal(rows, model), normal(rows, model), normal(model)
+
+    def plain_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> Any:
+        return add_norm(x, y, weight, 1e-5)
+
+    def fused_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> Any:
+        return fused_add_norm([x, y], weight, 1e-5, interpret=interpret)
+
+    yield Case("add_norm", fused_norm, plain_norm, (x, y, weight))
+
+    logits = normal(rows, experts, dtype=jnp.float32)
+
+    def plain_route(logits: jax.Array, valid: jax.Array) -> Any:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        best, ids = jax.lax.top_k(probabilities, k)
+        return ids, normalise(best) if config.norm_topk_prob else best, probabilities
+
+    fused = partial(choose, config, interpret=interpret)
+    yield Case("route", fused, plain_route, (logits, jnp.ones((rows,), jnp.int32)))
+
+    best, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
+    outputs = normal(min(rows * k, experts), rows, model, dtype=jnp.float32)
+
+    def fused_sum(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
+        listed, places = list_distinct(Routing(ids, best), experts, interpret=interpret)
+        return listed, sum_places(outputs, places, best, jnp.float32, interpret=interpret)
+
+    def plain_sum(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
+        listed = jnp.unique(ids, size=len(outputs), fill_value=experts)
+        weights = combine_weights(Routing(ids, best), jnp.minimum(listed, experts))
+        weights = jnp.where((listed < experts)[None, :], weights, 0.0)
+        return listed, jnp.einsum("ts,std->td", weights, outputs)
+
+    yield Case("list and sum of experts", fused_sum, plain_sum, (ids, best, outputs))
+    fused = partial(fused_most_probable, k=10, interpret=interpret)
+    yield Case("most_probable", fused, partial(most_probable, k=10), (normal(rows, 32000, dtype=jnp.float32),))
+
+    path = jnp.asarray(np.sort(rng.permutation(max(rows, 9))[:9])[None], jnp.int32)
+
+    def plain_move(stores: tuple[jax.Array, ...], start: jax.Array, path: jax.Array) -> Any:
+        return keep_rows(Cache(stores, (), start), start, path, max(rows, 9)).k
+
+    yield Case("keep_rows", partial(move_rows, interpret=interpret), plain_move, (store, start, path))
+
+
+def on(model: Any, backend: Backend) -> Any:
+    """Take the same model with another back-end of the same layout."""
+    return dataclasses.replace(model, backend=backend)
