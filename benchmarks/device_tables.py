@@ -118,6 +118,22 @@ def expert_copies(report: dict[str, Any]) -> Table:
     return ["model", "GPU", "back-end", *(f"{count} token{'s' * (count > 1)}" for count in tokens)], found
 
 
+def gpu_launches(report: dict[str, Any]) -> Table:
+    """List the kernels of compiled GPU programs, before and after parts of a layer became kernels."""
+
+    def cell(pair: tuple[dict[str, Any], dict[str, Any]], name: str, form: str) -> str:
+        before, after = (row[name] for row in pair)
+        return "" if after is None else f"{format(before, form)} → {format(after, form)}"
+
+    columns = (("kernels_per_layer", "g"), ("draft_level", "g"), ("rest", "g"), ("kernels_per_round", ",g"))
+    found = []
+    for pair in zip(report["before"], report["after"], strict=True):
+        row = pair[1]
+        cells = [cell(pair, name, form) for name, form in columns]
+        found.append([row["model"], row["gpu"], row["program"], *cells, cell(pair, "temp_mb", ".0f") + " MB"])
+    return ["model", "GPU", "program", "a layer", "a draft level", "rest", "a round", "temporary"], found
+
+
 def embedded_pair(report: dict[str, Any]) -> Table:
     """List compilation times of the embedded pair, summed over programs: one row a decoding method and dtype, one
     column a chip."""
@@ -218,6 +234,7 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "gpu_rounds": (gpu_rounds, ("gpu_h100.json",)),
     "gpu_prefill": (gpu_prefill, ("gpu_h100.json",)),
     "expert_copies": (expert_copies, ("gpu_compile.json",)),
+    "gpu_launches": (gpu_launches, ("gpu_programs.json",)),
     "sizing": (sizing, ("plan.json",)),
     "mesh_bytes": (mesh_bytes, ("tpu_mesh.json",)),
     "int8_quality": (int8_quality, ("int8_quality.json",)),

@@ -17,6 +17,9 @@ import numpy as np
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig
+from moespec_jax.decoding.budget import restrict
+from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.attention import Attention, attend, write_qkv
 from moespec_jax.nn.attention_gpu import fused_attention
@@ -29,10 +32,11 @@ from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
 from moespec_jax.nn.routing import Routing, combine_weights, normalise
 from moespec_jax.nn.routing_gpu import choose
+from moespec_jax.nn.shortlist_gpu import fused_shortlist
 from moespec_jax.nn.top_k import most_probable
 from moespec_jax.nn.top_k_gpu import fused_most_probable
 
-FORMS = ("attention", "write_qkv", "output_projection", "add_norm", "route", "most_probable", "keep_rows")
+FORMS = ("attention", "write_qkv", "output_projection", "add_norm", "route", "most_probable", "keep_rows", "shortlist")
 # Of values rounded to 8 bits several times; ids must agree.
 TOLERANCE = 2**-6
 
@@ -151,6 +155,21 @@ def cases_of(config: DecoderConfig, rows: int, interpret: bool) -> Iterator[Case
     yield Case("list and sum of experts", fused_sum, plain_sum, (ids, best, outputs))
     fused = partial(fused_most_probable, k=10, interpret=interpret)
     yield Case("most_probable", fused, partial(most_probable, k=10), (normal(rows, 32000, dtype=jnp.float32),))
+
+    budget, spread = resolve(BudgetConfig(0.25), config), jnp.linspace(1.0, 0.1, rows)[None]
+    nodes = Nodes(spread, jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows, rows), bool), jnp.ones((rows,)))
+
+    def plain_budget(logits: jax.Array, shortlist: Any = None) -> Any:
+        weights, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
+        valid = jnp.ones((rows,), bool)
+        shares = jax.nn.softmax(logits)
+        found = restrict(budget, nodes, False, 0, shares, Routing(ids, weights), valid, shortlist)
+        return found.shortlist, found.routing.experts, found.routing.weights, found.mass_kept, found.replaced * 1
+
+    def fused_budget(logits: jax.Array) -> Any:
+        return plain_budget(logits, lambda plain, *rest: fused_shortlist(*rest, interpret=interpret))
+
+    yield Case("shortlist", fused_budget, plain_budget, (logits,))
 
     path = jnp.asarray(np.sort(rng.permutation(max(rows, 9))[:9])[None], jnp.int32)
 

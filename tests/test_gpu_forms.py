@@ -13,6 +13,9 @@ from driver import fast_jit
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import abstract_decoder
+from moespec_jax.decoding.budget import restrict
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.budget_rules import EXPERT_WEIGHTS, Nodes
 from moespec_jax.nn import attention_gpu
 from moespec_jax.nn.attention import Attention, write_qkv
 from moespec_jax.nn.attention_gpu import fused_attention
@@ -23,8 +26,9 @@ from moespec_jax.nn.decoder import forward
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
-from moespec_jax.nn.routing import Routing
+from moespec_jax.nn.routing import Routing, route
 from moespec_jax.nn.routing_gpu import choose
+from moespec_jax.nn.shortlist_gpu import fused_shortlist
 from moespec_jax.nn.top_k_gpu import fused_most_probable
 
 # Said at lowering, from jax 0.11 on; `experts/triton_gpu.py` says why it is used all the same.
@@ -179,6 +183,47 @@ def test_tokens_differ_and_probabilities_are_at_most_1_for_any_logits() -> None:
     assert all(len(set(row)) == 4 and 0 <= min(row) <= max(row) < 1500 for row in ids.tolist())
     assert ids[1, 0] == 7 and ids[2].tolist() == [0, 1, 2, 3] and (np.asarray(best) <= 0).all()
     assert best[1, 0] == 0 and not np.signbit(np.asarray(best)[1, 0])
+
+
+@pytest.mark.parametrize("credit", EXPERT_WEIGHTS)
+@pytest.mark.parametrize(("rows", "experts", "k", "most"), [(5, 12, 3, 4), (1, 20, 2, 2), (9, 16, 2, 7)])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_routing_under_a_budget(credit: str, rows: int, experts: int, k: int, most: int, normalised: bool) -> None:
+    """Against the rule in plain operations, which `test_budget.py` holds against Python."""
+    config = dataclasses.replace(CONFIG, num_experts=experts, num_experts_per_tok=k, norm_topk_prob=normalised)
+    logits = normal(0, rows, experts, dtype=jnp.float32)
+    valid = jnp.arange(rows) != 3
+    natural, probabilities = route(config, jnp.eye(experts), logits, valid)
+    budget = BudgetConfig((most, most + 1), score="path", credit=credit)
+    nodes = Nodes(
+        jnp.exp(-jnp.arange(rows, dtype=jnp.float32))[None],
+        jnp.arange(rows, dtype=jnp.int32)[None],
+        jnp.tri(rows, dtype=bool)[None],
+        jnp.ones((rows,)),
+    )
+    arguments = (budget, nodes, normalised, 0, probabilities, natural, valid)
+
+    def interpreted(plain: Any, *arguments: Any) -> Any:
+        return fused_shortlist(*arguments, interpret=True)
+
+    expected, got = restrict(*arguments), restrict(*arguments, shortlist=interpreted)
+    np.testing.assert_array_equal(np.asarray(got.shortlist), np.asarray(expected.shortlist))
+    np.testing.assert_array_equal(np.asarray(got.routing.experts), np.asarray(expected.routing.experts))
+    np.testing.assert_array_equal(np.asarray(got.replaced), np.asarray(expected.replaced))
+    close(got.routing.weights, expected.routing.weights, 1e-6)
+    close(got.mass_kept, expected.mass_kept, 1e-6)
+    assert got.routing.max_distinct == most + 1 and (np.asarray(got.kept) == np.asarray(valid)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"anchor": "root"}, {"coverage": "truncate"}, {"size": "mass", "mass": 0.5}, {"groups": 2},
+        {"min_kept_weight": 0.5}, {"credit": lambda probabilities, selected, weights: weights},
+    ],
+)  # fmt: skip
+def test_other_rules_of_a_budget_run_in_plain_operations(change: dict[str, Any]) -> None:
+    assert BudgetConfig(4).by_score_alone and not BudgetConfig(4, **change).by_score_alone
 
 
 def test_rows_of_the_cache_are_all_read_before_one_is_written() -> None:

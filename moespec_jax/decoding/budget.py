@@ -7,6 +7,7 @@ knows neither a model nor its parameters.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import Nodes
-from moespec_jax.nn.routing import Restricted, Routing, combine_weights, normalise
+from moespec_jax.nn.routing import Restricted, Routing, Shortlist, combine_weights, normalise
 from moespec_jax.parallel.collectives import data_axes, pmax, psum
 
 # `restrict`, or a function of its signature.
-RestrictTree = Callable[[BudgetConfig, Nodes, bool, "int | Array", Array, Routing, Array], Restricted]
+RestrictTree = Callable[..., Restricted]
 
 
 def restrict(
@@ -29,6 +30,7 @@ def restrict(
     probabilities: Float[Array, "rows experts"],
     natural: Routing,
     valid: Bool[Array, " rows"],
+    shortlist: Shortlist | None = None,
 ) -> Restricted:
     """Apply a resolved budget in one sparse layer.
 
@@ -40,10 +42,11 @@ def restrict(
         probabilities: the router's softmax.
         natural: routing without a budget.
         valid: rows that are still in the tree.
+        shortlist: the back-end's form for rules that rank by score alone (`Backend.shortlist`).
     """
     assert isinstance(budget.experts, tuple)
     most = jnp.asarray(budget.experts, jnp.int32)[layer]
-    return restrict_to(budget, nodes, norm_topk_prob, most, probabilities, natural, valid)
+    return restrict_to(budget, nodes, norm_topk_prob, most, probabilities, natural, valid, shortlist)
 
 
 def restrict_to(
@@ -54,13 +57,31 @@ def restrict_to(
     probabilities: Float[Array, "rows experts"],
     natural: Routing,
     valid: Bool[Array, " rows"],
+    shortlist: Shortlist | None = None,
 ) -> Restricted:
     """As `restrict`, with at most `most` experts in `budget.slots` slots."""
+    row_weight = jnp.where(valid, budget.rule("score")(nodes).reshape(-1), 0.0)
+    rest = (row_weight, most, probabilities, natural, valid)
+    plain = partial(_restrict_rows, budget, nodes, norm_topk_prob)
+    if shortlist is None or not budget.by_score_alone or data_axes():
+        return plain(*rest)
+    return shortlist(plain, budget.rule("credit"), norm_topk_prob, budget.slots, *rest)
+
+
+def _restrict_rows(
+    budget: BudgetConfig,
+    nodes: Nodes,
+    norm_topk_prob: bool,
+    row_weight: Float[Array, " rows"],
+    most: Int[Array, ""],
+    probabilities: Float[Array, "rows experts"],
+    natural: Routing,
+    valid: Bool[Array, " rows"],
+) -> Restricted:
     num_experts, k, slots = probabilities.shape[1], natural.experts.shape[1], budget.slots
     every = jnp.arange(num_experts, dtype=jnp.int32)
     weights = combine_weights(natural, every)
     selected = weights > 0
-    row_weight = jnp.where(valid, budget.rule("score")(nodes).reshape(-1), 0.0)
     credit = budget.rule("credit")(probabilities, selected, weights)
     scores = psum(jnp.sum(row_weight[:, None] * credit, axis=0), data_axes())
     precedence = _precedence(budget, nodes, selected)

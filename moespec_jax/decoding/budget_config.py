@@ -97,6 +97,12 @@ class BudgetConfig:
         return -(-max(_counts(self)) // self.groups) * self.groups
 
     @property
+    def by_score_alone(self) -> bool:
+        """Whether experts are ranked by their scores alone, by built-in rules, and every row keeps its place."""
+        fixed = (self.anchor, self.size, self.coverage, self.groups) == ("none", "fixed", "substitute", 1)
+        return fixed and not self.prunes and isinstance(self.credit, str)
+
+    @property
     def prunes(self) -> bool:
         """Test whether rows may leave the tree."""
         return self.min_kept_weight > 0

@@ -99,8 +99,9 @@ def tree_round_info(
     if not restricted:
         return RoundInfo(active, selected, selected, tree, accepted)
     rows = psum(jnp.sum(active, dtype=jnp.float32) * tree.tokens.shape[1], data_axes())
-    replaced = sum(jnp.sum(layer.replaced, dtype=jnp.float32) for layer in restricted) / len(restricted)
-    replaced = psum(jnp.asarray(replaced), data_axes())
+    # Of all layers at once: a sum for each would be a launch for each.
+    replaced = jnp.sum(jnp.stack([layer.replaced for layer in restricted]), dtype=jnp.float32) / len(restricted)
+    replaced = psum(replaced, data_axes())
     budget = BudgetInfo(
         jnp.stack([layer.shortlist for layer in restricted]),
         jnp.stack([layer.mass_kept for layer in restricted]),

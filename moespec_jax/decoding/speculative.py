@@ -163,11 +163,13 @@ class Speculative(Generic[Weights, DraftState]):
         ancestor_mask = jax.vmap(ancestors)(trees.parents)
         depth = jax.vmap(depths)(ancestor_mask)
         positions = cache_length[:, None] + depth
-        restrict = None
+        limit = None
         if self.budget is not None:
             acceptance = state.depth_counts / state.depth_counts[0]
             nodes = Nodes(jnp.exp(trees.scores), depth, ancestor_mask, acceptance)
-            restrict = partial(self.restrict, self.budget, nodes, config.norm_topk_prob)
+            limit = partial(self.restrict, self.budget, nodes, config.norm_topk_prob)
+            if self.restrict is restrict:
+                limit = partial(limit, shortlist=self.target.backend.shortlist)
         hidden, cache, info = self.target_forward(
             config,
             params.target,
@@ -179,7 +181,7 @@ class Speculative(Generic[Weights, DraftState]):
             valid=jnp.broadcast_to(~decoding.done[:, None], trees.tokens.shape),
             rope_length=positions + 1,  # of the pass that would read this node in plain decoding
             boundaries=self.drafter.boundaries,
-            restrict=restrict,
+            restrict=limit,
         )
         assert cache is not None
         return unembed(params.target, hidden), cache, info

@@ -23,7 +23,7 @@ from moespec_jax.nn.experts.forward_only import kernel, kernel_operands, loop
 from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.layers import AddNorm, add_norm
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.routing import Route, route
+from moespec_jax.nn.routing import Route, Shortlist, route
 from moespec_jax.nn.top_k import MostProbable, most_probable
 
 
@@ -45,6 +45,7 @@ class Backend(NamedTuple):
         route: choice of every token's experts.
         keep_rows: moves the accepted rows of the cache.
         most_probable: choice of drafted tokens.
+        shortlist: routing under a budget that ranks experts by score alone; None: in plain operations.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Backend(NamedTuple):
     route: Route = route
     keep_rows: KeepRows = keep_rows
     most_probable: MostProbable = most_probable
+    shortlist: Shortlist | None = None
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -89,6 +91,7 @@ _GPU_FORMS = {
     "add_norm": ("norm_gpu", "add_norm_gpu"),
     "route": ("routing_gpu", "route_gpu"),
     "most_probable": ("top_k_gpu", "most_probable_gpu"),
+    "shortlist": ("shortlist_gpu", "shortlist_gpu"),
     "keep_rows": ("cache_gpu", "keep_rows_gpu"),
 }
 

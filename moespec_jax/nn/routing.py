@@ -78,6 +78,11 @@ def route(
 Route = Callable[[DecoderConfig, Array, Array, Array], tuple[Routing, Array]]
 
 
+# Routing under a budget whose rule ranks experts by score alone: (the same in plain operations, credit, whether to
+# renormalise, slots, weight of each row, number of experts, router's softmax, natural routing, valid) -> Restricted.
+Shortlist = Callable[..., Restricted]
+
+
 def shard_routing(routing: Routing, num_experts: int, shards: int) -> Routing:
     """Restrict a routing to the experts of this device's shard, one of `shards` equal shards of a layer: ids count from
     the shard's first expert, and a token has no expert where another device holds it."""

@@ -1,0 +1,65 @@
+"""Kernels of whole programs on GPUs: the committed table, and some compiled again where the compiler is installed."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+REPORT = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "gpu_programs.json").read_text())
+ROWS = {(row["model"], row["gpu"], row["program"]): row for row in REPORT["after"]}
+NUMBERS = ("kernels_per_layer", "draft_level", "rest", "temp_mb")
+
+
+def grown(row: dict[str, Any], limit: dict[str, Any]) -> list[str]:
+    """Names of the numbers that are larger than the table's, and of new large values."""
+    more = [name for name in NUMBERS if (row[name] or 0) > (limit[name] or 0)]
+    return more + sorted(set(row["large_values"]) - set(limit["large_values"]))
+
+
+@pytest.mark.parametrize("before", REPORT["before"], ids=lambda row: f"{row['model']} {row['gpu']} {row['program']}")
+def test_there_are_fewer_kernels_than_before_and_no_weight_is_copied(before: dict[str, Any]) -> None:
+    after = ROWS[before["model"], before["gpu"], before["program"]]
+    most = {"plain": 13, "tree 60/7/10": 17, "tree 60/7/10 N/4": 26}[after["program"]]
+    assert after["kernels_per_layer"] <= most < before["kernels_per_layer"]
+    assert after["kernels_per_round"] < 0.7 * before["kernels_per_round"]
+    assert (after["draft_level"] or 0) <= (before["draft_level"] or 0)
+    assert not any("bf16" in name for name in after["large_values"])  # as weights and caches are
+
+
+def test_what_has_grown_is_named() -> None:
+    row = {"kernels_per_layer": 12.0, "draft_level": None, "rest": 20.0, "temp_mb": 1.0, "large_values": {}}
+    assert grown(row, row) == []
+    assert grown(row | {"rest": 21.0, "large_values": {"copy bf16[2048,2048]": 1}}, row) == [
+        "rest",
+        "copy bf16[2048,2048]",
+    ]
+
+
+@pytest.fixture
+def not_cached() -> Iterator[None]:
+    """Programs for absent devices can be written to the compilation cache, but not read back."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
+    reason='the CUDA compiler is not installed; it needs no GPU: pip install "jax[cuda12]"',
+)
+@pytest.mark.skipif(REPORT["versions"]["jax"] != jax.__version__, reason="the table is of another version of JAX")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("not_cached")
+@pytest.mark.parametrize(
+    "case", [("OLMoE-1B-7B", "sm_80", "plain"), ("Qwen3-30B-A3B", "sm_90", "tree 60/7/10 N/4")], ids=" ".join
+)
+def test_no_number_of_the_table_grows(case: tuple[str, str, str]) -> None:
+    from benchmarks.gpu_launches import count
+
+    assert grown(count(*case), ROWS[case]) == []
