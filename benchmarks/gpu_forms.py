@@ -37,6 +37,8 @@ from moespec_jax.nn.top_k import most_probable
 from moespec_jax.nn.top_k_gpu import fused_most_probable
 
 FORMS = ("attention", "write_qkv", "output_projection", "add_norm", "route", "most_probable", "keep_rows", "shortlist")
+# Slots of the cache, and those that are filled.
+SLOTS, START = 1024, 300
 # Of values rounded to 8 bits several times; ids must agree.
 TOLERANCE = 2**-6
 
@@ -94,24 +96,46 @@ def _difference(got: np.ndarray, expected: np.ndarray) -> float:
 
 def cases_of(config: DecoderConfig, rows: int, interpret: bool) -> Iterator[Case]:
     """Every kernel for one sequence of `rows` tokens behind 300 in a cache of 1024 slots."""
-    slots, start, rng = 1024, jnp.full((1,), 300, jnp.int32), np.random.default_rng(0)
-    heads, groups, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    model, experts, k = config.hidden_size, config.num_experts, config.num_experts_per_tok
+    rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), dtype)
 
-    store = normal(1, groups, slots, head), normal(1, groups, slots, head)
-    mask = (np.arange(slots) < 300)[None, None] | ((rng.random((1, rows, slots)) < 0.5) & (np.arange(slots) < 360))
-    queries = normal(1, rows, heads, head)
-    fused = partial(fused_attention, interpret=interpret)
-    yield Case("attention", fused, attend, (queries, *store, jnp.asarray(mask)))
+    store = tuple(normal(1, config.num_key_value_heads, SLOTS, config.head_dim) for _ in "kv")
+    start = jnp.full((1,), START, jnp.int32)
+    mask = (np.arange(SLOTS) < START)[None, None] | (rng.random((1, rows, SLOTS)) < 0.5)
+    mask = jnp.asarray(mask & (np.arange(SLOTS) < START + rows))
+    queries = normal(1, rows, config.num_attention_heads, config.head_dim)
+    yield Case("attention", partial(fused_attention, interpret=interpret), attend, (queries, *store, mask))
+    yield from layer_cases(config, rows, interpret, normal, store, start)
+    logits = normal(rows, config.num_experts, dtype=jnp.float32)
+    yield from routing_cases(config, rows, interpret, logits)
+    experts = min(rows * config.num_experts_per_tok, config.num_experts)
+    yield sum_case(config, interpret, logits, normal(experts, rows, config.hidden_size, dtype=jnp.float32))
+    fused = partial(fused_most_probable, k=10, interpret=interpret)
+    yield Case("most_probable", fused, partial(most_probable, k=10), (normal(rows, 32000, dtype=jnp.float32),))
+    path = jnp.asarray(np.sort(rng.permutation(max(rows, 9))[:9])[None], jnp.int32)
 
-    widths = (heads * head, groups * head, groups * head)
+    def plain_move(stores: tuple[jax.Array, ...], start: jax.Array, path: jax.Array) -> Any:
+        return keep_rows(Cache(stores, (), start), start, path, max(rows, 9)).k
+
+    yield Case("keep_rows", partial(move_rows, interpret=interpret), plain_move, (store, start, path))
+
+
+def layer_cases(
+    config: DecoderConfig,
+    rows: int,
+    interpret: bool,
+    normal: Callable[..., jax.Array],
+    store: tuple[jax.Array, ...],
+    start: jax.Array,
+) -> Iterator[Case]:
+    """Projection into the cache, and norm."""
+    heads, groups, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    model, widths = config.hidden_size, (heads * head, groups * head, groups * head)
     norms = {"flat": widths[:2], "head": (head, head)}.get(config.qk_norm)
-    scale = model**-0.5
     weights = Attention(
-        *(normal(width, model) * jnp.bfloat16(scale) for width in widths), normal(widths[0], 1),
+        *(normal(width, model) * jnp.bfloat16(model**-0.5) for width in widths), normal(widths[0], 1),
         q_norm=None if norms is None else normal(norms[0]), k_norm=None if norms is None else normal(norms[1]),
     )  # fmt: skip
     angle = normal(1, rows, head // 2, dtype=jnp.float32)
@@ -119,64 +143,57 @@ def cases_of(config: DecoderConfig, rows: int, interpret: bool) -> Iterator[Case
     fused = partial(fused_qkv, config, interpret=interpret)
     yield Case("write_qkv", fused, partial(write_qkv, config), arguments)
 
-    x, y, weight = normal(rows, model), normal(rows, model), normal(model)
-
     def plain_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> Any:
         return add_norm(x, y, weight, 1e-5)
 
     def fused_norm(x: jax.Array, y: jax.Array, weight: jax.Array) -> Any:
         return fused_add_norm([x, y], weight, 1e-5, interpret=interpret)
 
-    yield Case("add_norm", fused_norm, plain_norm, (x, y, weight))
+    yield Case("add_norm", fused_norm, plain_norm, (normal(rows, model), normal(rows, model), normal(model)))
 
-    logits = normal(rows, experts, dtype=jnp.float32)
 
-    def plain_route(logits: jax.Array, valid: jax.Array) -> Any:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        best, ids = jax.lax.top_k(probabilities, k)
-        return ids, normalise(best) if config.norm_topk_prob else best, probabilities
-
-    fused = partial(choose, config, interpret=interpret)
-    yield Case("route", fused, plain_route, (logits, jnp.ones((rows,), jnp.int32)))
-
-    best, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
-    outputs = normal(min(rows * k, experts), rows, model, dtype=jnp.float32)
-
-    def fused_sum(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
-        listed, places = list_distinct(Routing(ids, best), experts, interpret=interpret)
-        return listed, sum_places(outputs, places, best, jnp.float32, interpret=interpret)
-
-    def plain_sum(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
-        listed = jnp.unique(ids, size=len(outputs), fill_value=experts)
-        weights = combine_weights(Routing(ids, best), jnp.minimum(listed, experts))
-        weights = jnp.where((listed < experts)[None, :], weights, 0.0)
-        return listed, jnp.einsum("ts,std->td", weights, outputs)
-
-    yield Case("list and sum of experts", fused_sum, plain_sum, (ids, best, outputs))
-    fused = partial(fused_most_probable, k=10, interpret=interpret)
-    yield Case("most_probable", fused, partial(most_probable, k=10), (normal(rows, 32000, dtype=jnp.float32),))
-
+def routing_cases(config: DecoderConfig, rows: int, interpret: bool, logits: jax.Array) -> Iterator[Case]:
+    """Routing without and with a budget of a quarter of the experts."""
+    k, valid = config.num_experts_per_tok, jnp.ones((rows,), bool)
     budget, spread = resolve(BudgetConfig(0.25), config), jnp.linspace(1.0, 0.1, rows)[None]
     nodes = Nodes(spread, jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows, rows), bool), jnp.ones((rows,)))
 
+    def plain_route(logits: jax.Array) -> Any:
+        shares = jax.nn.softmax(logits, axis=-1)
+        best, ids = jax.lax.top_k(shares, k)
+        return ids, normalise(best) if config.norm_topk_prob else best, shares
+
     def plain_budget(logits: jax.Array, shortlist: Any = None) -> Any:
-        weights, ids = jax.lax.top_k(jax.nn.softmax(logits), k)
-        valid = jnp.ones((rows,), bool)
-        shares = jax.nn.softmax(logits)
-        found = restrict(budget, nodes, False, 0, shares, Routing(ids, weights), valid, shortlist)
+        ids, weights, shares = plain_route(logits)
+        found = restrict(budget, nodes, config.norm_topk_prob, 0, shares, Routing(ids, weights), valid, shortlist)
         return found.shortlist, found.routing.experts, found.routing.weights, found.mass_kept, found.replaced * 1
 
-    def fused_budget(logits: jax.Array) -> Any:
-        return plain_budget(logits, lambda plain, *rest: fused_shortlist(*rest, interpret=interpret))
+    def fused_route(logits: jax.Array) -> Any:
+        return choose(config, logits, valid.astype(jnp.int32), interpret=interpret)
 
+    def fused_budget(logits: jax.Array) -> Any:
+        fused: Any = partial(fused_shortlist, interpret=interpret)
+        return plain_budget(logits, lambda plain, *rest: fused(*rest))
+
+    yield Case("route", fused_route, plain_route, (logits,))
     yield Case("shortlist", fused_budget, plain_budget, (logits,))
 
-    path = jnp.asarray(np.sort(rng.permutation(max(rows, 9))[:9])[None], jnp.int32)
 
-    def plain_move(stores: tuple[jax.Array, ...], start: jax.Array, path: jax.Array) -> Any:
-        return keep_rows(Cache(stores, (), start), start, path, max(rows, 9)).k
+def sum_case(config: DecoderConfig, interpret: bool, logits: jax.Array, outputs: jax.Array) -> Case:
+    """List of distinct experts, and sum of their `outputs`."""
+    best, ids = jax.lax.top_k(jax.nn.softmax(logits), config.num_experts_per_tok)
+    experts = config.num_experts
 
-    yield Case("keep_rows", partial(move_rows, interpret=interpret), plain_move, (store, start, path))
+    def fused(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
+        listed, places = list_distinct(Routing(ids, best), experts, interpret=interpret)
+        return listed, sum_places(outputs, places, best, jnp.float32, interpret=interpret)
+
+    def plain(ids: jax.Array, best: jax.Array, outputs: jax.Array) -> Any:
+        listed = jnp.unique(ids, size=len(outputs), fill_value=experts)
+        weights = combine_weights(Routing(ids, best), listed)
+        return listed, jnp.einsum("ts,std->td", weights, outputs)
+
+    return Case("list and sum of experts", fused, plain, (ids, best, outputs))
 
 
 def on(model: Any, backend: Backend) -> Any:

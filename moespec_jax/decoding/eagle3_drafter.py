@@ -175,6 +175,9 @@ def grow_trees(
     def children(outputs: Array, level: Array) -> tuple[Array, Array]:
         return backend.most_probable(logits(outputs, level), k)
 
+    def first_children(scores: Array, children: Array) -> tuple[Level, Beam]:
+        return first_level(tree, scores, children, ids)
+
     def grow(carry: tuple[Cache, Beam, Array], level: Array) -> tuple[tuple[Cache, Beam, Array], Level]:
         cache, beam, features = carry
         positions = jnp.broadcast_to((confirmed + level)[:, None], beam.tokens.shape)
@@ -183,11 +186,11 @@ def grow_trees(
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache, backend)
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
         best = children(outputs, level + 1)
-        candidates, beam = jax.vmap(lambda *given: next_level(tree, level, *given, ids))(beam, *best)
+        candidates, beam = jax.vmap(lambda b, gain, child: next_level(tree, level, b, gain, child, ids))(beam, *best)
         features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)
         return (cache, beam, features), candidates
 
-    first, beam = jax.vmap(lambda *best: first_level(tree, *best, ids))(*children(outputs, jnp.int32(0)))
+    first, beam = jax.vmap(first_children)(*children(outputs, jnp.int32(0)))
     features = next_features(config, head, outputs)[:, None, :]
     features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
     levels = jnp.arange(tree.depth, dtype=jnp.int32)

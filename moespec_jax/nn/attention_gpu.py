@@ -113,7 +113,8 @@ def fused_attention(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
     )(q.reshape(-1, head), k, v, mask.astype(jnp.int8).reshape(-1, slots))
-    return _add_parts(*partial_sums, q.dtype, interpret).reshape(batch, tokens, heads * head)
+    sums, totals, maxima = partial_sums
+    return _add_parts(sums, totals, maxima, q.dtype, interpret).reshape(batch, tokens, heads * head)
 
 
 def _add_parts(

@@ -75,8 +75,7 @@ def fused_qkv(
     interpret: bool = False,
 ) -> tuple[Float[Array, "batch tokens heads head"], tuple[Array, Array]]:
     """Compute `write_qkv` with one product and the kernel."""
-    batch, tokens, _ = x.shape
-    groups, slots, head = kv[0].shape[1:]
+    (batch, tokens, _), (groups, slots, head) = x.shape, kv[0].shape[1:]
     half, heads = head // 2, len(weights.q) // head
     norms = [norm for norm in (weights.q_norm, weights.k_norm) if norm is not None]
 
@@ -91,42 +90,40 @@ def fused_qkv(
         def halves(first: int, count: int, norm):
             """Load heads from column `first` on as two halves, normed and clipped as `project_qkv` does."""
             nth = jnp.arange(pl.next_power_of_2(count), dtype=jnp.int32)[:, None]
-            inside = nth < count
             places = [nth * head + part * half + column[None, :] for part in (0, 1)]
-            parts = [plgpu.load(products.at[token, first + p], mask=inside, other=0.0) for p in places]
+            parts = [plgpu.load(products.at[token, first + p], mask=nth < count, other=0.0) for p in places]
             if norm is not None and config.qk_norm == "flat":
-                factors = [plgpu.load(norm.at[p], mask=inside, other=0.0) for p in places]
+                factors = [plgpu.load(norm.at[p], mask=nth < count, other=0.0) for p in places]
                 parts = _normed(parts, factors, 1.0 / (count * head), config.rms_norm_eps, flat=True)
             if config.clip_qkv is not None:
                 parts = [jnp.minimum(jnp.maximum(part, -config.clip_qkv), config.clip_qkv) for part in parts]
             if norm is not None and config.qk_norm == "head":
                 factors = [norm[pl.ds(part * half, half)][None, :] for part in (0, 1)]
                 parts = _normed(parts, factors, 1.0 / head, config.rms_norm_eps, flat=False)
-            return nth, inside, parts
+            return nth, parts
 
         def rotated(parts):
             a, b = (part.astype(jnp.float32) for part in parts)
             return [(a * c - b * s).astype(x.dtype), (b * c + a * s).astype(x.dtype)]
 
-        q_norm, k_norm = norms if norms else (None, None)
-        nth, inside, parts = halves(0, heads, q_norm)
+        q_norm, k_norm = norms or (None, None)
+        nth, parts = halves(0, heads, q_norm)
         for part, values in enumerate(rotated(parts)):
-            plgpu.store(q_out.at[token, nth, part * half + column[None, :]], values, mask=inside)
+            plgpu.store(q_out.at[token, nth, part * half + column[None, :]], values, mask=nth < heads)
         for first, norm, finish, out in (
             (heads * head, k_norm, rotated, k_out),
             ((heads + groups) * head, None, lambda parts: parts, v_out),
         ):
-            nth, inside, parts = halves(first, groups, norm)
+            nth, parts = halves(first, groups, norm)
             for part, values in enumerate(finish(parts)):
                 target = out.at[sequence, nth, slot, part * half + column[None, :]]
-                plgpu.store(target, values, mask=inside & (slot < slots))
+                plgpu.store(target, values, mask=(nth < groups) & (slot < slots))
 
-    shapes = (jax.ShapeDtypeStruct((batch * tokens, heads, head), x.dtype),)
-    shapes += tuple(jax.ShapeDtypeStruct(store.shape, store.dtype) for store in kv)
+    shapes = ((batch * tokens, heads, head), kv[0].shape, kv[1].shape)
     q, k, v = pl.pallas_call(
         kernel,
         grid=(batch * tokens,),
-        out_shape=shapes,
+        out_shape=tuple(jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes),
         input_output_aliases={4 + len(norms): 1, 5 + len(norms): 2},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,

@@ -95,17 +95,7 @@ def fused_shortlist(
         lost = jnp.max((selected & ~inside[None, :]).astype(jnp.int32), axis=1)
         plgpu.store(replaced.at[row], lost, mask=here)
 
-        def take(j, carry):
-            left, chosen, values = carry
-            best = jnp.max(left, axis=1)
-            expert = jnp.min(jnp.where(left == best[:, None], every[None, :], num_experts), axis=1)
-            left = jnp.where(every[None, :] == expert[:, None], -1.0, left)
-            now = (nth == j)[None, :]
-            return left, jnp.where(now, expert[:, None], chosen), jnp.where(now, best[:, None], values)
-
-        start = jnp.full((height, length), num_experts, jnp.int32), jnp.zeros((height, length), jnp.float32)
-        left = jnp.where(inside[None, :], shares, -1.0)
-        _, chosen, values = jax.lax.fori_loop(0, k, take, (left, *start))
+        chosen, values = _best(jnp.where(inside[None, :], shares, -1.0), num_experts, k)
         kept = plgpu.load(valid.at[row], mask=here, other=0) > 0
         used = kept[:, None] & (chosen < num_experts) & (values >= 0)
         values = jnp.where(used, values, 0.0)
@@ -133,3 +123,20 @@ def fused_shortlist(
     )(row_weight, most[None], probabilities, natural.experts, natural.weights, valid.astype(jnp.int32))
     routing = Routing(experts, weights, max_distinct=slots)
     return Restricted(routing, shortlist, mass[0], replaced > 0, valid)
+
+
+def _best(left: Array, num_experts: int, k: int) -> tuple[Array, Array]:
+    """Take the k largest of every row, which are at least 0, and their ids, the lower one first among equals; padded to
+    a power of two."""
+    height, width = left.shape
+    every, nth = (jnp.arange(size, dtype=jnp.int32)[None, :] for size in (width, pl.next_power_of_2(k)))
+
+    def take(j, carry):
+        left, chosen, values = carry
+        best = jnp.max(left, axis=1)[:, None]
+        expert = jnp.min(jnp.where(left == best, every, num_experts), axis=1)[:, None]
+        left = jnp.where(every == expert, -1.0, left)
+        return left, jnp.where(nth == j, expert, chosen), jnp.where(nth == j, best, values)
+
+    none = jnp.full((height, nth.shape[1]), num_experts, jnp.int32)
+    return jax.lax.fori_loop(0, k, take, (left, none, jnp.zeros(none.shape, jnp.float32)))[1:]

@@ -71,15 +71,17 @@ def slot_outputs(
         interpret: settings of Pallas' GPU emulator, for tests; None compiles the kernels.
     """
     tokens = x.shape[-2]
+    gate, up, down = experts.gate, experts.up, experts.down
+    assert isinstance(gate, Array) and isinstance(up, Array) and isinstance(down, Array)
     run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up
 
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, TILE - tokens), (0, 0)])
-    hidden = run(gated, padded, (experts.gate, experts.up), kept=TILE, dtype=x.dtype)
+    hidden = run(gated, padded, (gate, up), kept=TILE, dtype=x.dtype)
     # A slice of a swizzled tile has a multiple of 8 rows.
-    return run(lambda y: y, hidden, (experts.down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
+    return run(lambda y: y, hidden, (down,), kept=-(-tokens // 8) * 8, dtype=jnp.float32)[:, :tokens]
 
 
 def _multiply(

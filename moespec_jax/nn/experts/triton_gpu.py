@@ -76,14 +76,16 @@ def slot_outputs(
         ids: expert of every slot, counted from the layer's first; `num_experts` where there is none.
         interpret: whether to interpret the kernels, on any platform.
     """
+    gate, up, down = experts.gate, experts.up, experts.down
+    assert isinstance(gate, Array) and isinstance(up, Array) and isinstance(down, Array)
     run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
     height = max(FEWEST_ROWS, pl.next_power_of_2(x.shape[-2]))
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up
 
-    hidden = run(gated, x, (experts.gate, experts.up), kept=height, dtype=x.dtype)
-    return run(lambda y: y, hidden, (experts.down,), kept=x.shape[-2], dtype=jnp.float32)
+    hidden = run(gated, x, (gate, up), kept=height, dtype=x.dtype)
+    return run(lambda y: y, hidden, (down,), kept=x.shape[-2], dtype=jnp.float32)
 
 
 def _multiply(
