@@ -23,7 +23,7 @@ def grown(row: dict[str, Any], limit: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("before", REPORT["before"], ids=lambda row: f"{row['model']} {row['gpu']} {row['program']}")
 def test_there_are_fewer_kernels_than_before_and_no_weight_is_copied(before: dict[str, Any]) -> None:
     after = ROWS[before["model"], before["gpu"], before["program"]]
-    most = {"plain": 13, "tree 60/7/10": 17, "tree 60/7/10 N/4": 26}[after["program"]]
+    most = {"plain": 13, "tree 60/7/10": 16, "tree 60/7/10 N/4": 17}[after["program"]]
     assert after["kernels_per_layer"] <= most < before["kernels_per_layer"]
     assert after["kernels_per_round"] < 0.7 * before["kernels_per_round"]
     assert (after["draft_level"] or 0) <= (before["draft_level"] or 0)
