@@ -60,8 +60,9 @@ def check(got: jax.Array, experts: Flat, x: jax.Array, routing: Routing, activat
         activation,
     )
     assert got.dtype == jnp.float32
-    # The hidden rows are rounded once, to 8 bits in bfloat16; sums are in float32.
+    # To 8 bits in bfloat16 are rounded the hidden rows, and, of several tokens, the sums, by half a bit of the largest.
     rounding = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2e-6}[experts.gate.dtype.name]
+    rounding *= 1.5 if len(x) > 1 else 1.0
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=rounding * max(np.abs(expected).max(), 1.0))
 
 
