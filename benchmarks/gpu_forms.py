@@ -67,14 +67,14 @@ def check_forms(interpret: bool = False, **changes: Any) -> dict[str, float | st
         for case in cases_of(read_config(MODELS[model] | changes), rows, interpret)
     ]
     with ThreadPoolExecutor(8) as pool:  # compiles side by side
-        found = dict(zip([name for name, _ in cases], pool.map(_error, [case for _, case in cases]), strict=True))
+        found = dict(zip([name for name, _ in cases], pool.map(error_of, [case for _, case in cases]), strict=True))
     for name, error in found.items():
         if isinstance(error, str) or not error <= TOLERANCE:
             print(f"NOT RIGHT: {name}: {error}", flush=True)
     return found
 
 
-def _error(case: Case) -> float | str:
+def error_of(case: Case) -> float | str:
     """Largest error of any output as a share of its largest value, 1 where ids differ."""
     try:
         got = jax.jit(case.kernel)(*case.arguments)
@@ -166,7 +166,13 @@ def routing_cases(config: DecoderConfig, rows: int, interpret: bool, logits: jax
     def plain_budget(logits: jax.Array, shortlist: Any = None) -> Any:
         ids, weights, shares = plain_route(logits)
         found = restrict(budget, nodes, config.norm_topk_prob, 0, shares, Routing(ids, weights), valid, shortlist)
-        return found.shortlist, found.routing.experts, found.routing.weights, found.mass_kept, found.replaced * 1
+        return (
+            found.shortlist,
+            found.routing.experts,
+            found.routing.weights,
+            found.mass_kept,
+            found.replaced.astype(jnp.int32),
+        )
 
     def fused_route(logits: jax.Array) -> Any:
         return choose(config, logits, valid.astype(jnp.int32), interpret=interpret)

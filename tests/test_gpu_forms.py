@@ -11,6 +11,7 @@ import pytest
 import tiny
 from driver import fast_jit
 
+from benchmarks.gpu_forms import TOLERANCE, Case, cases_of, error_of
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.decoding.budget import restrict
@@ -270,3 +271,17 @@ def test_every_form_can_be_turned_off() -> None:
 )
 def test_what_does_not_fit_runs_in_plain_operations(change: dict[str, Any], expected: int) -> None:
     assert launches(**change) == expected
+
+
+@pytest.mark.slow
+def test_the_script_for_a_card_finds_every_kernel_right_and_goes_on_where_one_fails() -> None:
+    config = read_config(tiny.CONFIG | {"hidden_size": 64, "head_dim": 64, "num_experts": 16})
+    errors = {case.name: error_of(case) for case in cases_of(config, 3, interpret=True)}
+    wrong = {name: error for name, error in errors.items() if isinstance(error, str) or not error <= TOLERANCE}
+    assert len(errors) == 8 and wrong == {}
+
+    def fails(x: jax.Array) -> jax.Array:
+        raise NotImplementedError("not lowered")
+
+    assert error_of(Case("none", fails, fails, (jnp.ones(3),))) == "NotImplementedError: not lowered"
+    assert error_of(Case("wrong", jnp.sin, jnp.cos, (jnp.ones(3),))) > TOLERANCE
