@@ -134,8 +134,9 @@ def layer_cases(
     heads, groups, head = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     model, widths = config.hidden_size, (heads * head, groups * head, groups * head)
     norms = {"flat": widths[:2], "head": (head, head)}.get(config.qk_norm)
+    q, k, v = (normal(width, model) * jnp.bfloat16(model**-0.5) for width in widths)
     weights = Attention(
-        *(normal(width, model) * jnp.bfloat16(model**-0.5) for width in widths), normal(widths[0], 1),
+        q, k, v, normal(widths[0], 1),
         q_norm=None if norms is None else normal(norms[0]), k_norm=None if norms is None else normal(norms[1]),
     )  # fmt: skip
     angle = normal(1, rows, head // 2, dtype=jnp.float32)
