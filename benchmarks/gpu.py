@@ -67,8 +67,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--model", default="OLMoE-1B-7B")
     parser.add_argument("--layers", type=int, help="cut the model to its first layers")
-    parser.add_argument("--backends", nargs="+", default=["triton", "mosaic", "slots"])
-    parser.add_argument("--full", default="triton", help="back-end that is timed with every tree and budget")
+    parser.add_argument("--backends", nargs="+", default=["fused", "triton", "mosaic"])
+    parser.add_argument("--full", default="fused", help="back-end that is timed with every tree and budget")
     parser.add_argument(
         "--without", nargs="*", choices=("all", *FORMS), default=["all"],
         help="time --full again without each of these kernels, plainly and with the largest tree",

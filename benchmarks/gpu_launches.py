@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_launches --out benchmarks/results/gpu_programs.json
 
-compiles the programs of `gpu_programs.py` ahead of time under the back-end `triton`, for models cut to 4 and to 8
+compiles the programs of `gpu_programs.py` ahead of time under the back-end `fused`, for models cut to 4 and to 8
 layers: what a layer launches is a quarter of the difference. `tests/test_gpu_launches.py` compiles some of them again,
 and fails where a number has grown. Nothing runs, so there are no times.
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def count(model: str, gpu: str, program: str) -> dict[str, Any]:
     """Count the launches of one program."""
-    few, more = (examine(model, BACKENDS["triton"], gpu, program, layers) for layers in (FEW, MORE))
+    few, more = (examine(model, BACKENDS["fused"], gpu, program, layers) for layers in (FEW, MORE))
     per_layer = (more["kernels_per_round"] - few["kernels_per_round"]) / (MORE - FEW)
     level = next((loop["kernels"] + loop["condition"] for loop in more["loops"] if loop["trips"] == LEVELS), None)
     rest = more["kernels_per_round"] - MORE * per_layer - LEVELS * (level or 0)

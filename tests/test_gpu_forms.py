@@ -241,7 +241,7 @@ def test_rows_of_the_cache_are_all_read_before_one_is_written() -> None:
 def launches(dtype: Any = jnp.bfloat16, tokens: int = 3, head: int = 64, **forms: Any) -> int:
     """Kernels of Triton in a forward pass of one layer, lowered for an A100."""
     changes = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": head, "num_hidden_layers": 1}
-    config, backend = read_config(tiny.CONFIG | changes), BACKENDS["triton"]._replace(**forms)
+    config, backend = read_config(tiny.CONFIG | changes), BACKENDS["fused"]._replace(**forms)
     params = abstract_decoder(config, backend, dtype)
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 128, dtype, stacked=False))
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)

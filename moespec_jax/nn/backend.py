@@ -101,22 +101,25 @@ def _gpu_form(backend: str, module: str, name: str) -> Callable[..., Any]:
     return lambda *arguments: form(*kernel_operands(backend, arguments))
 
 
-def _gpu_backend(name: str) -> Backend:
-    """Back-end of the kernels in `nn/experts/{name}_gpu.py`. Layers are kept apart: XLA:GPU copies a slice of stacked
-    weights before every product of several rows."""
+def _gpu_backend(name: str, kernels: str) -> Backend:
+    """Back-end of the expert kernels in `nn/experts/{kernels}_gpu.py`. Layers are kept apart: XLA:GPU copies a slice of
+    stacked weights before every product of several rows."""
     compute, supported, missing = (
-        _later(f"experts.{name}_gpu", part) for part in (f"{name}_experts", "supported", "missing")
+        _later(f"experts.{kernels}_gpu", part) for part in (f"{kernels}_experts", "supported", "missing")
     )
-    forms: dict[str, Any] = {field: _gpu_form(name, *form) for field, form in _GPU_FORMS.items()}
-    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing, **forms)
+    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing)
 
 
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, loop("switch", cpu_experts)),
     "slots": Backend("slots", "flat", True, loop("slots", slot_experts)),
     "pallas": Backend("pallas", "flat", True, kernel("pallas", _pallas_experts), attention=_pallas_attention),
-    "triton": _gpu_backend("triton"),
-    "mosaic": _gpu_backend("mosaic"),
+    "triton": _gpu_backend("triton", "triton"),
+    "mosaic": _gpu_backend("mosaic", "mosaic"),
+    # Chosen by name only, until it was measured: the other parts of a layer are kernels too.
+    "fused": _gpu_backend("fused", "triton")._replace(
+        **{field: _gpu_form("fused", *form) for field, form in _GPU_FORMS.items()}
+    ),
     # Chosen by name only: with gradients, on every platform; it reads all experts.
     "dense": Backend("dense", "flat", False, dense_experts),
 }
