@@ -97,6 +97,9 @@ class Prophet:
         assert aux_hidden_states is not None and aux_hidden_states.shape[1] == CHAIN.size
         return state.at[:, 0].add(accepted.count)
 
+    def skip(self, state: Array, position: Array, aux_hidden_states: Array | None) -> Array:
+        raise NotImplementedError
+
     def specs(self, params: SpeculativeParams[Array]) -> Array:
         raise NotImplementedError
 

@@ -67,6 +67,7 @@ RUN_FIELDS = {
     "backend": str,
     "quantization": type(None),
     "versions": dict,
+    "choice": type(None),
 }
 PROMPT_FIELDS = {
     "text": str,

@@ -77,7 +77,7 @@ def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) ->
 def case_columns(case: TimingCase) -> dict[str, Any]:
     """Columns of a case under SpecForge's names (zeros for plain decoding) and ours."""
     tree, budget = case.spec.tree, case.spec.budget
-    assert tree != "default"
+    assert tree != "default" and tree != "auto"
     steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
     return {
         "batch_size": case.batch, "steps": steps, "topk": top_k, "num_draft_tokens": size,

@@ -73,6 +73,10 @@ def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
         RequestError: tree or budget is invalid, or there are both a profile and flags.
     """
     tree, budget = tree_of(arguments), budget_of(arguments)
+    if getattr(arguments, "speculate", None) == "auto":
+        if tree is not None or arguments.profile is not None:
+            raise RequestError("expected --speculate auto or the tree of --profile or of flags; got both")
+        return DecodingSpec("auto", budget)
     if arguments.profile is None:
         return DecodingSpec(tree or "default", budget)
     if tree is not None or budget is not None:

@@ -12,12 +12,12 @@ from moespec_jax.cli.process_flags import add_process_flags
 from moespec_jax.cli.prompts import Prompt
 from moespec_jax.errors import RequestError
 from moespec_jax.runtime.load import DEMO_TARGET
-from moespec_jax.runtime.model import DEFAULT_TREE
+from moespec_jax.runtime.specs import DEFAULT_TREE
 
 # Flags that have no meaning in plain decoding.
 _DRAFTING = (
-    "draft_boundaries", "draft_revision", "tree_depth", "tree_top_k", "tree_size", "simulate_accept_length", "trace",
-    "compare", "expert_budget", "profile",
+    "draft_boundaries", "draft_revision", "speculate", "tree_depth", "tree_top_k", "tree_size",
+    "simulate_accept_length", "trace", "compare", "expert_budget", "profile",
 )  # fmt: skip
 
 
@@ -140,6 +140,12 @@ def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_drafting_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--speculate",
+        choices=["auto"],
+        help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
+        " device, measured in the first run and kept beside the compiled programs, and what they gain in this text",
+    )
     add_tree_flags(group)
     add_profile_flag(group)
     group.add_argument(

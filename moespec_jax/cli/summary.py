@@ -40,7 +40,7 @@ def _output(result: RunResult) -> str:
             exactness += f" for the {result.quantization} model, which differs from the checkpoint"
     if result.simulated_accept_length is not None:
         exactness = "SIMULATED acceptance, not the model's output"
-    how = "plain decoding" if result.tree is None else "speculative decoding"
+    how = "plain decoding" if result.tree is None and result.choice is None else "speculative decoding"
     return f"{exactness}, {how}; {new} new tokens, ended by {', '.join(sorted(reasons))}"
 
 
@@ -67,20 +67,31 @@ def _budget_loss(result: RunResult) -> str:
 def _drafting(result: RunResult) -> list[tuple[str, str]]:
     """Lines about drafter, tree and acceptance, over all rounds of all prompts."""
     rounds = sum(p.rounds for p in result.prompts)
-    if result.tree is None or not rounds:
+    if (result.tree is None and result.choice is None) or not rounds:
         return []
     depths = range(max(len(p.accepted_by_depth) for p in result.prompts))
     shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / rounds for d in depths]
-    tree = result.tree
-    shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
     simulated = "" if result.simulated_accept_length is None else " (simulated)"
     return [
-        ("draft", f"{result.draft_model}; {shape}, depth {tree['depth']}, {tree['size']} tokens a pass"),
+        ("draft", f"{result.draft_model}; {_shape(result)}"),
         (
             "acceptance",
             f"{1 + sum(shares):.2f} tokens a round{simulated}; by depth {' '.join(f'{s:.2f}' for s in shares)}",
         ),
     ]
+
+
+def _shape(result: RunResult) -> str:
+    """Shape of the tree or, where every round chose one, the share of each."""
+    if result.tree is None:
+        assert result.choice is not None
+        rounds = result.choice["rounds"]
+        total = max(sum(rounds.values()), 1)
+        shares = ", ".join(f"{name} {count / total:.0%}" for name, count in rounds.items() if count)
+        return f"chosen each round ({shares}); costs: {result.choice['source']}"
+    tree = result.tree
+    shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
+    return f"{shape}, depth {tree['depth']}, {tree['size']} tokens a pass"
 
 
 def _compared(comparison: Comparison) -> str:

@@ -10,7 +10,7 @@ from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, no_plain_rounds, plain_round_info
 from moespec_jax.decoding.sampling import SamplingConfig, draw
 from moespec_jax.decoding.state_specs import decode_state_specs, plain_run_info_specs, prefill_state_specs
-from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, append_tokens
+from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, any_unfinished, append_tokens
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import empty_cache
@@ -131,7 +131,7 @@ class Autoregressive:
             return self.round(params, state)
 
         start, shards = no_plain_rounds(len(state.length)), params.sharding.experts
-        return run_rounds(run_round, self.sequences, state, rounds, start, shards)
+        return run_rounds(run_round, self._proceeds, state, rounds, start, shards)
 
     def round(self, params: Decoder, state: DecodeState) -> tuple[DecodeState, RoundInfo]:
         """Run one forward pass over the newest token of every sequence, and draw the next."""
@@ -150,6 +150,9 @@ class Autoregressive:
         assert cache is not None
         round_info = plain_round_info(self.config, ~state.done, info)
         return self._append(dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), round_info
+
+    def _proceeds(self, state: DecodeState, rounds: Int[Array, ""]) -> Array:
+        return any_unfinished(state)
 
     def sequences(self, state: DecodeState) -> DecodeState:
         """The state itself."""

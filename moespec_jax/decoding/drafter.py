@@ -100,6 +100,13 @@ class Drafter(Protocol[Weights, DraftState]):
         """Take note of the accepted paths, and of the target's hidden states at all nodes."""
         ...
 
+    def skip(
+        self, state: DraftState, position: Int[Array, " batch"], aux_hidden_states: Float[Array, "batch 1 aux"] | None
+    ) -> DraftState:
+        """Take note of the target's hidden states of the token at `position`, after which one was drawn without a
+        draft. Only menus of shapes (`menu.Menu`) call it."""
+        ...
+
     def specs(self, params: SpeculativeParams[Weights]) -> DraftState:
         """Sharding of the state on a mesh, `PartitionSpec`s in place of arrays."""
         ...
@@ -134,6 +141,10 @@ class StatelessDrafter:
         return ()
 
     def commit(self, state: tuple[()], accepted: Accepted, aux_hidden_states: Array | None) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def skip(self, state: tuple[()], position: Array, aux_hidden_states: Array | None) -> tuple[()]:
         """There is no state."""
         return ()
 

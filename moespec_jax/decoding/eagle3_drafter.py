@@ -38,12 +38,15 @@ class Eagle3State:
 
     Fields:
         cache: keys and values of confirmed pairs; `cache.length[b]` counts them. Pair t is token t with the one after.
-        aux: the target's hidden states of the tokens from position `cache.length[b]` to the root's predecessor, whose
-            pairs are not in the cache yet.
+        aux: the target's hidden states of the tokens from position `skipped[b] + cache.length[b]` to the root's
+            predecessor, whose pairs are not in the cache yet.
+        skipped: number of pairs that are missing in the cache: where many tokens are drawn without a draft, the head
+            reads only the last ones.
     """
 
     cache: Cache
     aux: Float[Array, "batch path aux"]
+    skipped: Int[Array, " batch"]
 
     __repr__ = summary
 
@@ -69,7 +72,8 @@ class Eagle3Drafter:
         """Allocate an empty cache."""
         dtype = params.draft.fc.dtype
         cache = empty_draft_cache(self.config, batch, slots, dtype)
-        return Eagle3State(cache, jnp.zeros((batch, 1, self.config.aux_size), dtype))
+        aux = jnp.zeros((batch, 1, self.config.aux_size), dtype)
+        return Eagle3State(cache, aux, jnp.zeros((batch,), jnp.int32))
 
     def read(
         self,
@@ -85,32 +89,32 @@ class Eagle3Drafter:
         cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, prompt_lengths.shape))
         _, cache = extend_cache(self.config, params, aux_hidden_states, next_tokens, cache, self.backend)
         last = row_at(aux_hidden_states, prompt_lengths - 1 - start, state.aux[:, 0])
-        return Eagle3State(cache, last[:, None, :])
+        return Eagle3State(cache, last[:, None, :], state.skipped)
 
     def begin(self, tree: TreeConfig, state: Eagle3State, prompt_lengths: Int[Array, " batch"]) -> Eagle3State:
         """Confirm all pairs of the prompt but its last token's."""
         batch, _, width = state.aux.shape
         padding = jnp.zeros((batch, tree.longest_path - 1, width), state.aux.dtype)
         cache = dataclasses.replace(state.cache, length=prompt_lengths - 1)
-        return Eagle3State(cache, jnp.concatenate([state.aux, padding], axis=1))
+        return Eagle3State(cache, jnp.concatenate([state.aux, padding], axis=1), state.skipped)
 
     def propose(
         self, tree: TreeConfig, params: Params, state: SpeculationState[Eagle3State]
     ) -> tuple[Tree, SpeculationState[Eagle3State]]:
         """Read the pairs that the last round confirmed, and grow a tree from the last of them."""
-        decoding, draft, width = state.decoding, state.draft, tree.longest_path
-        confirmed = draft.cache.length
-        next_positions = confirmed[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+        decoding, draft, width = state.decoding, state.draft, state.draft.aux.shape[1]
+        confirmed, skipped = draft.cache.length, draft.skipped
+        next_positions = (confirmed + skipped)[:, None] + 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
         next_tokens = jnp.take_along_axis(decoding.tokens, next_positions, axis=1)
-        outputs, cache = extend_cache(self.config, params, draft.aux, next_tokens, draft.cache, self.backend)
-        pairs = decoding.length - 1  # one for every token but the root
+        outputs, cache = extend_cache(self.config, params, draft.aux, next_tokens, draft.cache, self.backend, skipped)
+        pairs = decoding.length - 1 - skipped  # one for every token but the root
         last = jnp.clip(pairs - 1 - confirmed, 0, width - 1)
         outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
-        roots = jnp.take_along_axis(decoding.tokens, pairs[:, None], axis=1)[:, 0]
+        roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)[:, 0]
         cache = dataclasses.replace(cache, length=pairs)
         logits = partial(draw_logits, self.config, params, state)
-        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, logits, self.backend)
-        return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux))
+        trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, skipped, logits, self.backend)
+        return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux, skipped))
 
     def commit(
         self, state: Eagle3State, accepted: Accepted, aux_hidden_states: Float[Array, "batch nodes aux"] | None
@@ -118,11 +122,27 @@ class Eagle3Drafter:
         """Keep the target's hidden states of the accepted path."""
         assert aux_hidden_states is not None
         aux = jnp.take_along_axis(aux_hidden_states, accepted.path[:, :, None], axis=1)
-        return Eagle3State(state.cache, aux)
+        # Longer where other shapes of a menu have longer paths.
+        aux = jnp.pad(aux, ((0, 0), (0, state.aux.shape[1] - aux.shape[1]), (0, 0)))
+        return Eagle3State(state.cache, aux, state.skipped)
+
+    def skip(
+        self, state: Eagle3State, position: Int[Array, " batch"], aux_hidden_states: Float[Array, "batch 1 aux"] | None
+    ) -> Eagle3State:
+        """Append the hidden states to those that wait; where there is no room, the oldest are dropped."""
+        assert aux_hidden_states is not None
+        width = state.aux.shape[1]
+        waiting = position - state.skipped - state.cache.length
+        is_full = waiting >= width
+        aux = jnp.where(is_full[:, None, None], jnp.roll(state.aux, -1, axis=1), state.aux)
+        is_new = jnp.arange(width, dtype=jnp.int32)[None, :] == jnp.minimum(waiting, width - 1)[:, None]
+        aux = jnp.where(is_new[:, :, None], aux_hidden_states, aux)
+        return Eagle3State(state.cache, aux, state.skipped + is_full.astype(jnp.int32))
 
     def specs(self, params: Params) -> Eagle3State:
         """Sharding of the state on a mesh."""
-        return Eagle3State(cache_specs(params.draft.sharding, stacked=False), BY_SEQUENCE)  # pyright: ignore[reportArgumentType]
+        cache = cache_specs(params.draft.sharding, stacked=False)
+        return Eagle3State(cache, BY_SEQUENCE, BY_SEQUENCE)  # pyright: ignore[reportArgumentType]
 
 
 def extend_cache(
@@ -132,12 +152,15 @@ def extend_cache(
     next_tokens: Int[Array, "batch pairs"],
     cache: Cache,
     backend: Backend = PLAIN,
+    skipped: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch pairs model"], Cache]:
-    """Run the head on new pairs: the target's hidden states of the tokens from position `cache.length[b]` on, each with
-    the token after it. Rows behind the last true pair are padding, which later passes overwrite before they read it."""
+    """Run the head on new pairs: the target's hidden states of the tokens from position `cache.length[b]` on, or
+    `skipped[b]` later, each with the token after it. Rows behind the last true pair are padding, which later passes
+    overwrite before they read it."""
     embed = _embedding(params)
-    positions = cache.length[:, None] + jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None, :]
-    mask = causal_mask(positions, cache.slots)
+    slots = cache.length[:, None] + jnp.arange(next_tokens.shape[1], dtype=jnp.int32)[None, :]
+    mask = causal_mask(slots, cache.slots)
+    positions = slots if skipped is None else slots + skipped[:, None]
     features = fuse_aux(config, params.draft, aux)
     return draft_forward(config, params.draft, embed[next_tokens], features, positions, mask, cache, backend)
 
@@ -149,6 +172,7 @@ def grow_trees(
     outputs: Float[Array, "batch model"],
     roots: Int[Array, " batch"],
     cache: Cache,
+    skipped: Int[Array, " batch"],
     logits: Callable[[Array, Array], Array],
     backend: Backend = PLAIN,
 ) -> tuple[Tree, Cache]:
@@ -161,6 +185,7 @@ def grow_trees(
         outputs: the head's outputs at the last confirmed pair.
         roots: the newest token of each sequence.
         cache: all confirmed pairs.
+        skipped: number of pairs that it lacks.
         logits: of the tokens `level` places after the root's next, from the outputs before them.
         backend: forms of the head's attention and of the choice of tokens.
 
@@ -180,7 +205,7 @@ def grow_trees(
 
     def grow(carry: tuple[Cache, Beam, Array], level: Array) -> tuple[tuple[Cache, Beam, Array], Level]:
         cache, beam, features = carry
-        positions = jnp.broadcast_to((confirmed + level)[:, None], beam.tokens.shape)
+        positions = jnp.broadcast_to((confirmed + skipped + level)[:, None], beam.tokens.shape)
         mask = tree_mask(beam.ancestors, confirmed, cache.slots)
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache, backend)

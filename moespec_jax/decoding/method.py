@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Int
 
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, add_round
-from moespec_jax.decoding.states import DecodeState, Prompts, any_unfinished
+from moespec_jax.decoding.states import DecodeState, Prompts
 
 Params = TypeVar("Params", contravariant=True)
 # States of prefill and of decoding: pytrees of arrays, or of their `PartitionSpec`s.
@@ -81,22 +81,36 @@ class Method(Protocol[Params, PrefillState, State]):
         ...
 
 
+@runtime_checkable
+class MethodOfParts(Protocol[Params, PrefillState, State]):
+    """A way of decoding made of others that share its state, of which one runs the next rounds."""
+
+    @property
+    def parts(self) -> "tuple[Method[Params, PrefillState, State], ...]":
+        """The ways of decoding; of them, `step` and `specs` are used."""
+        ...
+
+    def part(self, state: State) -> Int[Array, ""]:
+        """Index of the one that runs the next rounds."""
+        ...
+
+
 def run_rounds(
     run_round: Callable[[AnyState], tuple[AnyState, RoundInfo]],
-    sequences: Callable[[AnyState], DecodeState],
+    proceeds: Callable[[AnyState, Int[Array, ""]], Array],
     state: AnyState,
     rounds: Int[Array, ""],
     no_rounds: RunInfo,
     shards: int,
 ) -> tuple[AnyState, RunInfo]:
-    """Repeat a round in one `lax.while_loop`, up to `rounds` times, until every sequence is done.
+    """Repeat a round in one `lax.while_loop`, up to `rounds` times, while `proceeds(state, rounds so far)`.
 
     `rounds` is traced, so that streaming runs the same program for a few rounds at a time. `no_rounds` starts the sums;
     a layer's experts are in `shards` shards.
     """
 
     def unfinished(carry: tuple[AnyState, RunInfo]) -> Array:
-        return (carry[1].rounds < rounds) & any_unfinished(sequences(carry[0]))
+        return (carry[1].rounds < rounds) & proceeds(carry[0], carry[1].rounds)
 
     def body(carry: tuple[AnyState, RunInfo]) -> tuple[AnyState, RunInfo]:
         state, last = run_round(carry[0])

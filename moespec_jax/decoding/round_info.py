@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.tree import Tree
@@ -116,12 +116,13 @@ def no_plain_rounds(batch: int) -> RunInfo:
     return RunInfo(jnp.int32(0), jnp.zeros((batch,), jnp.int32), zero, zero)
 
 
-def no_tree_rounds(config: DecoderConfig, tree: TreeConfig, budget: BudgetConfig | None, batch: int) -> RunInfo:
-    """Start the sums of speculative decoding; the last round is a placeholder of the right shapes.
+def no_tree_rounds(config: DecoderConfig, size: int, path: int, budget: BudgetConfig | None, batch: int) -> RunInfo:
+    """Start the sums of speculative decoding by trees of `size` nodes, `path` of them on a path; the last round is a
+    placeholder of the right shapes.
 
     The sums of a budget are carried without one, too: XLA:TPU places the values of a loop with fewer of them worse.
     """
-    shape, path, layers = (batch, tree.size), tree.longest_path, config.num_sparse_layers
+    shape, layers = (batch, size), config.num_sparse_layers
     nodes = Tree(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
     count, zero = jnp.zeros((batch,), jnp.int32), jnp.float32(0.0)
     selected = jnp.zeros((layers, batch, config.num_experts), bool)

@@ -14,14 +14,15 @@ class DecodingSpec:
     """How to decode: plainly where `tree` is None, exactly where `budget` is None too.
 
     Fields:
-        tree: shape of the draft tree; None decodes plainly, "default" stands for the model's own choice.
+        tree: shape of the draft tree; None decodes plainly, "default" stands for the model's own choice, and with
+            "auto" every round has the shape that pays most (`menu.Menu`).
         budget: expert budget of the verification.
         simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
         drafter: in place of the model's draft head.
         adapt: replaces functions of the method (`speculative.Speculative`).
     """
 
-    tree: TreeConfig | Literal["default"] | None = None
+    tree: TreeConfig | Literal["default", "auto"] | None = None
     budget: BudgetConfig | None = None
     simulate_accept_length: float | None = None
     drafter: Drafter[Any, Any] | None = None  # of any kind of parameters and state
@@ -29,7 +30,7 @@ class DecodingSpec:
 
     @property
     def tree_name(self) -> str:
-        """`60/7/10` (size/depth/top-k), `plain` or `default`."""
+        """`60/7/10` (size/depth/top-k), `plain`, `default` or `auto`."""
         return self.tree.name if isinstance(self.tree, TreeConfig) else self.tree or "plain"
 
     @property

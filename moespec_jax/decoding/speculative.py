@@ -29,7 +29,7 @@ from moespec_jax.decoding.state_specs import (
     prefill_state_specs,
     tree_run_info_specs,
 )
-from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, append_tokens
+from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, any_unfinished, append_tokens
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.attention import tree_mask
 from moespec_jax.nn.cache import Cache
@@ -133,8 +133,8 @@ class Speculative(Generic[Weights, DraftState]):
             return self.round(params, state)
 
         batch, shards = len(state.decoding.length), params.target.sharding.experts
-        start = no_tree_rounds(self.target.config, self.tree, self.budget, batch)
-        return run_rounds(run_round, self.sequences, state, rounds, start, shards)
+        start = no_tree_rounds(self.target.config, self.tree.size, self.tree.longest_path, self.budget, batch)
+        return run_rounds(run_round, self._proceeds, state, rounds, start, shards)
 
     def round(
         self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState]
@@ -204,8 +204,12 @@ class Speculative(Generic[Weights, DraftState]):
         committed = committed_depths(accepted, ~decoding.done)
         counts = psum(jnp.sum(committed, axis=0, dtype=jnp.float32), data_axes())
         new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
-        counts = state.depth_counts + counts
+        # Longer where other shapes of a menu have longer paths.
+        counts = state.depth_counts + jnp.pad(counts, (0, len(state.depth_counts) - len(counts)))
         return dataclasses.replace(state, decoding=new, draft=draft, depth_counts=counts), round_info
+
+    def _proceeds(self, state: SpeculationState[DraftState], rounds: Int[Array, ""]) -> Array:
+        return any_unfinished(state.decoding)
 
     def sequences(self, state: SpeculationState[DraftState]) -> DecodeState:
         """Sequences as in plain decoding."""

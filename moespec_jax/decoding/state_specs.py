@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.choice import Choice
 from moespec_jax.decoding.round_info import BudgetInfo, BudgetSums, RoundInfo, RunInfo
 from moespec_jax.decoding.states import DecodeState, PrefillState
 from moespec_jax.decoding.tree import Tree
@@ -42,6 +43,11 @@ def decode_state_specs(params: Decoder) -> DecodeState:
         key=REPLICATED,
         cache=cache_specs(params.sharding, stacked=params.stacked),
     )
+
+
+def choice_specs() -> Choice:
+    """Specs of what a run knows of the shapes of a menu."""
+    return Choice(*[REPLICATED] * 7)
 
 
 def depth_count_specs() -> Array:

@@ -6,7 +6,7 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 """
 
 import dataclasses
-import warnings
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,13 @@ from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
-from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning, budget_warning, is_exact, resolve
+from moespec_jax.decoding.budget_config import BudgetConfig, is_exact
 from moespec_jax.decoding.drafter import Drafter, SpeculativeParams
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
+from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Adapt, Speculative
-from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError, wrong_type
 from moespec_jax.nn.backend import Backend, expert_form
 from moespec_jax.nn.decoder import Decoder
@@ -33,14 +33,9 @@ from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
 from moespec_jax.runtime.results import PromptResult, RunResult, device_name, exactness, versions
+from moespec_jax.runtime.round_costs import Chooser, RoundCosts
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
-
-# The tree where none is given. On CPU it is the fastest that was measured with the embedded pair; elsewhere it is what
-# published heads for MoE targets are served with.
-DEFAULT_TREE = TreeConfig(depth=2, top_k=1, size=4)
-
-
-_NOTHING_DRAFTED = "expected speculative decoding to trace, simulate or adapt; this is plain decoding"
+from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
 
 
 @dataclasses.dataclass
@@ -58,6 +53,7 @@ class Model:
         draft: draft head, if there is one.
         programs: compiled programs.
         quantization: of the routed experts.
+        round_costs: costs of the rounds of menus that were measured, or read from files.
     """
 
     config: DecoderConfig
@@ -70,6 +66,7 @@ class Model:
     draft: LoadedDraft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
     quantization: Quantization | None = None
+    round_costs: dict[str, RoundCosts] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         draft = "no draft head" if self.draft is None else f"draft head {self.draft.name}"
@@ -128,7 +125,7 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
         max_length: int | None = None,
-        tree: TreeConfig | Literal["default"] | None = "default",
+        tree: TreeConfig | Literal["default", "auto"] | None = "default",
         budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
         drafter: Drafter[Any, Any] | None = None,
@@ -147,7 +144,9 @@ class Model:
             seed: of all random draws. The same seed gives the same text with any tree and without one.
             ignore_eos: generate beyond the model's stop ids.
             max_length: longest sequence in tokens (default: the model's context).
-            tree: shape of the draft tree; None decodes plainly. Models without a draft head decode plainly by default.
+            tree: shape of the draft tree; None decodes plainly, and with "auto" every round is plain or drafts the tree
+                that pays most by the costs measured on this device. Models without a draft head decode plainly by
+                default.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
@@ -184,7 +183,15 @@ class Model:
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
         spec = self.resolve(DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt))
         if spec.tree is None and on_round is not None:
-            raise RequestError(_NOTHING_DRAFTED)
+            raise RequestError(NOTHING_DRAFTED)
+        if spec.tree == "auto":
+            trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
+            menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
+            run = Run(self.programs, menu, self.speculative_params, batch)
+            chooser = Chooser(menu, run, self.programs, self._costs_identity(spec, len(ids)), self.round_costs)
+            run.execute(on_tokens, on_round, chooser.prepare)
+            result = self._result(run, batch, sampling, spec, max_new_tokens)
+            return dataclasses.replace(result, choice=chooser.report())
         if spec.tree is None:
             run = Run(self.programs, self.autoregressive(sampling), self.params, batch)
         else:
@@ -201,34 +208,7 @@ class Model:
         Raises:
             RequestError: the model cannot decode so.
         """
-        drafts = self.draft is not None or spec.drafter is not None
-        tree = spec.tree
-        if tree == "default":
-            tree = DEFAULT_TREE if drafts else None
-        if tree is None:
-            if spec.budget is not None:
-                raise RequestError(
-                    "expected speculative decoding to budget the verification of; this is plain decoding"
-                )
-            if any(given is not None for given in (spec.simulate_accept_length, spec.adapt)):
-                raise RequestError(_NOTHING_DRAFTED)
-            return DecodingSpec()
-        if not drafts:
-            raise RequestError(f"expected a draft head to draft a tree with; {self.directory} was loaded without one")
-        simulate = spec.simulate_accept_length
-        if simulate is not None and not 1.0 <= simulate <= tree.longest_path:
-            raise RequestError(
-                f"expected an accept length from 1 to {tree.longest_path}, the longest path of the tree; got {simulate}"
-            )
-        try:
-            if self.draft is not None and spec.drafter is None:
-                check_draft_vocabulary(tree, self.draft.config.draft_vocab_size)
-            budget = None if spec.budget is None else resolve(spec.budget, self.config)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        if budget is not None and (warning := budget_warning(budget, self.config)):
-            warnings.warn(warning, BudgetWarning, stacklevel=3)
-        return dataclasses.replace(spec, tree=tree, budget=budget)
+        return resolved_spec(self.config, self.draft, self.directory, spec)
 
     def is_exact(self, spec: DecodingSpec, batch: int) -> bool:
         """Test whether a resolved spec leaves the distribution of the output that of the model, for `batch` prompts."""
@@ -258,6 +238,18 @@ class Model:
 
     def _token_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
         return [self.encode(p) if isinstance(p, str) else p for p in listed_prompts(prompts)]
+
+    def _costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:
+        """What the costs of rounds depend on."""
+        return {
+            "model": str(self.directory.resolve()), "config": repr(self.config),
+            "draft_model": self._drafter_name(spec), "precision": self.precision, "backend": self.expert_form,
+            "batch": batch,
+            "shapes": [tree.name for tree in menu_trees(self.draft, spec)],
+            "budget": None if spec.budget is None else spec.budget.as_dict(),
+            "mesh": None if self.programs.mesh is None else dict(self.programs.mesh.shape),
+            "device": device_name(), "cores": os.cpu_count(), "versions": versions(),
+        }  # fmt: skip
 
     def _result(
         self, run: Run[Any, Any, Any], batch: Batch, sampling: SamplingConfig, spec: DecodingSpec, max_new_tokens: int

@@ -38,7 +38,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_tree(value: object) -> bool:
-    return isinstance(value, TreeConfig) or (isinstance(value, str) and value == "default")
+    return isinstance(value, TreeConfig) or (isinstance(value, str) and value in ("default", "auto"))
 
 
 def _are_whole_numbers(value: object) -> bool:
@@ -60,7 +60,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "top_p": (_is_number, "a number"),
     "seed": (is_whole_number, "a whole number"),
     "max_length": (is_whole_number, "a whole number"),
-    "tree": (_is_tree, "a TreeConfig, 'default' or None"),
+    "tree": (_is_tree, "a TreeConfig, 'default', 'auto' or None"),
     "budget": (lambda value: isinstance(value, Real | BudgetConfig), "a number or a BudgetConfig"),
     "simulate_accept_length": (_is_number, "a number"),
     "adapt": (callable, "a function"),

@@ -66,6 +66,8 @@ class RunResult:
         mesh: devices along each axis, None for one device.
         device, dtype, quantization, versions: where and how it ran.
         backend: expert compute that ran; a back-end's kernels do not run with everything.
+        choice: where every round chose its shape: `rounds` of each shape, and the seconds and gained tokens of a round
+            of each that decided (`round_s`, `gains`), measured in this run or read from a file (`source`).
     """
 
     prompts: list[PromptResult]
@@ -91,9 +93,11 @@ class RunResult:
     quantization: str | None
     backend: str
     versions: dict[str, str]
+    choice: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
-        new, decoding = sum(p.new_tokens for p in self.prompts), "plain" if self.tree is None else "speculative"
+        plain = self.tree is None and self.choice is None
+        new, decoding = sum(p.new_tokens for p in self.prompts), "plain" if plain else "speculative"
         kind = "exact" if self.exact else "not exact"
         return (
             f"RunResult({len(self.prompts)} prompts, {new} new tokens, {kind} {decoding} decoding,"

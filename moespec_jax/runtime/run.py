@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moespec_jax.decoding.autoregressive import bucket_lengths
-from moespec_jax.decoding.method import Method, Params, PrefillState, State
+from moespec_jax.decoding.method import Method, MethodOfParts, Params, PrefillState, State
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.states import NO_TOKEN, Prompts
@@ -32,6 +32,25 @@ Arguments = TypeVarTuple("Arguments")
 OnTokens = Callable[[list[list[int]]], None]
 # Called with the number of a round and its measurements.
 OnRound = Callable[[int, RoundInfo], None]
+
+
+class Advanced(NamedTuple):
+    """A few rounds of one part of a method.
+
+    Fields:
+        rounds: their number.
+        seconds: of all of them.
+        gained: tokens that a sequence gained in a round, on average.
+    """
+
+    rounds: int
+    seconds: float
+    gained: float
+
+
+AnyState = TypeVar("AnyState")
+# Runs up to some rounds of a part of the method: (state, part, rounds) -> (state, what was run).
+Advance = Callable[[AnyState, int, int], tuple[AnyState, Advanced]]
 
 
 class Batch(NamedTuple):
@@ -60,6 +79,7 @@ class Run(Generic[Params, PrefillState, State]):
         sums: sums over rounds of the scalar measurements of `RunInfo` and `BudgetSums`.
         active: rounds that each sequence took part in.
         accepted: `accepted[b, d]` counts the rounds of sequence b that committed a node of depth d + 1.
+        rounds_of: rounds of each part of the method; it has one part, itself, unless it is a menu.
     """
 
     def __init__(
@@ -67,6 +87,8 @@ class Run(Generic[Params, PrefillState, State]):
     ) -> None:
         self._programs, self._method, self._params, self._batch = programs, method, params, batch
         self._call = programs.run
+        self._parts = method.parts if isinstance(method, MethodOfParts) else (method,)
+        self.rounds_of = [0] * len(self._parts)
         self._prompts, self._limit = _padded_batch(batch, programs.mesh)
         self._chunks = bucket_lengths(max(map(len, batch.prompts)))
         longest = max(max(batch.limit) + method.margin, sum(self._chunks) + method.prefill.lookahead)
@@ -87,8 +109,15 @@ class Run(Generic[Params, PrefillState, State]):
         """Seconds spent compiling for this run, first executions of programs included."""
         return self._programs.compile_s - self._compiled_before + self._rehearsal_s
 
-    def execute(self, on_tokens: OnTokens | None = None, on_round: OnRound | None = None) -> None:
+    def execute(
+        self,
+        on_tokens: OnTokens | None = None,
+        on_round: OnRound | None = None,
+        prepare: Callable[[Advance[State], State], State] | None = None,
+    ) -> None:
         """Prefill, then decode until every sequence is done; with `on_round`, one round a call.
+
+        `prepare(advance, state)` may change the state before the first round, and run rounds itself.
 
         Raises:
             CheckpointError: logits are not finite.
@@ -96,19 +125,39 @@ class Run(Generic[Params, PrefillState, State]):
         self._rehearse()
         state = self._prefill(self._chunks)
         self._collect(state, on_tokens)
-        while not np.all(fetch(self._method.sequences(state).done)):
-            limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
-            state, info = self._step(state, limit)
-            self._count(info)
-            if on_round and info.last is not None:
-                on_round(self.rounds - 1, _without_padding(info.last, len(self._batch.prompts)))
+
+        def advance(state: State, part: int, rounds: int) -> tuple[State, Advanced]:
+            seconds, before, active, tokens = self.decode_s, self.rounds, self.active.sum(), self._tokens()
+            for _ in range(rounds if on_round else 1):
+                state, info = self._step(state, 1 if on_round else rounds, part)
+                self._count(info, part)
+                if on_round and info.last is not None and int(fetch(info.rounds)):
+                    on_round(self.rounds - 1, _without_padding(info.last, len(self._batch.prompts)))
             self._collect(state, on_tokens)
+            gained = (self._tokens() - tokens) / max(int(self.active.sum() - active), 1)
+            return state, Advanced(self.rounds - before, self.decode_s - seconds, gained)
+
+        state = state if prepare is None else prepare(advance, state)
+        while not self.is_done(state):
+            limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
+            state, _ = advance(state, self._part(state), limit)
+
+    def _tokens(self) -> int:
+        return sum(map(len, self.sequences))
+
+    def is_done(self, state: State) -> bool:
+        """Test whether every sequence is done."""
+        return bool(np.all(fetch(self._method.sequences(state).done)))
+
+    def _part(self, state: State) -> int:
+        """Index of the part that runs the next rounds."""
+        return int(fetch(self._method.part(state))) if isinstance(self._method, MethodOfParts) else 0
 
     def state_after(self, rounds: int) -> State:
         """Prefill, and run so many rounds: a state on which a round can be run by itself."""
         state = self._prefill(self._chunks)
         for _ in range(rounds):
-            state, _ = self._step(state, 1)
+            state, _ = self._step(state, 1, self._part(state))
         return state
 
     def _rehearse(self) -> None:
@@ -118,7 +167,8 @@ class Run(Generic[Params, PrefillState, State]):
         decodes = max(map(operator.sub, self._limit, map(len, self._prompts))) > 1
         shapes = (len(self._prompts), self._slots)
         keys: set[Hashable] = {(self._method.prefill, chunk, shapes) for chunk in chunks}
-        keys |= {(self._method, part, shapes) for part in (["begin", "step"] if decodes else ["begin"])}
+        keys |= {(self._method, "begin", shapes)}
+        keys |= {(part, "step", shapes) for part in self._parts if decodes}
         # Processes agree, although each frees programs by itself.
         if broadcast_from_first(int(self._programs.all_executed(keys))):
             return
@@ -136,18 +186,19 @@ class Run(Generic[Params, PrefillState, State]):
         """Begin to compile every program: while XLA compiles one, or loads it from a cache, the next one is traced."""
         self._call = self._programs.prepare
         state = self._prefill(chunks)
-        if decodes:
-            self._step(state, 1)
+        for part in range(len(self._parts) if decodes else 0):
+            state, _ = self._step(state, 1, part)
         self._call = self._programs.run
 
     def _settle(self, state: State) -> None:
         """Decode a few rounds: on CPU each expert of a layer has its own first execution, and a round reads few."""
-        state, _ = self._step(state, 1)
-        end = time.perf_counter() + _SETTLING_S
-        for _ in range(_SETTLING_ROUNDS):
-            if not broadcast_from_first(int(time.perf_counter() < end)):
-                break
-            state, _ = self._step(state, 1)
+        for part in range(len(self._parts)):
+            state, _ = self._step(state, 1, part)
+            end = time.perf_counter() + _SETTLING_S
+            for _ in range(_SETTLING_ROUNDS):
+                if not broadcast_from_first(int(time.perf_counter() < end)):
+                    break
+                state, _ = self._step(state, 1, part)
 
     def _prefill(self, chunks: Sequence[int]) -> State:
         """Read chunks of the prompts, and draw the first tokens."""
@@ -166,15 +217,13 @@ class Run(Generic[Params, PrefillState, State]):
             start += chunk
         ends, key = programs.put(np.array(self._limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
         given = Prompts(programs.put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, key)
-        method, specs = self._method, self._specs()
+        method, specs = self._method, None if programs.mesh is None else self._method.specs(self._params)
         return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs and specs[0])
 
-    def _step(self, state: State, rounds: int) -> tuple[State, RunInfo]:
-        method, limit = self._method, self._programs.put(np.array(rounds, np.int32))
-        return self._timed("decode_s", type(method).step, method, state, limit, specs=self._specs())
-
-    def _specs(self) -> tuple[State, RunInfo] | None:
-        return None if self._programs.mesh is None else self._method.specs(self._params)
+    def _step(self, state: State, rounds: int, part: int) -> tuple[State, RunInfo]:
+        method, limit = self._parts[part], self._programs.put(np.array(rounds, np.int32))
+        specs = None if self._programs.mesh is None else method.specs(self._params)
+        return self._timed("decode_s", type(method).step, method, state, limit, specs=specs)
 
     def _timed(
         self,
@@ -198,8 +247,10 @@ class Run(Generic[Params, PrefillState, State]):
             return 1
         return broadcast_from_first(max(1, int(_STREAM_INTERVAL_S * self.rounds / self.decode_s)))
 
-    def _count(self, info: RunInfo) -> None:
-        self.rounds += int(fetch(info.rounds))
+    def _count(self, info: RunInfo, part: int) -> None:
+        rounds = int(fetch(info.rounds))
+        self.rounds += rounds
+        self.rounds_of[part] += rounds
         count = len(self._batch.prompts)
         self.active += fetch(info.active)[:count]
         sums = {"experts_wanted": info.experts_wanted, "experts_max_per_device": info.experts_max_per_device}
@@ -209,7 +260,9 @@ class Run(Generic[Params, PrefillState, State]):
             self.sums[name] = self.sums.get(name, 0.0) + float(fetch(value))
         if info.accepted is not None:
             accepted = fetch(info.accepted).astype(np.int64)[:count]
-            self.accepted = accepted + (self.accepted if self.accepted.size else 0)
+            longest = max(accepted.shape[1], self.accepted.shape[1])
+            accepted, before = (np.pad(a, ((0, 0), (0, longest - a.shape[1]))) for a in (accepted, self.accepted))
+            self.accepted = before + accepted
 
     def _collect(self, state: State, on_tokens: OnTokens | None) -> None:
         decoding, count = self._method.sequences(state), len(self._batch.prompts)

@@ -16,6 +16,7 @@ from typing import Any
 
 from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
@@ -172,7 +173,7 @@ def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Pat
     write_text(directory / "tune.md", report)
     draw(outcome, directory / "tune.png")
     spec = DecodingSpec() if best is None else best.candidate.spec
-    assert spec.tree != "default"
+    assert spec.tree is None or isinstance(spec.tree, TreeConfig)
     write_profile(directory / "profile.json", spec.tree, spec.budget, about | measured)
 
 

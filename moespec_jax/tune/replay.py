@@ -110,7 +110,7 @@ def _ranks_along(
         row = jnp.take_along_axis(aux, (length - 2)[:, None, None], axis=1)
         padded = jnp.concatenate([row, jnp.zeros_like(state.draft.aux[:, 1:])], axis=1)
         decoding = dataclasses.replace(state.decoding, length=length)
-        before = dataclasses.replace(state, decoding=decoding, draft=Eagle3State(cache, padded))
+        before = dataclasses.replace(state, decoding=decoding, draft=Eagle3State(cache, padded, state.draft.skipped))
         trees, after = method.propose(params, before)
         find = partial(_path_ranks, method.tree)
         return after.draft.cache, jax.vmap(find)(trees, state.decoding.tokens, length)
