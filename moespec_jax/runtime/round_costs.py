@@ -1,7 +1,7 @@
 """Costs of the rounds of a menu on this device, which decide the shape of every round (`decoding/choice.py`).
 
-They are measured in the first rounds of the first run, all of which count: the text does not depend on the shapes. A
-file beside the compiled programs keeps them for later runs of the same model, device, batch and menu.
+They are measured in the first runs, in rounds that count: the text does not depend on the shapes. A file beside the
+compiled programs keeps them for later runs of the same model, device, batch and menu.
 """
 
 import dataclasses
@@ -22,24 +22,39 @@ from moespec_jax.parallel.processes import broadcast_from_first, is_first_proces
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Advance, Run
 
-# Each shape runs so many rounds at a time, so often in turn.
-ROUNDS, TURNS = 4, 3
+# Rounds of one measurement, of plain decoding and of a tree, and measurements of each shape.
+PLAIN_ROUNDS, TREE_ROUNDS, TURNS = 24, 8, 3
 _FORMAT = "moespec_jax round costs 1"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class RoundCosts:
-    """What a round of each shape costs and gains; shape 0 is plain decoding.
+    """What rounds of each shape cost and gained; shape 0 is plain decoding.
 
     Fields:
-        seconds: of a round.
-        gains: tokens that a sequence gained in a round, on average.
+        seconds: of a round, for each shape and measurement.
+        tokens: that a sequence gained in a round, likewise.
         source: where they were measured: `this run`, or the file that holds them.
     """
 
-    seconds: tuple[float, ...]
-    gains: tuple[float, ...]
-    source: str
+    seconds: list[list[float]]
+    tokens: list[list[float]]
+    source: str = "this run"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shape was measured often enough."""
+        return min(map(len, self.seconds)) >= TURNS
+
+    @property
+    def round_s(self) -> list[float]:
+        """Seconds of a round of each shape: the least that was measured, since other work only adds to it."""
+        return [min(of_shape) for of_shape in self.seconds]
+
+    @property
+    def gains(self) -> list[float]:
+        """Tokens that a sequence gained in a round of each shape, on average; in plain decoding it is one."""
+        return [1.0, *map(statistics.fmean, self.tokens[1:])]
 
 
 class Chooser:
@@ -49,50 +64,46 @@ class Chooser:
         self, menu: Menu[Any, Any], run: Run[Any, Any, Any], programs: Programs, identity: dict[str, Any],
         known: dict[str, RoundCosts],
     ) -> None:  # fmt: skip
-        self._menu, self._run, self._programs, self._identity, self._known = menu, run, programs, identity, known
-        self._costs: RoundCosts | None = None
+        self._menu, self._run, self._programs, self._identity = menu, run, programs, identity
+        shapes = range(len(menu.names))
+        kept = known.get(_digest(identity)) or kept_costs(identity)
+        self._costs = kept or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
+        known[_digest(identity)] = self._costs
 
     def prepare(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
-        """Begin to choose: by kept costs or else, after a few rounds of every shape, by measured ones."""
-        digest, count = _digest(self._identity), len(self._menu.names)
-        kept = self._known.get(digest) or kept_costs(self._identity)
-        if broadcast_from_first(int(kept is not None)):
-            kept = kept or RoundCosts((0.0,) * count, (0.0,) * count, "the first process")
-            self._costs = _agreed(kept.seconds, kept.gains, kept.source)
-        else:
+        """Begin to choose: by kept costs or else, after measurements of every shape, by measured ones."""
+        if not broadcast_from_first(int(self._costs.complete)):
             state = self._measure(advance, state)
-        if self._costs is None:  # the sequences ended before
+        if not broadcast_from_first(int(self._costs.complete)):  # the sequences ended before
             return state
-        self._known[digest] = self._costs
-        return self._with_costs(state, self._costs.seconds, self._costs.gains)
+        unknown = [1.0] * len(self._menu.names)  # in a process without the first one's file
+        seconds, gains = (self._costs.round_s, self._costs.gains) if self._costs.complete else (unknown, unknown)
+        return self._with_costs(state, _of_first(seconds, 1e9), _of_first(gains, 1e6))
 
     def report(self) -> dict[str, Any]:
         """The field `choice` of a result."""
         names, costs = self._menu.names, self._costs
         report: dict[str, Any] = {"rounds": dict(zip(names, self._run.rounds_of, strict=True))}
-        if costs is None:
-            return report | {"round_s": None, "gains": None, "source": "not measured: the text was too short"}
-        by_name = {"round_s": costs.seconds, "gains": costs.gains}
+        if not costs.complete:
+            return report | {"round_s": None, "gains": None, "source": "not yet measured: the texts were too short"}
+        by_name = {"round_s": costs.round_s, "gains": costs.gains}
         return report | {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()} | {"source": costs.source}
 
     def _measure(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
-        """Run every shape in turn."""
-        shapes = len(self._menu.names)
-        seconds: list[list[float]] = [[] for _ in range(shapes)]
-        gains: list[list[float]] = [[] for _ in range(shapes)]
-        for _ in range(TURNS):
-            for shape in range(shapes):
-                if self._run.is_done(state):
-                    return state
-                forced = np.where(np.arange(shapes) == shape, 1.0, np.inf).tolist()
-                state = self._with_costs(state, forced, [1.0] * shapes)
-                state, part = advance(state, shape, ROUNDS)
-                seconds[shape].append(part.seconds / part.rounds)
-                gains[shape].append(part.gained)
-        means = [1.0, *map(statistics.fmean, gains[1:])]
-        self._costs = _agreed(tuple(map(statistics.median, seconds)), tuple(means), "this run")
+        """Run the shape that was measured least, until all are measured or every sequence is done."""
+        costs, shapes = self._costs, len(self._menu.names)
+        counts = [broadcast_from_first(len(of_shape)) for of_shape in costs.seconds]
+        order = [shape for turn in range(TURNS) for shape in range(shapes) if counts[shape] <= turn]
+        for shape in order:
+            forced = np.where(np.arange(shapes) == shape, 1.0, np.inf).tolist()
+            rounds = TREE_ROUNDS if shape else PLAIN_ROUNDS
+            state, part = advance(self._with_costs(state, forced, [1.0] * shapes), shape, rounds)
+            if self._run.is_done(state):
+                break
+            costs.seconds[shape].append(part.seconds / part.rounds)
+            costs.tokens[shape].append(part.gained)
         if is_first_process():
-            keep_costs(self._identity, self._menu.names, self._costs)
+            keep_costs(self._identity, self._menu.names, costs)
         return state
 
     def _with_costs(self, state: MenuState, seconds: Sequence[float], gains: Sequence[float]) -> MenuState:
@@ -109,8 +120,10 @@ def kept_costs(identity: dict[str, Any]) -> RoundCosts | None:
         fields = read_json(file)
         if fields["format"] != _FORMAT or fields["identity"] != identity:
             return None
-        return RoundCosts(tuple(fields["seconds"]), tuple(fields["gains"]), str(file))
-    except (CheckpointError, KeyError, TypeError):
+        costs = RoundCosts(fields["seconds"], fields["tokens"], str(file))
+        numbers = [float(number) for part in (costs.seconds, costs.tokens) for of_shape in part for number in of_shape]
+        return costs if len(costs.seconds) == len(costs.tokens) and min(numbers, default=1.0) > 0 else None
+    except (CheckpointError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -122,18 +135,14 @@ def keep_costs(identity: dict[str, Any], names: tuple[str, ...], costs: RoundCos
     fields = {"format": _FORMAT, "identity": identity, "shapes": names}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, fields | {"seconds": costs.seconds, "gains": costs.gains})
+        write_json(file, fields | {"seconds": costs.seconds, "tokens": costs.tokens})
     except OSError:
         return
 
 
-def _agreed(seconds: Sequence[float], gains: Sequence[float], source: str) -> RoundCosts:
-    """Costs of the first process, on which all decide: in whole nanoseconds, gains in millionths of a token."""
-
-    def of_first(values: Sequence[float], unit: float) -> tuple[float, ...]:
-        return tuple(broadcast_from_first(min(round(value * unit), 2**31 - 1)) / unit for value in values)
-
-    return RoundCosts(of_first(seconds, 1e9), of_first(gains, 1e6), source)
+def _of_first(values: Sequence[float], unit: float) -> list[float]:
+    """Broadcast the first process's numbers, by which all decide, in whole units."""
+    return [broadcast_from_first(min(round(value * unit), 2**31 - 1)) / unit for value in values]
 
 
 def _file(identity: dict[str, Any]) -> Path | None:
