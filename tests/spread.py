@@ -24,6 +24,7 @@ from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.drafter import SpeculativeParams
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
+from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.nn.backend import BACKENDS
@@ -48,7 +49,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 HEAD_SEEDS = {"olmoe": 4, "qwen3_moe": 2, "qwen2_moe": 3, "mixtral": 8}
 PROMPTS, NEW, TREE = [[1, 2, 3, 4, 5], [7], [3, 6] * 10], 24, TreeConfig(2, 6, 20)
 BUDGET = dict(experts=4, anchor="root", score="path", credit="squares")
-WAYS = ("plain", "tree", "sampled", "global", "balanced")
+WAYS = ("plain", "tree", "sampled", "global", "balanced", "menu")
+# Seconds of a round, nearly equal so that all shapes run: plain decoding, `TREE`, `CHAIN`.
+CHAIN, COSTS = TreeConfig(2, 1, 4), [1.0, 1.1, 1.05]
 
 
 class Pair:
@@ -80,8 +83,15 @@ class Pair:
     def decode(self, way: str, groups: int) -> dict[str, Any]:
         """Tokens and what was read; a balanced budget divides it among so many groups of experts."""
         batch = Batch(PROMPTS, [len(p) + NEW for p in PROMPTS], (), 5)
-        run = Run(self.programs, *self._method(way, groups), batch)
-        run.execute()
+        method, params = self._method(way, groups)
+        run = Run(self.programs, method, params, batch)
+
+        def price(advance: Any, state: Any) -> Any:
+            costs, gains = (self.programs.put(np.asarray(v, np.float32)) for v in (COSTS, [1.0, 1.5, 1.5]))
+            specs = None if self.programs.mesh is None else method.specs(params)[0]
+            return self.programs.run(Menu.price, method, params, state, costs, gains, donate=True, specs=specs)
+
+        run.execute(prepare=price if way == "menu" else None)
         sums = {name: round(value / max(run.rounds, 1), 4) for name, value in run.sums.items()}
         return {"tokens": run.sequences, "rounds": run.rounds, "accepted": run.accepted.tolist(), **sums}
 
@@ -93,9 +103,11 @@ class Pair:
             return plain, self.params
         budget = {"global": BudgetConfig(**BUDGET), "balanced": BudgetConfig(**BUDGET, groups=groups)}.get(way)
         budget = None if budget is None else resolve(budget, self.config)
-        accept = accept_rule(sampling, TREE.longest_path)
-        method = Speculative(plain, Eagle3Drafter(self.draft), TREE, accept, budget)
-        return method, SpeculativeParams(self.params, self.head)
+        methods = [
+            Speculative(plain, Eagle3Drafter(self.draft), tree, accept_rule(sampling, tree.longest_path), budget)
+            for tree in (TREE, CHAIN)
+        ]
+        return Menu(tuple(methods)) if way == "menu" else methods[0], SpeculativeParams(self.params, self.head)
 
 
 def all_ways(family: str, mesh: str | None, ways: list[str], groups: int) -> Iterator[tuple[str, Any]]:

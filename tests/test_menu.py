@@ -18,7 +18,7 @@ from tiny_pair import run_json, write_pair
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
-from moespec_jax.decoding.menu import Menu, MenuState, with_costs
+from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.generate import main
 from moespec_jax.nn.cache import Cache
@@ -36,7 +36,8 @@ def menu(family: str = "qwen3_moe", sampling: SamplingConfig = GREEDY) -> tuple[
 
 
 def priced(state: MenuState[Any], costs: list[float]) -> MenuState[Any]:
-    return with_costs(state, jnp.asarray(costs, jnp.float32), jnp.asarray(GAINS, jnp.float32))
+    method, params = menu()
+    return method.price(params, state, jnp.asarray(costs, jnp.float32), jnp.asarray(GAINS, jnp.float32))
 
 
 def every_shape_first(advance: Any, state: MenuState[Any]) -> MenuState[Any]:
@@ -144,7 +145,7 @@ def test_costs_are_measured_once_and_kept() -> None:
     def decode(known: dict[str, RoundCosts], new: int) -> tuple[dict[str, Any], list[list[int]]]:
         programs = FastPrograms()
         run = Run(programs, method, params, Batch(PROMPTS[:1], [len(PROMPTS[0]) + new], (), 0))
-        chooser = Chooser(method, run, programs, identity, known)
+        chooser = Chooser(method, params, run, programs, identity, known)
         run.execute(prepare=chooser.prepare)
         return chooser.report(), run.sequences
 

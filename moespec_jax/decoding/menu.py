@@ -82,7 +82,7 @@ class Menu(Generic[Weights, DraftState]):
     def begin(
         self, params: SpeculativeParams[Weights], state: SpeculationPrefill[DraftState], prompts: Prompts
     ) -> MenuState[DraftState]:
-        """Draw every sequence's first token. All shapes cost the same until `with_costs`."""
+        """Draw every sequence's first token. All shapes cost the same until `price`."""
         longest = max((method.tree for method in self.trees), key=lambda tree: tree.longest_path)
         widest = dataclasses.replace(self.trees[0], tree=longest)
         costs = jnp.ones((len(self.names),), jnp.float32)
@@ -91,6 +91,16 @@ class Menu(Generic[Weights, DraftState]):
     def _priors(self) -> Float[Array, " shapes"]:
         longest = [1.0, *(min(_PRIOR_GAIN, float(method.tree.longest_path)) for method in self.trees)]
         return jnp.asarray(longest, jnp.float32)
+
+    def price(
+        self,
+        params: SpeculativeParams[Weights],
+        state: MenuState[DraftState],
+        costs: Float[Array, " shapes"],
+        gains: Float[Array, " shapes"],
+    ) -> MenuState[DraftState]:
+        """Begin to choose by the seconds of a round of each shape, and the tokens that it is expected to gain."""
+        return dataclasses.replace(state, choice=first_choice(costs, gains))
 
     def step(
         self, params: SpeculativeParams[Weights], state: MenuState[DraftState], rounds: Int[Array, ""]
@@ -123,10 +133,9 @@ class Shape(Generic[Weights, DraftState]):
         self, params: SpeculativeParams[Weights], state: MenuState[DraftState], rounds: Int[Array, ""]
     ) -> tuple[MenuState[DraftState], RunInfo]:
         """Run up to `rounds` rounds, one at least, until another shape is chosen."""
-        batch, tree, budget = len(state.choice.costs), self.method.tree, self.method.budget
+        batch, tree = len(state.speculation.decoding.length), self.method.tree
         size, path = (tree.size, tree.longest_path) if self.index else (1, 1)
-        batch = len(state.speculation.decoding.length)
-        start = no_tree_rounds(self.method.target.config, size, path, budget, batch)
+        start = no_tree_rounds(self.method.target.config, size, path, self.method.budget, batch)
 
         def proceeds(state: MenuState[DraftState], done: Int[Array, ""]) -> Array:
             chosen = (state.choice.current == self.index) | (done == 0)
@@ -173,8 +182,3 @@ def plain_round(
 
 def _accept_root(method: Speculative[Weights, DraftState]) -> Accept:
     return accept_rule(method.target.sampling, 1)
-
-
-def with_costs(state: MenuState[DraftState], costs: Float[Array, " shapes"], priors: Array) -> MenuState[DraftState]:
-    """Begin choosing by the seconds of a round of each shape, and the tokens that it is expected to gain."""
-    return dataclasses.replace(state, choice=first_choice(costs, priors))

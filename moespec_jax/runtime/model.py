@@ -187,8 +187,9 @@ class Model:
         if spec.tree == "auto":
             trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
             menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
-            run = Run(self.programs, menu, self.speculative_params, batch)
-            chooser = Chooser(menu, run, self.programs, self._costs_identity(spec, len(ids)), self.round_costs)
+            params, identity = self.speculative_params, self._costs_identity(spec, len(ids))
+            run = Run(self.programs, menu, params, batch)
+            chooser = Chooser(menu, params, run, self.programs, identity, self.round_costs)
             run.execute(on_tokens, on_round, chooser.prepare)
             result = self._result(run, batch, sampling, spec, max_new_tokens)
             return dataclasses.replace(result, choice=chooser.report())

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moespec_jax.decoding.menu import Menu, MenuState, with_costs
+from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import read_json, write_json
 from moespec_jax.parallel.processes import broadcast_from_first, is_first_process
@@ -61,10 +61,10 @@ class Chooser:
     """Costs of one run's menu: kept ones, or measured in its first rounds."""
 
     def __init__(
-        self, menu: Menu[Any, Any], run: Run[Any, Any, Any], programs: Programs, identity: dict[str, Any],
+        self, menu: Menu[Any, Any], params: Any, run: Run[Any, Any, Any], programs: Programs, identity: dict[str, Any],
         known: dict[str, RoundCosts],
     ) -> None:  # fmt: skip
-        self._menu, self._run, self._programs, self._identity = menu, run, programs, identity
+        self._menu, self._params, self._run, self._programs, self._identity = menu, params, run, programs, identity
         shapes = range(len(menu.names))
         kept = known.get(_digest(identity)) or kept_costs(identity)
         self._costs = kept or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
@@ -107,8 +107,9 @@ class Chooser:
         return state
 
     def _with_costs(self, state: MenuState, seconds: Sequence[float], gains: Sequence[float]) -> MenuState:
-        arrays = (self._programs.put(np.asarray(values, np.float32)) for values in (seconds, gains))
-        return with_costs(state, *arrays)
+        costs, gained = (self._programs.put(np.asarray(values, np.float32)) for values in (seconds, gains))
+        specs = None if self._programs.mesh is None else self._menu.specs(self._params)[0]
+        return self._programs.run(Menu.price, self._menu, self._params, state, costs, gained, donate=True, specs=specs)
 
 
 def kept_costs(identity: dict[str, Any]) -> RoundCosts | None:
