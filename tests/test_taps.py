@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from driver import build, fast_jit, positions_of, random_tensors
 from hf_models import FAMILIES, draw_fields, write_checkpoint
+from jax import Array
 
-import moespec_jax.nn.decoder
 from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder, forward
-from moespec_jax.nn.layers import rms_norm
+from moespec_jax.nn.layers import add_norm
 
 CONFIG = DecoderConfig(
     model_type="qwen2_moe",
@@ -73,24 +73,25 @@ def all_aux(backend: Backend) -> np.ndarray:
 @pytest.fixture(scope="module")
 def cut_states() -> list[np.ndarray]:
     """Hidden states that decoders of 0, 1, ... layers leave without a norm: the last norm alone is in float16."""
-    backend, states = BACKENDS["switch"], [TENSORS["model.embed_tokens.weight"][IDS]]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            moespec_jax.nn.decoder, "rms_norm", lambda x, w, eps: x if w.dtype == jnp.float16 else rms_norm(x, w, eps)
+
+    def last_norm_left_out(x: Array, y: Array | None, weight: Array, eps: float) -> tuple[Array, Array]:
+        total, normed = add_norm(x, y, weight, eps)
+        return (total, total) if weight.dtype == jnp.float16 else (total, normed)
+
+    backend = BACKENDS["switch"]._replace(add_norm=last_norm_left_out)
+    states = [TENSORS["model.embed_tokens.weight"][IDS]]
+    for layers in ALL[1:]:
+        config = dataclasses.replace(
+            CONFIG,
+            num_hidden_layers=layers,
+            sparse_layers=CONFIG.sparse_layers[:layers],
+            sliding_windows=CONFIG.sliding_windows[:layers],
         )
-        for layers in ALL[1:]:
-            config = dataclasses.replace(
-                CONFIG,
-                num_hidden_layers=layers,
-                sparse_layers=CONFIG.sparse_layers[:layers],
-                sliding_windows=CONFIG.sliding_windows[:layers],
-            )
-            gone = tuple(f"model.layers.{i}." for i in range(layers, CONFIG.num_hidden_layers))
-            kept = {name: tensor for name, tensor in TENSORS.items() if not name.startswith(gone)}
-            params: Any = build(config, kept, backend)
-            states.append(
-                np.asarray(run(config, params.replace(norm=params.norm.astype(jnp.float16)), backend, IDS, ())[0])
-            )
+        gone = tuple(f"model.layers.{i}." for i in range(layers, CONFIG.num_hidden_layers))
+        kept = {name: tensor for name, tensor in TENSORS.items() if not name.startswith(gone)}
+        params: Any = build(config, kept, backend)
+        norm = params.norm.astype(jnp.float16)
+        states.append(np.asarray(run(config, params.replace(norm=norm), backend, IDS, ())[0]))
     return states
 
 
