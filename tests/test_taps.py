@@ -20,7 +20,7 @@ from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder, forward
-from moespec_jax.nn.layers import add_norm
+from moespec_jax.nn.layers import add_norm, rms_norm
 
 CONFIG = DecoderConfig(
     model_type="qwen2_moe",
@@ -75,8 +75,10 @@ def cut_states() -> list[np.ndarray]:
     """Hidden states that decoders of 0, 1, ... layers leave without a norm: the last norm alone is in float16."""
 
     def last_norm_left_out(x: Array, y: Array | None, weight: Array, eps: float) -> tuple[Array, Array]:
-        total, normed = add_norm(x, y, weight, eps)
-        return (total, total) if weight.dtype == jnp.float16 else (total, normed)
+        if weight.dtype != jnp.float16:
+            return add_norm(x, y, weight, eps)
+        total = x if y is None else x + y
+        return total, total
 
     backend = BACKENDS["switch"]._replace(add_norm=last_norm_left_out)
     states = [TENSORS["model.embed_tokens.weight"][IDS]]
