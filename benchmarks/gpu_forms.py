@@ -23,7 +23,7 @@ from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.attention import Attention, attend, write_qkv
 from moespec_jax.nn.attention_gpu import fused_attention
-from moespec_jax.nn.backend import PLAIN, Backend
+from moespec_jax.nn.backend import GPU_FORMS, PLAIN, Backend
 from moespec_jax.nn.cache import Cache, keep_rows
 from moespec_jax.nn.cache_gpu import move_rows
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
@@ -36,7 +36,7 @@ from moespec_jax.nn.shortlist_gpu import fused_shortlist
 from moespec_jax.nn.top_k import most_probable
 from moespec_jax.nn.top_k_gpu import fused_most_probable
 
-FORMS = ("attention", "write_qkv", "output_projection", "add_norm", "route", "most_probable", "keep_rows", "shortlist")
+FORMS = tuple(GPU_FORMS)
 # Slots of the cache, and those that are filled.
 SLOTS, START = 1024, 300
 # Of values rounded to 8 bits several times; ids must agree.
@@ -83,7 +83,7 @@ def error_of(case: Case) -> float | str:
             expected = jax.jit(case.plain)(*wide)
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
         return round(max(_difference(np.asarray(a), np.asarray(b)) for a, b in pairs), 6)
-    except Exception as error:  # whatever the compiler or the driver raises: the other kernels go on
+    except Exception as error:  # of the compiler or the driver: the other kernels go on
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 

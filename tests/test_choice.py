@@ -36,7 +36,7 @@ def run(costs: list[float], gains: list[list[float]], rounds: int, seed: int = 0
 def test_rounds_never_cost_more_than_plain_decoding_and_the_allowed_loss(
     trees: list[float], phases: list[float], seed: int
 ) -> None:
-    """At every round, whatever the text gains: beyond the credit of one round of the cheapest tree, the time of all
+    """At every round, for any gains: beyond the credit of one round of the cheapest tree, the time of all
     rounds is within the allowed loss of plain decoding's for the same tokens."""
     costs = [1.0, *trees]
     gains = [[1.0, *[max(1.0, phase)] * len(trees)] for phase in phases]
@@ -74,7 +74,7 @@ def test_a_run_is_repeated_by_its_counts() -> None:
 
 
 def test_of_finite_and_infinite_costs_the_finite_one_is_chosen() -> None:
-    """What a measurement relies on, to run one shape at a time."""
+    """A measurement relies on it, to run one shape at a time."""
     for shape in range(3):
         costs = jnp.asarray(np.where(np.arange(3) == shape, 1.0, np.inf), jnp.float32)
         choice: Choice = first_choice(costs, jnp.ones(3, jnp.float32))

@@ -144,7 +144,7 @@ def _add_drafting_flags(group: argparse._ArgumentGroup) -> None:
         "--speculate",
         choices=["auto"],
         help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
-        " device, measured in the first run and kept beside the compiled programs, and what they gain in this text",
+        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text",
     )
     add_tree_flags(group)
     add_profile_flag(group)

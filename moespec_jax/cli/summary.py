@@ -40,7 +40,7 @@ def _output(result: RunResult) -> str:
             exactness += f" for the {result.quantization} model, which differs from the checkpoint"
     if result.simulated_accept_length is not None:
         exactness = "SIMULATED acceptance, not the model's output"
-    how = "plain decoding" if result.tree is None and result.choice is None else "speculative decoding"
+    how = "speculative decoding" if result.drafts else "plain decoding"
     return f"{exactness}, {how}; {new} new tokens, ended by {', '.join(sorted(reasons))}"
 
 
@@ -67,7 +67,7 @@ def _budget_loss(result: RunResult) -> str:
 def _drafting(result: RunResult) -> list[tuple[str, str]]:
     """Lines about drafter, tree and acceptance, over all rounds of all prompts."""
     rounds = sum(p.rounds for p in result.prompts)
-    if (result.tree is None and result.choice is None) or not rounds:
+    if not result.drafts or not rounds:
         return []
     depths = range(max(len(p.accepted_by_depth) for p in result.prompts))
     shares = [sum(p.accepted_by_depth[d] * p.rounds for p in result.prompts) / rounds for d in depths]

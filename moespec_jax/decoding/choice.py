@@ -28,7 +28,7 @@ DECAY, DECAY_UNTRIED = 0.9, 0.98
 
 @struct.dataclass
 class Choice:
-    """What a run knows of its shapes; shape 0 is plain decoding.
+    """State of the choice in a run; shape 0 is plain decoding.
 
     Fields:
         costs: seconds of a round.

@@ -30,9 +30,6 @@ from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, psum
 
-# Tokens that a round is expected to gain before any was run, by the number of verified tokens: few.
-_PRIOR_GAIN = 2.0
-
 
 @struct.dataclass
 class MenuState(Generic[DraftState]):
@@ -85,12 +82,8 @@ class Menu(Generic[Weights, DraftState]):
         """Draw every sequence's first token. All shapes cost the same until `price`."""
         longest = max((method.tree for method in self.trees), key=lambda tree: tree.longest_path)
         widest = dataclasses.replace(self.trees[0], tree=longest)
-        costs = jnp.ones((len(self.names),), jnp.float32)
-        return MenuState(widest.begin(params, state, prompts), first_choice(costs, self._priors()))
-
-    def _priors(self) -> Float[Array, " shapes"]:
-        longest = [1.0, *(min(_PRIOR_GAIN, float(method.tree.longest_path)) for method in self.trees)]
-        return jnp.asarray(longest, jnp.float32)
+        equal = jnp.ones((len(self.names),), jnp.float32)
+        return MenuState(widest.begin(params, state, prompts), first_choice(equal, equal))
 
     def price(
         self,

@@ -84,7 +84,7 @@ _pallas_experts = _later("experts.pallas_tpu", "pallas_experts")
 
 
 # Forms of a layer's parts in few launches, for NVIDIA GPUs: field of `Backend`, and function of a module of `nn/`.
-_GPU_FORMS = {
+GPU_FORMS = {
     "attention": ("attention_gpu", "attend_gpu"),
     "write_qkv": ("qkv_gpu", "write_qkv_gpu"),
     "output_projection": ("qkv_gpu", "output_projection_gpu"),
@@ -118,7 +118,7 @@ BACKENDS = {
     "mosaic": _gpu_backend("mosaic", "mosaic"),
     # Chosen by name only, until it was measured: the other parts of a layer are kernels too.
     "fused": _gpu_backend("fused", "triton")._replace(
-        **{field: _gpu_form("fused", *form) for field, form in _GPU_FORMS.items()}
+        **{field: _gpu_form("fused", *form) for field, form in GPU_FORMS.items()}
     ),
     # Chosen by name only: with gradients, on every platform; it reads all experts.
     "dense": Backend("dense", "flat", False, dense_experts),

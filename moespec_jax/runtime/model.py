@@ -241,7 +241,7 @@ class Model:
         return [self.encode(p) if isinstance(p, str) else p for p in listed_prompts(prompts)]
 
     def _costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:
-        """What the costs of rounds depend on."""
+        """List what the costs of rounds depend on."""
         return {
             "model": str(self.directory.resolve()), "config": repr(self.config),
             "draft_model": self._drafter_name(spec), "precision": self.precision, "backend": self.expert_form,

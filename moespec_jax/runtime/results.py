@@ -95,9 +95,13 @@ class RunResult:
     versions: dict[str, str]
     choice: dict[str, Any] | None = None
 
+    @property
+    def drafts(self) -> bool:
+        """Whether rounds drafted a tree, or chose whether to."""
+        return self.tree is not None or self.choice is not None
+
     def __repr__(self) -> str:
-        plain = self.tree is None and self.choice is None
-        new, decoding = sum(p.new_tokens for p in self.prompts), "plain" if plain else "speculative"
+        new, decoding = sum(p.new_tokens for p in self.prompts), "speculative" if self.drafts else "plain"
         kind = "exact" if self.exact else "not exact"
         return (
             f"RunResult({len(self.prompts)} prompts, {new} new tokens, {kind} {decoding} decoding,"

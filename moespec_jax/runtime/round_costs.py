@@ -29,7 +29,7 @@ _FORMAT = "moespec_jax round costs 1"
 
 @dataclasses.dataclass
 class RoundCosts:
-    """What rounds of each shape cost and gained; shape 0 is plain decoding.
+    """Costs and gains of rounds of each shape; shape 0 is plain decoding.
 
     Fields:
         seconds: of a round, for each shape and measurement.
@@ -43,7 +43,7 @@ class RoundCosts:
 
     @property
     def complete(self) -> bool:
-        """Whether every shape was measured often enough."""
+        """Test whether every shape was measured often enough."""
         return min(map(len, self.seconds)) >= TURNS
 
     @property
