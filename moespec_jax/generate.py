@@ -28,7 +28,13 @@ from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
 from moespec_jax.cli.dialogue import answer_turns
-from moespec_jax.cli.generate_arguments import build_parser, check_flags, check_processes, check_turns
+from moespec_jax.cli.generate_arguments import (
+    SAMPLING_OPTIONS,
+    build_parser,
+    check_flags,
+    check_processes,
+    check_turns,
+)
 from moespec_jax.cli.process_flags import join_processes
 from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.cli.round_trace import tracing
@@ -40,6 +46,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
+from moespec_jax.runtime.stop_strings import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,18 +72,18 @@ def _run(arguments: argparse.Namespace) -> None:
         raise RequestError("expected the same prompts and flags in all processes; they differ")
     several = any(prompt.later for prompt in asked)
     streamed = not arguments.json and len(prompts) == 1 and not several
-    printer = _Printer(model.tokenizer, prompts[0]) if streamed and model.tokenizer is not None else None
+    tokenizer, stops = model.tokenizer, arguments.stop or []
+    printer = _Printer(tokenizer, prompts[0], stops) if streamed and tokenizer is not None else None
     generate = functools.partial(
         model.generate,
         prompts,
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
         seed=arguments.seed,
+        stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
         max_length=arguments.max_length,
         simulate_accept_length=arguments.simulate_accept_length,
+        **{name: getattr(arguments, name) for name in SAMPLING_OPTIONS},
     )
     with contextlib.ExitStack() as files:
         with all_or_none():
@@ -110,19 +117,24 @@ def _ignore_round(number: int, info: RoundInfo) -> None:
 
 
 class _Printer:
-    """Prints one sequence while it is generated, the text of its prompt first."""
+    """Prints one sequence while it is generated, the text of its prompt first, and nothing from a stop string on."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
-        self._stream = TextStream(tokenizer)
-        self._prompt = prompt
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]):
+        self._stream, self._stops = TextStream(tokenizer), stops
+        self._prompt, self._held = prompt, ""
 
     def __call__(self, new: list[list[int]]) -> None:
         # The prompt is printed with the first new token, so that a rejected request prints nothing.
-        write_output(self._stream.push([*self._prompt, *new[0]]))
-        self._prompt = []
+        before = self._stream.push(self._prompt)
+        self._held += self._stream.push(new[0])
+        count = printable(self._held, self._stops)
+        write_output(before + self._held[:count])
+        self._prompt, self._held = [], self._held[count:]
 
     def finish(self) -> None:
-        write_output(self._stream.flush() + "\n")
+        held = self._held + self._stream.flush()
+        stopped = any(stop in held for stop in self._stops)
+        write_output(("" if stopped else held) + "\n")
 
 
 def _texts(model: Model, prompt: Prompt, chat: dict[str, Any]) -> list[str]:

@@ -65,8 +65,11 @@ def rotate(x: np.ndarray, frequencies: np.ndarray, position: int) -> np.ndarray:
     return np.concatenate([z.real, z.imag], axis=-1)
 
 
-def token_distribution(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """Probabilities after temperature, top-k (ties with the k-th stay) and top-p (ties by index), in plain Python."""
+def token_distribution(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> list[float]:
+    """Probabilities after temperature, top-k (ties with the k-th stay), top-p (ties by index) and min-p, in plain
+    Python."""
     scaled = [x / temperature for x in logits]
     if 0 < top_k < len(scaled):
         kth = sorted(scaled, reverse=True)[top_k - 1]
@@ -80,5 +83,6 @@ def token_distribution(logits: list[float], temperature: float, top_k: int, top_
             break
         kept.add(i)
         mass += masses[i] / total
+    kept = {i for i in kept if masses[i] >= min_p * max(masses)}
     inside = math.fsum(masses[i] for i in kept)
     return [masses[i] / inside if i in kept else 0.0 for i in range(len(scaled))]

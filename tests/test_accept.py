@@ -15,6 +15,7 @@ from driver import fast_jit
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import accept_rule
+from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.tree import Tree
 
@@ -52,11 +53,16 @@ def random_trees(seed: int) -> tuple[Tree, np.ndarray]:
     return Tree(tokens, parents, np.zeros(tokens.shape, np.float32)), logits
 
 
+def at(positions: jax.Array) -> History:
+    """Histories that end before these positions; without penalties, their tokens do not matter."""
+    return History(jnp.zeros((*positions.shape, 0), jnp.int32), positions, positions)
+
+
 def verify(sampling: SamplingConfig, tree: Tree, logits: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, ...]:
     """All trees at once, every one with the same key; their `index` differs."""
     rule = accept_rule(sampling, LONGEST)
     run = fast_jit(jax.vmap(rule, in_axes=(0, 0, None, 0)))
-    accepted = run(jax.tree.map(jnp.asarray, tree), jnp.asarray(logits), jax.random.key(4), jnp.asarray(index))
+    accepted = run(jax.tree.map(jnp.asarray, tree), jnp.asarray(logits), jax.random.key(4), at(jnp.asarray(index)))
     path, count, bonus = (np.asarray(a) for a in (accepted.path, accepted.count, accepted.bonus))
     assert path.shape == (CASES, LONGEST) and path.dtype == count.dtype == bonus.dtype == np.int32
     for row, n in zip(path, count, strict=True):
@@ -136,7 +142,7 @@ def test_a_child_is_accepted_as_often_as_the_children_are_probable(children: int
     tree = Tree(tokens, jnp.minimum(tokens, 0).at[1:].set(0), jnp.zeros(tokens.shape))
     rule, keys = accept_rule(sampling, 2), jax.random.split(jax.random.key(2), draws)
     run = fast_jit(jax.vmap(rule, in_axes=(None, None, 0, None)))
-    accepted = run(tree, jnp.broadcast_to(jnp.asarray(row), (children + 1, VOCAB)), keys, jnp.int32(3))
+    accepted = run(tree, jnp.broadcast_to(jnp.asarray(row), (children + 1, VOCAB)), keys, at(jnp.int32(3)))
     p = np.array(probabilities(sampling, row)[:children])
     often = np.bincount(np.asarray(accepted.path[:, 1]), minlength=children + 1)[1:]
     assert np.all(np.abs(often - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)))
@@ -196,7 +202,7 @@ def test_two_tokens_are_distributed_as_the_target_says(config: TreeConfig, sampl
 
     def emit(key: Any, number: Any, index: Any) -> tuple[Any, Any]:
         tree = jax.tree.map(lambda a: a[number], trees)
-        accepted = rule(tree, logits[number], key, index)
+        accepted = rule(tree, logits[number], key, at(index))
         drafted = tree.tokens[accepted.path[1:3]]
         places = jnp.arange(2, dtype=jnp.int32) < accepted.count - 1
         return jnp.where(places, drafted, accepted.bonus), accepted.count
@@ -226,7 +232,7 @@ def test_simulated_rounds_have_the_mean_length_that_was_asked_for(mean: float) -
     tree = Tree(jnp.arange(8), jnp.asarray(parents), jnp.zeros((8,)))
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 20)), jnp.float32)
     run = fast_jit(jax.vmap(partial(accept_rule(SamplingConfig(), 5, mean), tree, logits, jax.random.key(0))))
-    accepted = jax.tree.map(np.asarray, run(jnp.arange(20_000, dtype=jnp.int32)))
+    accepted = jax.tree.map(np.asarray, run(at(jnp.arange(20_000, dtype=jnp.int32))))
     expected, share = min(mean, 4.0), min(mean, 4.0) % 1
     assert abs(accepted.count.mean() - expected) <= 5 * np.sqrt(share * (1 - share) / 20_000)
     assert set(accepted.count.tolist()) == {int(expected), int(np.ceil(expected))}

@@ -12,6 +12,7 @@ from tiny_pair import write_pair
 
 from moespec_jax import Model, RequestError, TreeConfig, load
 from moespec_jax.decoding.accept import Accepted, accept_rule
+from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
@@ -33,7 +34,7 @@ def tokens(model: Model, **asked: Any) -> list[int]:
     return model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, **asked).prompts[0].token_ids
 
 
-def runner_up(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
+def runner_up(tree: Tree, logits: jax.Array, key: jax.Array, history: History) -> Accepted:
     """The root alone, then the target's second choice."""
     second = jax.lax.top_k(logits[0], 2)[1][1].astype(jnp.int32)
     return Accepted(jnp.zeros((TREE.longest_path,), jnp.int32), jnp.int32(1), second)
@@ -75,8 +76,8 @@ def test_equal_functions_are_the_same_program_and_nothing_is_claimed(model: Mode
     def as_it_is(method: Speculative) -> Speculative:
         return dataclasses.replace(method, accept=rule)
 
-    def rule(tree: Tree, logits: jax.Array, key: jax.Array, index: jax.Array) -> Accepted:
-        return accept_rule(SamplingConfig(), TREE.longest_path)(tree, logits, key, index)
+    def rule(tree: Tree, logits: jax.Array, key: jax.Array, history: History) -> Accepted:
+        return accept_rule(SamplingConfig(), TREE.longest_path)(tree, logits, key, history)
 
     first = model.generate(PROMPT, max_new_tokens=NEW, ignore_eos=True, tree=TREE, adapt=as_it_is)
     compiled = len(model.programs)

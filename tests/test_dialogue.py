@@ -40,7 +40,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         answers = [PromptResult(f"{len(ids)} tokens", [1, 2], len(ids), 2, 1, 2.0, [1.0], "length") for ids in prompts]
         means = (4.0, 2.0, 2.0, 0.5, 0.25) if len(seen) == 1 else (8.0, 4.0, 4.0, 1.0, 0.75)
         tail = (None, None, None, None, 1.0, 2.0, 4.0, 1.0, None, "cpu", "float32", None, "switch", {})
-        return RunResult(answers, *means, len(seen) > 1, "words", True, *tail)
+        sampling = {"published": [], "not_applied": {}}
+        return RunResult(answers, *means, len(seen) > 1, "words", True, sampling, *tail)
 
     monkeypatch.setattr(Model, "generate", generate)
     return seen

@@ -53,6 +53,7 @@ RUN_FIELDS = {
     "exact": bool,
     "exactness": str,
     "greedy": bool,
+    "sampling": dict,
     "budget": type(None),
     "tree": type(None),
     "draft_model": type(None),

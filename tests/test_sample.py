@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
+from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig, draw, log_probabilities
 
 SETTINGS = [
@@ -20,7 +21,16 @@ SETTINGS = [
     SamplingConfig(temperature=1.0, top_p=1e-6),
     SamplingConfig(temperature=1.7, top_p=0.63),
     SamplingConfig(temperature=0.6, top_k=7, top_p=0.911),
+    SamplingConfig(temperature=1.3, min_p=0.13),
+    SamplingConfig(temperature=1.0, min_p=1.0),
+    SamplingConfig(temperature=1.0, min_p=5e-324),
+    SamplingConfig(temperature=1.1, top_k=9, top_p=0.95, min_p=0.07),
 ]
+
+
+def at(positions: jax.Array) -> History:
+    """Histories that end before these positions; without penalties, their tokens do not matter."""
+    return History(jnp.zeros((*positions.shape, 0), jnp.int32), positions, positions)
 
 
 def some_logits(ties: bool, count: int = 12) -> np.ndarray:
@@ -34,7 +44,7 @@ def test_distribution_is_the_plain_python_one(sampling: SamplingConfig, ties: bo
     logits = some_logits(ties)
     actual = np.exp(np.asarray(log_probabilities(sampling, jnp.asarray(logits))))
     expected = [
-        oracles.token_distribution(row.tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+        oracles.token_distribution(row.tolist(), sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         for row in logits.astype(np.float64)
     ]
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-12)
@@ -46,7 +56,7 @@ def test_greedy_puts_everything_on_the_first_maximum() -> None:
     probabilities = np.exp(np.asarray(log_probabilities(SamplingConfig(), jnp.asarray(logits))))
     for row, given in zip(probabilities, logits.tolist(), strict=True):
         assert row.tolist() == [float(i == given.index(max(given))) for i in range(23)]
-    drawn = draw(SamplingConfig(), jax.random.key(0), jnp.asarray(logits), jnp.zeros((12,), jnp.int32))
+    drawn = draw(SamplingConfig(), jax.random.key(0), jnp.asarray(logits), at(jnp.zeros((12,), jnp.int32)))
     assert drawn.tolist() == [row.index(max(row)) for row in logits.tolist()]
 
 
@@ -62,6 +72,8 @@ def test_distribution_as_in_transformers(sampling: SamplingConfig) -> None:
         warpers.append(hf.TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(hf.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(hf.MinPLogitsWarper(sampling.min_p))
     scores = torch.tensor(logits)
     for warper in warpers:
         scores = warper(torch.zeros((12, 1), dtype=torch.long), scores)
@@ -80,22 +92,23 @@ def test_bfloat16_logits_are_widened() -> None:
 WARM = SamplingConfig(temperature=1.0, top_k=12)
 
 
-@pytest.mark.parametrize("sampling", [s for s in SETTINGS if s.top_k != 1], ids=str)
+@pytest.mark.parametrize("sampling", [s for s in SETTINGS if s.top_k != 1 and s.min_p < 1], ids=str)
 def test_a_draw_is_the_largest_log_probability_with_the_noise_of_its_place(sampling: SamplingConfig) -> None:
     """In NumPy, with Gumbel noise of the key that docs/how_a_round_works.md writes down."""
     logits = some_logits(ties=True)
     index = np.arange(12, dtype=np.int32) * 5
-    drawn = draw(sampling, jax.random.key(7), jnp.asarray(logits), jnp.asarray(index)).tolist()
+    drawn = draw(sampling, jax.random.key(7), jnp.asarray(logits), at(jnp.asarray(index))).tolist()
     for sequence, row in enumerate(logits.astype(np.float64)):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), sequence), index[sequence])
-        p = oracles.token_distribution(row.tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
+        cuts = (sampling.top_k, sampling.top_p, sampling.min_p)
+        p = oracles.token_distribution(row.tolist(), sampling.temperature, *cuts)
         with np.errstate(divide="ignore"):
             assert drawn[sequence] == np.argmax(np.log(p) + np.asarray(jax.random.gumbel(key, (23,))))
 
 
 def test_draws_depend_on_the_seed() -> None:
     logits, index = jnp.zeros((16, 50)), jnp.arange(16, dtype=jnp.int32)
-    first, again, other = (draw(WARM, jax.random.key(seed), logits, index).tolist() for seed in (1, 1, 2))
+    first, again, other = (draw(WARM, jax.random.key(seed), logits, at(index)).tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -104,18 +117,18 @@ def test_a_row_is_drawn_whatever_its_neighbours() -> None:
     logits, other = jnp.asarray(some_logits(False)), jnp.asarray(some_logits(True))
     index = jnp.arange(12, dtype=jnp.int32) * 3
     key = jax.random.key(5)
-    whole = draw(WARM, key, logits, index)
+    whole = draw(WARM, key, logits, at(index))
     for row in (0, 4, 11):
         mine = jnp.arange(12) == row
-        changed = draw(WARM, key, jnp.where(mine[:, None], logits, other), jnp.where(mine, index, index + 7))
-        alone = draw(WARM, key, logits[: row + 1], index[: row + 1])
+        changed = draw(WARM, key, jnp.where(mine[:, None], logits, other), at(jnp.where(mine, index, index + 7)))
+        alone = draw(WARM, key, logits[: row + 1], at(index[: row + 1]))
         assert int(changed[row]) == int(alone[row]) == int(whole[row])
 
 
 def test_rows_and_positions_draw_independently() -> None:
     logits = jnp.zeros((64, 1000))
-    here = draw(WARM, jax.random.key(0), logits, jnp.zeros((64,), jnp.int32))
-    there = draw(WARM, jax.random.key(0), logits, jnp.ones((64,), jnp.int32))
+    here = draw(WARM, jax.random.key(0), logits, at(jnp.zeros((64,), jnp.int32)))
+    there = draw(WARM, jax.random.key(0), logits, at(jnp.ones((64,), jnp.int32)))
     assert len(set(here.tolist())) > 48 and np.mean(np.asarray(here) == np.asarray(there)) < 0.1
 
 
@@ -126,7 +139,7 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     probabilities = np.array(oracles.token_distribution(row.tolist(), 1.3, 9, 0.95))
     logits = jnp.broadcast_to(jnp.asarray(row), (count, 23))
     # An argument: XLA would sort a constant while it compiles.
-    drawn = jax.jit(partial(draw, sampling))(jax.random.key(3), logits, jnp.zeros((count,), jnp.int32))
+    drawn = jax.jit(partial(draw, sampling))(jax.random.key(3), logits, at(jnp.zeros((count,), jnp.int32)))
     counts = np.bincount(np.asarray(drawn), minlength=23)
     assert np.all(np.abs(counts - count * probabilities) <= 5 * np.sqrt(count * probabilities * (1 - probabilities)))
 
@@ -148,14 +161,14 @@ def test_bad_cuts_are_refused(name: str, value: float) -> None:
 TINY = [5e-324, 1.4e-45, 1e-39, 1.17e-38, 1.2e-38, 1e-35]
 
 
-@pytest.mark.parametrize("also", [{}, {"top_k": 4}, {"top_p": 1e-40}])
+@pytest.mark.parametrize("also", [{}, {"top_k": 4}, {"top_p": 1e-40}, {"min_p": 1e-320}])
 def test_a_tiny_temperature_is_greedy(also: dict[str, Any]) -> None:
     logits, index = jnp.asarray(some_logits(ties=False) * 1e3), jnp.arange(12, dtype=jnp.int32)
     greedy = np.exp(np.asarray(log_probabilities(SamplingConfig(), logits)))
     for temperature in (*TINY, 1e-25):
         sampling = SamplingConfig(temperature, **also)
         np.testing.assert_array_equal(np.exp(np.asarray(log_probabilities(sampling, logits))), greedy)
-        assert draw(sampling, jax.random.key(1), logits, index).tolist() == greedy.argmax(axis=-1).tolist()
+        assert draw(sampling, jax.random.key(1), logits, at(index)).tolist() == greedy.argmax(axis=-1).tolist()
 
 
 @pytest.mark.parametrize("jitted", [False, True])

@@ -19,6 +19,17 @@ _DRAFTING = (
     "draft_boundaries", "draft_revision", "speculate", "tree_depth", "tree_top_k", "tree_size",
     "simulate_accept_length", "trace", "compare", "expert_budget", "profile",
 )  # fmt: skip
+# Where one is not given, the checkpoint's generation_config.json decides.
+_SAMPLING = (
+    ("--temperature", float, "T", "0 is greedy"),
+    ("--top-k", int, "K", "sample from the k most probable tokens; 0: all"),
+    ("--top-p", float, "P", "sample from the smallest set of most probable tokens that holds this probability; 1: all"),
+    ("--min-p", float, "P", "sample from tokens of at least this share of the largest probability; 0: all"),
+    ("--repetition-penalty", float, "X", "divide positive logits of tokens of prompt and text by this; 1: none"),
+    ("--presence-penalty", float, "X", "subtract this from the logits of tokens of the text so far; 0: none"),
+    ("--frequency-penalty", float, "X", "subtract this for each time that the text so far has the token; 0: none"),
+)
+SAMPLING_OPTIONS = tuple(flag[2:].replace("-", "_") for flag, *_ in _SAMPLING)
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -26,7 +37,12 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = command_parser("generate", description)
     add_model_flags(parser.add_argument_group("model"))
     _add_prompt_flags(parser.add_argument_group("prompts (several form a batch; default: a built-in one)"))
-    _add_sampling_flags(parser.add_argument_group("sampling"))
+    _add_sampling_flags(
+        parser.add_argument_group(
+            "sampling",
+            "What is not given is as in the checkpoint's generation_config.json, and greedy where it has none.",
+        )
+    )
     _add_drafting_flags(
         parser.add_argument_group(
             "speculative decoding",
@@ -118,16 +134,10 @@ def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens of prompt and continuation together (default: the model's context)",
     )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    for flag, kind, letter, meaning in _SAMPLING:
+        group.add_argument(flag, type=kind, metavar=letter, help=meaning)
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the k most probable tokens; 0: all (default)"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the smallest set of most probable tokens that holds this probability; 1: all (default)",
+        "--stop", action="append", metavar="TEXT", help="end before this text, once it is generated; repeatable"
     )
     group.add_argument(
         "--seed",

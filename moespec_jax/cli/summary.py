@@ -1,12 +1,15 @@
 """Table of statistics after a run."""
 
+import dataclasses
 import math
 
 from moespec_jax.cli.compare import Comparison, SpeedUp
+from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
 
 NAME_WIDTH = 12
+_NEUTRAL = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
 
 
 def statistics_table(model: Model, result: RunResult, comparison: Comparison | None) -> str:
@@ -16,6 +19,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("device", f"{_devices(result)}, {model.precision}, experts by {result.backend}"),
         ("output", _output(result)),
         ("exactness", result.exactness),
+        ("sampling", _sampling(result)),
         *_drafting(result),
         ("compilation", f"{result.compile_s:.2f} s"),
         ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
@@ -42,6 +46,21 @@ def _output(result: RunResult) -> str:
         exactness = "SIMULATED acceptance, not the model's output"
     how = "speculative decoding" if result.drafts else "plain decoding"
     return f"{exactness}, {how}; {new} new tokens, ended by {', '.join(sorted(reasons))}"
+
+
+def _sampling(result: RunResult) -> str:
+    """How tokens were drawn: what differs from greedy decoding, and what of it the checkpoint sets."""
+    options = dict(result.sampling)
+    published, ignored = options.pop("published"), options.pop("not_applied")
+    changed = {name: value for name, value in options.items() if value != _NEUTRAL.get(name)}
+    cuts = ("temperature", "top_k", "top_p", "min_p")
+    shown = [f"{n.replace('_', ' ')} {v}" for n, v in changed.items() if not (result.greedy and n in cuts)]
+    text = ", ".join((["greedy"] if result.greedy else []) + shown)
+    taken = [
+        name.replace("_", " ") for name in published if name in changed and (name not in cuts or not result.greedy)
+    ]
+    text += f"; by generation_config.json: {', '.join(taken)}" if taken else ""
+    return text + (f"; not applied: {', '.join(f'{n} {v}' for n, v in ignored.items())}" if ignored else "")
 
 
 def _devices(result: RunResult) -> str:

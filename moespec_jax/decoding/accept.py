@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from moespec_jax.decoding.history import History, extended
 from moespec_jax.decoding.sampling import SamplingConfig, draw_token
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.summary import summary
@@ -37,8 +38,8 @@ class Accepted:
     __repr__ = summary
 
 
-# (tree, logits [nodes, vocab], the sequence's random key, position of the first token after the root) -> Accepted.
-Accept = Callable[[Tree, Array, Array, Array], Accepted]
+# (tree, logits [nodes, vocab], the sequence's random key, its tokens up to the root) -> Accepted.
+Accept = Callable[[Tree, Array, Array, History], Accepted]
 
 
 def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None = None) -> Accept:
@@ -61,16 +62,19 @@ def accept_own(
     tree: Tree,
     logits: Float[Array, "nodes vocab"],
     key: Array,
-    index: Int[Array, ""],
+    history: History,
 ) -> Accepted:
     """Accept from each node the child that is the target's own token there; siblings must differ in their tokens.
 
-    Only rows of `logits` on the path are processed: top-p sorts the vocabulary, and a CPU is slow at `argmax`.
+    Only rows of `logits` on the path are processed: top-p sorts the vocabulary, and a CPU is slow at `argmax`. A
+    penalty counts the tokens of the node's own path.
     """
 
-    def choose(level: Array, node: Array) -> tuple[Array, Array, Array]:
+    def choose(accepted: Accepted) -> tuple[Array, Array, Array]:
+        node = accepted.path[-1]
         row = jax.lax.dynamic_index_in_dim(logits, node, keepdims=False)
-        token = draw_token(sampling, key, row, index + level)
+        drafted = jnp.roll(tree.tokens[accepted.path], -1)  # the root is in the history
+        token = draw_token(sampling, key, row, extended(history, drafted, accepted.count - 1))
         match = (tree.parents == node) & (tree.tokens == token)
         return jnp.argmax(match).astype(jnp.int32), jnp.any(match), token
 
@@ -83,7 +87,7 @@ def accept_simulated(
     tree: Tree,
     logits: Float[Array, "nodes vocab"],
     key: Array,
-    index: Int[Array, ""],
+    history: History,
 ) -> Accepted:
     """Accept part of the path to the deepest node, so that `count` is `mean_length` on average where the path is long
     enough: for timing without a trained head. The text is meaningless.
@@ -94,7 +98,7 @@ def accept_simulated(
     depth = depths(mask)
     deepest = jnp.argmax(depth)
     whole = int(mean_length)
-    u = jax.random.uniform(jax.random.fold_in(key, index))
+    u = jax.random.uniform(jax.random.fold_in(key, history.length))
     count = jnp.minimum(whole + (u < mean_length - whole).astype(jnp.int32), depth[deepest] + 1)
     steps = jnp.minimum(jnp.arange(longest_path, dtype=jnp.int32), count - 1)
     path = jnp.argmax(mask[deepest][None, :] & (depth[None, :] == steps[:, None]), axis=-1).astype(jnp.int32)
@@ -102,14 +106,13 @@ def accept_simulated(
     return Accepted(path, count, bonus.astype(jnp.int32))
 
 
-def walk(longest_path: int, choose: Callable[[Array, Array], tuple[Array, Array, Array]]) -> Accepted:
-    """Walk from the root to the child of `choose(level, node) -> (child, found, token)` while one is found; the token
-    of the last node is the bonus. `level` counts from 0 at the root; child and token are int32 scalars, and a leaf has
-    no child."""
+def walk(longest_path: int, choose: Callable[[Accepted], tuple[Array, Array, Array]]) -> Accepted:
+    """Walk from the root to the child of `choose(accepted so far) -> (child, found, token)` while one is found; the
+    token of the last node, `accepted.path[-1]`, is the bonus. Child and token are int32; a leaf has no child."""
 
     def step(state: tuple[Accepted, Array]) -> tuple[Accepted, Array]:
         accepted, _ = state
-        child, found, token = choose(accepted.count - 1, accepted.path[-1])
+        child, found, token = choose(accepted)
         ahead = jnp.arange(longest_path, dtype=jnp.int32) >= accepted.count
         path = jnp.where(ahead & found, child, accepted.path)
         return Accepted(path, accepted.count + found.astype(jnp.int32), token), found

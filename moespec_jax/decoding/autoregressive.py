@@ -116,6 +116,8 @@ class Autoregressive:
         decoding = DecodeState(
             tokens=prompts.tokens,
             length=prompts.lengths,
+            # An array of its own: a state is donated, and no array may be in it twice.
+            prompt_length=prompts.lengths + 0,
             limit=prompts.limit,
             done=prompts.lengths >= prompts.limit,
             stop_ids=prompts.stop_ids,
@@ -164,7 +166,7 @@ class Autoregressive:
 
     def _append(self, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:
         """Draw a token for every unfinished sequence and append it."""
-        drawn = draw(self.sampling, state.key, logits, state.length)
+        drawn = draw(self.sampling, state.key, logits, state.histories)
         # `NO_TOKEN` ends a sequence, as it pads the stop ids; `Run` then reports the logits.
         drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
         return append_tokens(state, drawn[:, None], jnp.ones_like(state.length))

@@ -242,7 +242,7 @@ def accept_trees(
 ) -> Accepted:
     """Accept a path of every sequence's tree; its bonus token is `NO_TOKEN` where logits on the path are not finite."""
     keys = sequence_keys(decoding.key, len(logits))
-    accepted = jax.vmap(accept)(trees, logits, keys, decoding.length)
+    accepted = jax.vmap(accept)(trees, logits, keys, decoding.histories)
     on_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
     finite = jnp.isfinite(jnp.max(on_path, axis=(1, 2)))
     accepted = dataclasses.replace(accepted, bonus=jnp.where(finite, accepted.bonus, NO_TOKEN))

@@ -37,6 +37,7 @@ def decode_state_specs(params: Decoder) -> DecodeState:
     return DecodeState(
         tokens=BY_SEQUENCE,
         length=BY_SEQUENCE,
+        prompt_length=BY_SEQUENCE,
         limit=BY_SEQUENCE,
         done=BY_SEQUENCE,
         stop_ids=REPLICATED,

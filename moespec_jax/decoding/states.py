@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from moespec_jax.decoding.history import History
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, pmax
@@ -52,6 +53,7 @@ class DecodeState:
     Fields:
         tokens: prompts and everything generated.
         length: number of tokens of each sequence.
+        prompt_length: number of them that are the prompt's.
         limit: length at which a sequence ends.
         done: sequences that have ended, at a stop id or at their limit.
         stop_ids: token ids that end a sequence.
@@ -61,6 +63,7 @@ class DecodeState:
 
     tokens: Int[Array, "batch slots"]
     length: Int[Array, " batch"]
+    prompt_length: Int[Array, " batch"]
     limit: Int[Array, " batch"]
     done: Bool[Array, " batch"]
     stop_ids: Int[Array, " stops"]
@@ -68,6 +71,11 @@ class DecodeState:
     cache: Cache
 
     __repr__ = summary
+
+    @property
+    def histories(self) -> History:
+        """Tokens of every sequence before the next draw."""
+        return History(self.tokens, self.length, self.prompt_length)
 
 
 def any_unfinished(state: DecodeState) -> Bool[Array, ""]:

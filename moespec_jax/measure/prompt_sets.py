@@ -11,6 +11,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import expanded
 from moespec_jax.measure import corpus
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.requested_sampling import GREEDY
 
 # Name of the set of excerpts, and their default length in tokens.
 HELD_OUT, PIECE = "held-out modules", 64
@@ -98,7 +99,7 @@ def held_out_pieces(model: Model, count: int, length: int = PIECE) -> list[list[
 
 def continued(model: Model, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     """Append to each prompt the model's own greedy continuation of `tokens` tokens, by plain decoding."""
-    result = model.generate(prompts, tree=None, max_new_tokens=tokens, ignore_eos=True)
+    result = model.generate(prompts, tree=None, max_new_tokens=tokens, ignore_eos=True, **GREEDY)
     return [[*prompt, *r.token_ids] for prompt, r in zip(prompts, result.prompts, strict=True)]
 
 

@@ -12,6 +12,7 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.requested_sampling import GREEDY
 
 
 class TimingCase(NamedTuple):
@@ -100,7 +101,7 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase
     results = [
         model.generate(
             batch, tree=spec.tree, budget=spec.budget, max_new_tokens=new_tokens, ignore_eos=True,
-            simulate_accept_length=spec.simulate_accept_length,
+            simulate_accept_length=spec.simulate_accept_length, **GREEDY,
         )
         for batch in batches
     ]  # fmt: skip

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from moespec_jax.checkpoint.generation_config import read_sampling
 from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding, share_lm_head
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.placement import (
@@ -106,12 +107,14 @@ def load(
         draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
         draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
         draft = draft if placement is None else _shard_draft(draft, placement)
-    tokenizer, stop_ids = load_tokenizer(directory), read_stop_ids(directory)
+    tokenizer, stop_ids, sampling = load_tokenizer(directory), read_stop_ids(directory), read_sampling(directory)
     params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
     draft = draft and _share(draft, params, placement)
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
-    return Model(config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization)
+    return Model(
+        config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization, sampling
+    )  # fmt: skip
 
 
 def _placement(config: DecoderConfig, mesh: MeshConfig | Mesh | Literal["auto"]) -> Placement:

@@ -9,12 +9,13 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from moespec_jax.checkpoint.generation_config import PublishedSampling
 from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
@@ -32,10 +33,13 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
-from moespec_jax.runtime.results import PromptResult, RunResult, device_name, exactness, versions
+from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
+from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
 from moespec_jax.runtime.round_costs import Chooser, RoundCosts
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
+from moespec_jax.runtime.run_result import measurements, prompt_results
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
+from moespec_jax.runtime.stop_strings import StopStrings, listed_stops
 
 
 @dataclasses.dataclass
@@ -53,6 +57,7 @@ class Model:
         draft: draft head, if there is one.
         programs: compiled programs.
         quantization: of the routed experts.
+        published_sampling: how tokens are drawn where a request leaves it open.
         round_costs: costs of the rounds of menus that were measured, or read from files.
     """
 
@@ -66,6 +71,7 @@ class Model:
     draft: LoadedDraft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
     quantization: Quantization | None = None
+    published_sampling: PublishedSampling = PublishedSampling()
     round_costs: dict[str, RoundCosts] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -119,10 +125,8 @@ class Model:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
         seed: int = 0,
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         max_length: int | None = None,
         tree: TreeConfig | Literal["default", "auto"] | None = "default",
@@ -132,16 +136,15 @@ class Model:
         adapt: Adapt | None = None,
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> RunResult:
         """Continue one or several prompts as one batch.
 
         Args:
             prompts: text, or lists of token ids.
             max_new_tokens: of each prompt.
-            temperature: 0 is greedy.
-            top_k: draw from the k most probable tokens; 0 is all.
-            top_p: draw from the smallest set of most probable tokens that holds this probability.
             seed: of all random draws. The same seed gives the same text with any tree and without one.
+            stop: texts; a continuation ends before the first of them that it has.
             ignore_eos: generate beyond the model's stop ids.
             max_length: longest sequence in tokens (default: the model's context).
             tree: shape of the draft tree; None decodes plainly, and with "auto" every round is plain or drafts the tree
@@ -154,6 +157,9 @@ class Model:
             adapt: replaces functions of the round (`speculative.Speculative`); the result is then not called exact.
             on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.
             on_round: called with the measurements of every round.
+            options: how tokens are drawn, as in `SamplingConfig`: `temperature` (0 is greedy), `top_k`, `top_p`,
+                `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logits_processor`. What is not
+                given is as in the checkpoint's `generation_config.json`, and greedy where it has none.
 
         Warns:
             BudgetWarning: the budget is so tight that quality is likely to suffer.
@@ -164,15 +170,14 @@ class Model:
                 drafted; or the call is inside a transformation of JAX.
             CheckpointError: logits are not finite, because weights are not, or are too large for their dtype.
         """
-        settings = (max_new_tokens, temperature, top_k, top_p, seed)
+        settings = (max_new_tokens, seed, *options.values())
         check_not_traced("generate", prompts, settings, self.speculative_params)
         check_types(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            max_length=max_length, tree=tree, budget=budget, simulate_accept_length=simulate_accept_length,
-            adapt=adapt, on_tokens=on_tokens, on_round=on_round,
+            max_new_tokens=max_new_tokens, seed=seed, max_length=max_length, tree=tree, budget=budget,
+            simulate_accept_length=simulate_accept_length, adapt=adapt, on_tokens=on_tokens, on_round=on_round,
         )  # fmt: skip
         try:
-            sampling = SamplingConfig(temperature, top_k, top_p)
+            sampling = requested_sampling(self.published_sampling, options)
             budget = budget if budget is None or isinstance(budget, BudgetConfig) else BudgetConfig(budget)
         except ValueError as error:
             raise RequestError(str(error)) from None
@@ -184,21 +189,50 @@ class Model:
         spec = self.resolve(DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt))
         if spec.tree is None and on_round is not None:
             raise RequestError(NOTHING_DRAFTED)
-        if spec.tree == "auto":
-            trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
-            menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
-            params, identity = self.speculative_params, self._costs_identity(spec, len(ids))
-            run = Run(self.programs, menu, params, batch)
-            chooser = Chooser(menu, params, run, self.programs, identity, self.round_costs)
-            run.execute(on_tokens, on_round, chooser.prepare)
-            result = self._result(run, batch, sampling, spec, max_new_tokens)
-            return dataclasses.replace(result, choice=chooser.report())
+        texts = listed_stops(stop, self.tokenizer)
+        stops = StopStrings(texts, self.tokenizer, ids) if texts and self.tokenizer is not None else None
+        run, chooser = self._run(spec, sampling, batch)
+        run.execute(
+            on_tokens if stops is None else stops.before(on_tokens),
+            on_round,
+            None if chooser is None else chooser.prepare,
+            (lambda: False) if stops is None else stops.all_stopped,
+        )
+        exact = self.is_exact(spec, len(ids))
+        return RunResult(
+            prompts=prompt_results(run, batch, self.decode, max_new_tokens, stops),
+            exact=exact,
+            exactness=exactness(exact, spec.tree, spec.budget, simulate_accept_length, str(self.dtype)),
+            greedy=sampling.greedy,
+            sampling=describe_sampling(sampling, self.published_sampling, options),
+            budget=None if spec.budget is None else spec.budget.as_dict(),
+            tree=dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
+            draft_model=self.drafter_name(spec),
+            simulated_accept_length=simulate_accept_length,
+            mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
+            device=device_name(),
+            dtype=str(self.dtype),
+            quantization=self.quantization,
+            backend=self.expert_form,
+            versions=versions(),
+            choice=None if chooser is None else chooser.report(),
+            **measurements(run, batch),
+        )
+
+    def _run(
+        self, spec: DecodingSpec, sampling: SamplingConfig, batch: Batch
+    ) -> tuple[Run[Any, Any, Any], Chooser | None]:
+        """Make the run of a batch by a resolved spec and, where rounds choose their shape, what chooses."""
         if spec.tree is None:
-            run = Run(self.programs, self.autoregressive(sampling), self.params, batch)
-        else:
-            run = Run(self.programs, self.speculative(spec, sampling), self.speculative_params, batch)
-        run.execute(on_tokens, on_round)
-        return self._result(run, batch, sampling, spec, max_new_tokens)
+            return Run(self.programs, self.autoregressive(sampling), self.params, batch), None
+        params = self.speculative_params
+        if spec.tree != "auto":
+            return Run(self.programs, self.speculative(spec, sampling), params, batch), None
+        trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
+        menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
+        run = Run(self.programs, menu, params, batch)
+        identity = self._costs_identity(spec, len(batch.prompts))
+        return run, Chooser(menu, params, run, self.programs, identity, self.round_costs)
 
     def resolve(self, spec: DecodingSpec) -> DecodingSpec:
         """Check a spec against this model, and complete it: the default tree, and the budget of each layer.
@@ -244,7 +278,7 @@ class Model:
         """List what the costs of rounds depend on."""
         return {
             "model": str(self.directory.resolve()), "config": repr(self.config),
-            "draft_model": self._drafter_name(spec), "precision": self.precision, "backend": self.expert_form,
+            "draft_model": self.drafter_name(spec), "precision": self.precision, "backend": self.expert_form,
             "batch": batch,
             "shapes": [tree.name for tree in menu_trees(self.draft, spec)],
             "budget": None if spec.budget is None else spec.budget.as_dict(),
@@ -252,57 +286,8 @@ class Model:
             "device": device_name(), "cores": os.cpu_count(), "versions": versions(),
         }  # fmt: skip
 
-    def _result(
-        self, run: Run[Any, Any, Any], batch: Batch, sampling: SamplingConfig, spec: DecodingSpec, max_new_tokens: int
-    ) -> RunResult:
-        prompts = [self._prompt_result(run, batch, number, max_new_tokens) for number in range(len(batch.prompts))]
-        mean = {name: total / max(run.rounds, 1) for name, total in run.sums.items()}
-        later = sum(p.new_tokens - 1 for p in prompts)  # the first token of each comes with prefill
-        exact, simulated = self.is_exact(spec, len(prompts)), spec.simulate_accept_length
-        return RunResult(
-            prompts=prompts,
-            experts_wanted=mean.get("experts_wanted", 0.0),
-            experts_read=mean.get("experts_read", mean.get("experts_wanted", 0.0)),
-            experts_max_per_device=mean.get("experts_max_per_device", 0.0),
-            mass_kept=1.0 if spec.budget is None else mean.get("mass_kept", 0.0),
-            tokens_replaced=mean.get("replaced", 0.0),
-            exact=exact,
-            exactness=exactness(exact, spec.tree, spec.budget, simulated, str(self.dtype)),
-            greedy=sampling.greedy,
-            budget=None if spec.budget is None else spec.budget.as_dict(),
-            tree=dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
-            draft_model=self._drafter_name(spec),
-            simulated_accept_length=simulated,
-            compile_s=run.compile_s,
-            prefill_s=run.prefill_s,
-            decode_s=run.decode_s,
-            tokens_per_s=later / run.decode_s if run.decode_s else 0.0,
-            mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
-            device=device_name(),
-            dtype=str(self.dtype),
-            quantization=self.quantization,
-            backend=self.expert_form,
-            versions=versions(),
-        )
-
-    def _prompt_result(self, run: Run[Any, Any, Any], batch: Batch, number: int, max_new_tokens: int) -> PromptResult:
-        prompt = batch.prompts[number]
-        new = run.sequences[number][len(prompt) :]
-        reason = "stop" if new[-1] in batch.stop_ids else "length" if len(new) == max_new_tokens else "context"
-        rounds = int(run.active[number])
-        by_depth = (run.accepted[number] / max(rounds, 1)).tolist()
-        return PromptResult(
-            text=self.decode(new, after=prompt),
-            token_ids=new,
-            prompt_tokens=len(prompt),
-            new_tokens=len(new),
-            rounds=rounds,
-            accept_length=1.0 + sum(by_depth) if rounds else 0.0,
-            accepted_by_depth=by_depth,
-            finish_reason=reason,
-        )
-
-    def _drafter_name(self, spec: DecodingSpec) -> str | None:
+    def drafter_name(self, spec: DecodingSpec) -> str | None:
+        """Name of what drafts by a resolved spec; None in plain decoding."""
         if spec.tree is None:
             return None
         if spec.drafter is not None:

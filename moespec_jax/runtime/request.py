@@ -55,9 +55,6 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "backend": (lambda value: isinstance(value, Backend), "a back-end, such as BACKENDS['slots']"),
     "check": (callable, "a function"),
     "max_new_tokens": (is_whole_number, "a whole number"),
-    "temperature": (_is_number, "a number"),
-    "top_k": (is_whole_number, "a whole number"),
-    "top_p": (_is_number, "a number"),
     "seed": (is_whole_number, "a whole number"),
     "max_length": (is_whole_number, "a whole number"),
     "tree": (_is_tree, "a TreeConfig, 'default', 'auto' or None"),
@@ -67,7 +64,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "on_tokens": (callable, "a function"),
     "on_round": (callable, "a function"),
 }
-_REQUIRED = ("model", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+_REQUIRED = ("model", "max_new_tokens", "seed")
 
 
 def check_types(**arguments: object) -> None:

@@ -22,7 +22,8 @@ class PromptResult:
         accept_length: mean number of tokens that a round gained, the drafted ones it accepted and one more, even if a
             stop id or the limit cut some off; 1 in plain decoding.
         accepted_by_depth: share of rounds that accepted a drafted token at depth 1, 2, ...
-        finish_reason: "stop" (a stop id), "length" (`max_new_tokens`) or "context".
+        finish_reason: "stop" (a stop id), "stop string" (which the text does not have, but `token_ids` do), "length"
+            (`max_new_tokens`) or "context".
     """
 
     text: str | None
@@ -56,6 +57,8 @@ class RunResult:
             `quantization`; ties and near-ties of tokens are subject to rounding.
         exactness: what `exact` means for this output, in words.
         greedy: whether the most probable token was always taken.
+        sampling: fields of the `SamplingConfig`; names of those that the checkpoint sets (`published`); fields of its
+            `generation_config.json` that would change the text and are not implemented (`not_applied`).
         budget: fields of the `BudgetConfig`, None without one.
         tree: fields of the `TreeConfig`, None where nothing was drafted.
         draft_model: name of the draft head or drafter.
@@ -79,6 +82,7 @@ class RunResult:
     exact: bool
     exactness: str
     greedy: bool
+    sampling: dict[str, Any]
     budget: dict[str, Any] | None
     tree: dict[str, Any] | None
     draft_model: str | None

@@ -114,10 +114,12 @@ class Run(Generic[Params, PrefillState, State]):
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
         prepare: Callable[[Advance[State], State], State] | None = None,
+        is_ended: Callable[[], bool] = lambda: False,
     ) -> None:
         """Prefill, then decode until every sequence is done; with `on_round`, one round a call.
 
-        `prepare(advance, state)` may change the state before the first round, and run rounds itself.
+        `prepare(advance, state)` may change the state before the first round, and run rounds itself. Where `is_ended()`
+        is true after a call, no further one is made.
 
         Raises:
             CheckpointError: logits are not finite.
@@ -138,7 +140,7 @@ class Run(Generic[Params, PrefillState, State]):
             return state, Advanced(self.rounds - before, self.decode_s - seconds, gained)
 
         state = state if prepare is None else prepare(advance, state)
-        while not self.is_done(state):
+        while not self.is_done(state) and not is_ended():
             limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
             state, _ = advance(state, self._part(state), limit)
 

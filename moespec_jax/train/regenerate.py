@@ -128,7 +128,14 @@ def regenerate(
             # The last batch is filled up: another batch size would be compiled separately.
             filled = part + part[-1:] * (batch - len(part))
             result = model.generate(
-                filled, max_new_tokens=max_new_tokens, temperature=temperature, seed=(seed + start) % 2**32
+                filled,
+                max_new_tokens=max_new_tokens,
+                seed=(seed + start) % 2**32,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
             )
             for prompt, response in zip(part, result.prompts, strict=False):
                 file.write(json.dumps({"prompt_ids": prompt, "response_ids": response.token_ids}) + "\n")

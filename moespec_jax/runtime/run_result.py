@@ -1,0 +1,67 @@
+"""What a run leaves behind, as fields of its result."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moespec_jax.runtime.results import PromptResult
+from moespec_jax.runtime.run import Batch, Run
+from moespec_jax.runtime.stop_strings import StopStrings
+
+
+def measurements(run: Run[Any, Any, Any], batch: Batch) -> dict[str, Any]:
+    """Numbers of `results.RunResult`: means over rounds, and seconds."""
+    mean = {name: total / max(run.rounds, 1) for name, total in run.sums.items()}
+    # The first token of each comes with prefill.
+    later = sum(len(ids) - len(prompt) - 1 for ids, prompt in zip(run.sequences, batch.prompts, strict=True))
+    return {
+        "experts_wanted": mean.get("experts_wanted", 0.0),
+        "experts_read": mean.get("experts_read", mean.get("experts_wanted", 0.0)),
+        "experts_max_per_device": mean.get("experts_max_per_device", 0.0),
+        "mass_kept": mean.get("mass_kept", 1.0),
+        "tokens_replaced": mean.get("replaced", 0.0),
+        "compile_s": run.compile_s,
+        "prefill_s": run.prefill_s,
+        "decode_s": run.decode_s,
+        "tokens_per_s": later / run.decode_s if run.decode_s else 0.0,
+    }
+
+
+def prompt_results(
+    run: Run[Any, Any, Any],
+    batch: Batch,
+    decode: Callable[[Sequence[int], Sequence[int]], str | None],
+    max_new_tokens: int,
+    stops: StopStrings | None,
+) -> list[PromptResult]:
+    """Make the result of every prompt; `decode` makes text of ids and of those before them."""
+    return [_prompt_result(run, batch, number, decode, max_new_tokens, stops) for number in range(len(batch.prompts))]
+
+
+def _prompt_result(
+    run: Run[Any, Any, Any],
+    batch: Batch,
+    number: int,
+    decode: Callable[[Sequence[int], Sequence[int]], str | None],
+    max_new_tokens: int,
+    stops: StopStrings | None,
+) -> PromptResult:
+    prompt = batch.prompts[number]
+    new = run.sequences[number][len(prompt) :]
+    stopped = None if stops is None else stops.stopped[number]
+    if stopped is not None:
+        new, text, reason = new[: stopped.tokens], stopped.text, "stop string"
+    else:
+        text = decode(new, prompt)
+        reason = "stop" if new[-1] in batch.stop_ids else "length" if len(new) == max_new_tokens else "context"
+    rounds = int(run.active[number])
+    by_depth = (run.accepted[number] / max(rounds, 1)).tolist()
+    return PromptResult(
+        text=text,
+        token_ids=new,
+        prompt_tokens=len(prompt),
+        new_tokens=len(new),
+        rounds=rounds,
+        accept_length=1.0 + sum(by_depth) if rounds else 0.0,
+        accepted_by_depth=by_depth,
+        finish_reason=reason,
+    )
