@@ -1,7 +1,7 @@
 """Settings of decoders, draft heads and draft trees: frozen dataclasses, hashable, so that `jit` accepts them as
 static arguments.
 
-Fields that a published `config.json` has too bear its names. `checkpoint/families.py` reads that file for each family.
+Fields that a published `config.json` has too bear its names. `checkpoint/families/` reads that file for each family.
 """
 
 import dataclasses

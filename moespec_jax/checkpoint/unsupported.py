@@ -4,6 +4,7 @@ Tensors show most differences of an architecture: an unknown or missing one is r
 the tensors, and would otherwise be read over.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from moespec_jax.checkpoint.config_fields import Fields, shown
@@ -78,21 +79,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Fields that some families honour and others do not have.
-_OF_OTHERS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mixtral": {"clip_qkv": (), "norm_topk_prob": (True,)},
-    "qwen2_moe": {"clip_qkv": ()},
-    "qwen3_moe": {"clip_qkv": ()},
-}
-
-
-def check_neutral(fields: Fields) -> None:
-    """Refuse fields that would be read over.
+def check_neutral(fields: Fields, of_family: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse fields that would be read over; `of_family` are those of one family, which have precedence.
 
     Raises:
         UnsupportedConfig: a field has a value that changes what is computed; the message names both.
     """
-    neutral = _NEUTRAL | _OF_OTHERS.get(fields["model_type"], {})
+    neutral = _NEUTRAL | dict(of_family)
     neutral |= {"hidden_activation": (fields.get("hidden_act", "silu"),)}
     for name, values in neutral.items():
         if fields.get(name) is not None and fields[name] not in values:

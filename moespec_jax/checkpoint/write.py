@@ -19,7 +19,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from moespec_jax.checkpoint.dtypes import FLOAT_CODES
-from moespec_jax.checkpoint.families import read_config
+from moespec_jax.checkpoint.families import FAMILIES, read_config
 from moespec_jax.checkpoint.leaves import Source, cast, copy_into, with_progress
 from moespec_jax.checkpoint.parameters import build_decoder, leaf_shapes, place_of
 from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
@@ -126,35 +126,14 @@ def checked_fields(config: DecoderConfig, extra: Mapping[str, Any] | None = None
 def published_fields(config: DecoderConfig) -> dict[str, Any]:
     """Compute the published fields of a config.json. Token ids are null: defaults of some families may be outside the
     vocabulary."""
-    fields: dict[str, Any] = {"architectures": [_ARCHITECTURES[config.model_type]], "model_type": config.model_type}
+    family = FAMILIES[config.model_type]
+    fields: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.model_type}
     fields |= {name: getattr(config, name) for name in _SAME}
     fields |= {"rope_theta": config.rope.rope_theta, "rope_parameters": _rope_fields(config)}
     fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    fields |= _window_fields(config)
-    if config.model_type == "mixtral":
-        return fields | {"num_local_experts": config.num_experts}
-    fields |= {"num_experts": config.num_experts, "norm_topk_prob": config.norm_topk_prob}
-    if config.model_type == "qwen2_moe":
-        fields |= {"qkv_bias": config.qkv_bias}
-        fields |= {"shared_expert_intermediate_size": config.shared_expert_intermediate_size}
-    else:
-        fields |= {"attention_bias": config.qkv_bias}
-    if config.model_type == "olmoe":
-        return fields | {"clip_qkv": config.clip_qkv}
-    dense = [i for i, sparse in enumerate(config.sparse_layers) if not sparse]
-    return fields | {
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "mlp_only_layers": dense,
-        "decoder_sparse_step": 1,
-    }
+    return fields | family.write(config)
 
 
-_ARCHITECTURES = {
-    "olmoe": "OlmoeForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -187,19 +166,6 @@ def _rope_fields(config: DecoderConfig) -> dict[str, Any]:
     required, optional = _ROPE[rope.rope_type]
     fields = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *required)}
     return fields | {name: getattr(rope, name) for name in optional if getattr(rope, name) is not None}
-
-
-def _window_fields(config: DecoderConfig) -> dict[str, Any]:
-    windows = set(config.sliding_windows)
-    window = max(windows) or None
-    fields: dict[str, Any] = {"sliding_window": window}
-    if config.model_type in ("qwen2_moe", "qwen3_moe"):
-        fields |= {"use_sliding_window": window is not None}
-    # Without a list, Qwen2-MoE alternates and other families have one window for all layers.
-    if len(windows) > 1 or config.model_type == "qwen2_moe":
-        kinds = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
-        fields |= {"layer_types": kinds}
-    return fields
 
 
 def decoder_source(params: Decoder, config: DecoderConfig) -> Source:
