@@ -156,6 +156,15 @@ class Autoregressive:
     def _proceeds(self, state: DecodeState, rounds: Int[Array, ""]) -> Array:
         return any_unfinished(state)
 
+    def kept(self, state: DecodeState) -> Int[Array, " batch"]:
+        """All tokens but the newest."""
+        return state.length - 1
+
+    def resume(self, params: Decoder, state: DecodeState) -> PrefillState:
+        """Keep the cache."""
+        shape = (len(state.length), self.config.hidden_size)
+        return PrefillState(state.cache, jnp.zeros(shape, params.embed.dtype))
+
     def sequences(self, state: DecodeState) -> DecodeState:
         """The state itself."""
         return state

@@ -6,6 +6,7 @@ pytree, and its state `SpeculationState.draft`, another. A drafter without eithe
 
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -112,6 +113,19 @@ class Drafter(Protocol[Weights, DraftState]):
         ...
 
 
+@runtime_checkable
+class ResumableDrafter(Protocol[DraftState]):
+    """A drafter whose state can be read on with (`method.ResumableMethod`)."""
+
+    def kept(self, state: DraftState) -> Int[Array, " batch"]:
+        """Number of first tokens of each sequence that the state holds all of; it may be more than there are."""
+        ...
+
+    def resume(self, state: DraftState) -> DraftState:
+        """Turn the state into that of reading the prompt; `read` may go on anywhere up to `kept`."""
+        ...
+
+
 class StatelessDrafter:
     """A drafter without parameters and state; `propose` is left to the subclass."""
 
@@ -145,6 +159,14 @@ class StatelessDrafter:
         return ()
 
     def skip(self, state: tuple[()], position: Array, aux_hidden_states: Array | None) -> tuple[()]:
+        """There is no state."""
+        return ()
+
+    def kept(self, state: tuple[()]) -> Int[Array, "..."]:
+        """Everything: there is no state."""
+        return jnp.int32(jnp.iinfo(jnp.int32).max)
+
+    def resume(self, state: tuple[()]) -> tuple[()]:
         """There is no state."""
         return ()
 

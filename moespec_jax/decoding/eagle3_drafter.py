@@ -139,6 +139,14 @@ class Eagle3Drafter:
         aux = jnp.where(is_new[:, :, None], aux_hidden_states, aux)
         return Eagle3State(state.cache, aux, state.skipped + is_full.astype(jnp.int32))
 
+    def kept(self, state: Eagle3State) -> Int[Array, " batch"]:
+        """Confirmed pairs; none where some are missing."""
+        return jnp.where(state.skipped == 0, state.cache.length, 0)
+
+    def resume(self, state: Eagle3State) -> Eagle3State:
+        """Keep the cache."""
+        return Eagle3State(state.cache, state.aux[:, :1], jnp.zeros_like(state.skipped))
+
     def specs(self, params: Params) -> Eagle3State:
         """Sharding of the state on a mesh."""
         cache = cache_specs(params.draft.sharding, stacked=False)

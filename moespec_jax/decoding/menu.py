@@ -101,6 +101,16 @@ class Menu(Generic[Weights, DraftState]):
         """Run rounds of the first shape; the runtime calls the chosen one's."""
         return self.parts[0].step(params, state, rounds)
 
+    def kept(self, state: MenuState[DraftState]) -> Int[Array, " batch"]:
+        """Tokens that target and drafter both hold."""
+        return self.trees[0].kept(state.speculation)
+
+    def resume(
+        self, params: SpeculativeParams[Weights], state: MenuState[DraftState]
+    ) -> SpeculationPrefill[DraftState]:
+        """Keep the caches."""
+        return self.trees[0].resume(params, state.speculation)
+
     def sequences(self, state: MenuState[DraftState]) -> DecodeState:
         """Sequences as in plain decoding."""
         return state.speculation.decoding

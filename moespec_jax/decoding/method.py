@@ -19,6 +19,8 @@ Params = TypeVar("Params", contravariant=True)
 PrefillState = TypeVar("PrefillState")
 State = TypeVar("State")
 AnyState = TypeVar("AnyState")
+ReadState = TypeVar("ReadState", covariant=True)
+EndState = TypeVar("EndState", contravariant=True)
 
 
 @runtime_checkable
@@ -78,6 +80,19 @@ class Method(Protocol[Params, PrefillState, State]):
 
     def specs(self, params: Params) -> tuple[State, RunInfo]:
         """Sharding of the results of `step` on a mesh."""
+        ...
+
+
+@runtime_checkable
+class ResumableMethod(Protocol[Params, ReadState, EndState]):
+    """A way of decoding after whose rounds prefill can go on with further tokens of the same sequences."""
+
+    def kept(self, state: EndState) -> Int[Array, " batch"]:
+        """Number of first tokens of each sequence that the state holds all of."""
+        ...
+
+    def resume(self, params: Params, state: EndState) -> ReadState:
+        """Turn the state into that of prefill; `Prefill.read` may go on anywhere up to `kept`."""
         ...
 
 

@@ -19,7 +19,14 @@ from moespec_jax.decoding.autoregressive import Autoregressive, TargetPrefill
 from moespec_jax.decoding.budget import RestrictTree, restrict
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import Nodes
-from moespec_jax.decoding.drafter import Drafter, DraftState, SpeculationState, SpeculativeParams, Weights
+from moespec_jax.decoding.drafter import (
+    Drafter,
+    DraftState,
+    ResumableDrafter,
+    SpeculationState,
+    SpeculativeParams,
+    Weights,
+)
 from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, committed_depths, no_tree_rounds, tree_round_info
 from moespec_jax.decoding.sampling import sequence_keys
@@ -210,6 +217,19 @@ class Speculative(Generic[Weights, DraftState]):
 
     def _proceeds(self, state: SpeculationState[DraftState], rounds: Int[Array, ""]) -> Array:
         return any_unfinished(state.decoding)
+
+    def kept(self, state: SpeculationState[DraftState]) -> Int[Array, " batch"]:
+        """Tokens that target and drafter both hold."""
+        drafter, kept = self.drafter, self.target.kept(state.decoding)
+        return jnp.minimum(kept, drafter.kept(state.draft)) if isinstance(drafter, ResumableDrafter) else kept * 0
+
+    def resume(
+        self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState]
+    ) -> SpeculationPrefill[DraftState]:
+        """Keep the caches."""
+        assert isinstance(self.drafter, ResumableDrafter)
+        target = self.target.resume(params.target, state.decoding)
+        return SpeculationPrefill(target, self.drafter.resume(state.draft))
 
     def sequences(self, state: SpeculationState[DraftState]) -> DecodeState:
         """Sequences as in plain decoding."""

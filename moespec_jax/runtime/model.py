@@ -32,6 +32,7 @@ from moespec_jax.nn.backend import Backend, expert_form
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.prompt_cache import PromptCache
 from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
 from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
@@ -133,6 +134,7 @@ class Model:
         budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
         drafter: Drafter[Any, Any] | None = None,
+        prompt_cache: PromptCache | None = None,
         adapt: Adapt | None = None,
         on_tokens: OnTokens | None = None,
         on_round: OnRound | None = None,
@@ -154,6 +156,7 @@ class Model:
                 the default rule.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
             drafter: in place of the draft head.
+            prompt_cache: keeps the state for the next call, whose prompt may begin with this one and its continuation.
             adapt: replaces functions of the round (`speculative.Speculative`); the result is then not called exact.
             on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.
             on_round: called with the measurements of every round.
@@ -191,7 +194,7 @@ class Model:
             raise RequestError(NOTHING_DRAFTED)
         texts = listed_stops(stop, self.tokenizer)
         stops = StopStrings(texts, self.tokenizer, ids) if texts and self.tokenizer is not None else None
-        run, chooser = self._run(spec, sampling, batch)
+        run, chooser = self._run(spec, sampling, batch, self._usable(prompt_cache))
         run.execute(
             on_tokens if stops is None else stops.before(on_tokens),
             on_round,
@@ -220,19 +223,23 @@ class Model:
         )
 
     def _run(
-        self, spec: DecodingSpec, sampling: SamplingConfig, batch: Batch
+        self, spec: DecodingSpec, sampling: SamplingConfig, batch: Batch, cache: PromptCache | None
     ) -> tuple[Run[Any, Any, Any], Chooser | None]:
         """Make the run of a batch by a resolved spec and, where rounds choose their shape, what chooses."""
         if spec.tree is None:
-            return Run(self.programs, self.autoregressive(sampling), self.params, batch), None
+            return Run(self.programs, self.autoregressive(sampling), self.params, batch, cache), None
         params = self.speculative_params
         if spec.tree != "auto":
-            return Run(self.programs, self.speculative(spec, sampling), params, batch), None
+            return Run(self.programs, self.speculative(spec, sampling), params, batch, cache), None
         trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
         menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
-        run = Run(self.programs, menu, params, batch)
+        run = Run(self.programs, menu, params, batch, cache)
         identity = self._costs_identity(spec, len(batch.prompts))
         return run, Chooser(menu, params, run, self.programs, identity, self.round_costs)
+
+    def _usable(self, cache: PromptCache | None) -> PromptCache | None:
+        """The cache; None where the rows of a prompt depend on the length of the text that follows."""
+        return None if self.config.rope.rope_type == "dynamic" else cache
 
     def resolve(self, spec: DecodingSpec) -> DecodingSpec:
         """Check a spec against this model, and complete it: the default tree, and the budget of each layer.

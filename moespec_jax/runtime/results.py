@@ -24,6 +24,7 @@ class PromptResult:
         accepted_by_depth: share of rounds that accepted a drafted token at depth 1, 2, ...
         finish_reason: "stop" (a stop id), "stop string" (which the text does not have, but `token_ids` do), "length"
             (`max_new_tokens`) or "context".
+        cached_tokens: tokens of the prompt that were in the prompt cache, and were not read.
     """
 
     text: str | None
@@ -34,6 +35,7 @@ class PromptResult:
     accept_length: float
     accepted_by_depth: list[float]
     finish_reason: str
+    cached_tokens: int = 0
 
     def __repr__(self) -> str:
         return (

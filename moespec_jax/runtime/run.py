@@ -7,17 +7,17 @@ from typing import Generic, NamedTuple, TypeVar, TypeVarTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from moespec_jax.decoding.autoregressive import bucket_lengths
-from moespec_jax.decoding.method import Method, MethodOfParts, Params, PrefillState, State
+from moespec_jax.decoding.method import Method, MethodOfParts, Params, PrefillState, ResumableMethod, State
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.states import NO_TOKEN, Prompts
 from moespec_jax.errors import CheckpointError
-from moespec_jax.parallel.mesh import DATA
 from moespec_jax.parallel.processes import broadcast_from_first, fetch
+from moespec_jax.runtime.padding import padded, without_padding
 from moespec_jax.runtime.programs import Programs
+from moespec_jax.runtime.prompt_cache import PromptCache, Resumed
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
@@ -83,16 +83,26 @@ class Run(Generic[Params, PrefillState, State]):
     """
 
     def __init__(
-        self, programs: Programs, method: Method[Params, PrefillState, State], params: Params, batch: Batch
+        self,
+        programs: Programs,
+        method: Method[Params, PrefillState, State],
+        params: Params,
+        batch: Batch,
+        cache: PromptCache | None = None,
     ) -> None:
         self._programs, self._method, self._params, self._batch = programs, method, params, batch
         self._call = programs.run
         self._parts = method.parts if isinstance(method, MethodOfParts) else (method,)
         self.rounds_of = [0] * len(self._parts)
-        self._prompts, self._limit = _padded_batch(batch, programs.mesh)
-        self._chunks = bucket_lengths(max(map(len, batch.prompts)))
-        longest = max(max(batch.limit) + method.margin, sum(self._chunks) + method.prefill.lookahead)
-        self._slots = max(SMALLEST_CACHE, 1 << (longest - 1).bit_length())
+        self._prompts, self._limit = padded(batch.prompts, batch.limit, programs.mesh)
+        self._cache, self._resumed = cache, None
+        self._lay_out(0)
+        if cache is not None and (resumed := cache.take(method.prefill, batch.prompts)) is not None:
+            self._lay_out(resumed.start)
+            if resumed.slots >= self._slots:
+                self._resumed, self._slots = resumed, resumed.slots
+            else:
+                self._lay_out(0)
         # Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
         stops = [*batch.stop_ids, *[NO_TOKEN] * max(1, _STOP_SLOTS - len(batch.stop_ids))]
         self._stops = programs.put(np.array(stops, np.int32))
@@ -103,6 +113,17 @@ class Run(Generic[Params, PrefillState, State]):
         self.active = np.zeros(len(batch.prompts), np.int64)
         self.accepted = np.zeros((len(batch.prompts), 0), np.int64)
         self.sequences = batch.prompts
+
+    def _lay_out(self, start: int) -> None:
+        """Choose chunks that read the prompts from `start` on, and the capacity of the buffers."""
+        method, self._chunks = self._method, bucket_lengths(max(map(len, self._batch.prompts)) - start)
+        longest = max(max(self._batch.limit) + method.margin, start + sum(self._chunks) + method.prefill.lookahead)
+        self._slots = max(SMALLEST_CACHE, 1 << (longest - 1).bit_length())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of every prompt that were in the prompt cache, and were not read."""
+        return 0 if self._resumed is None else self._resumed.start
 
     @property
     def compile_s(self) -> float:
@@ -125,7 +146,7 @@ class Run(Generic[Params, PrefillState, State]):
             CheckpointError: logits are not finite.
         """
         self._rehearse()
-        state = self._prefill(self._chunks)
+        state = self._prefill(self._chunks, self._resumed)
         self._collect(state, on_tokens)
 
         def advance(state: State, part: int, rounds: int) -> tuple[State, Advanced]:
@@ -134,7 +155,7 @@ class Run(Generic[Params, PrefillState, State]):
                 state, info = self._step(state, 1 if on_round else rounds, part)
                 self._count(info, part)
                 if on_round and info.last is not None and int(fetch(info.rounds)):
-                    on_round(self.rounds - 1, _without_padding(info.last, len(self._batch.prompts)))
+                    on_round(self.rounds - 1, without_padding(info.last, len(self._batch.prompts)))
             self._collect(state, on_tokens)
             gained = (self._tokens() - tokens) / max(int(self.active.sum() - active), 1)
             return state, Advanced(self.rounds - before, self.decode_s - seconds, gained)
@@ -143,6 +164,7 @@ class Run(Generic[Params, PrefillState, State]):
         while not self.is_done(state) and not is_ended():
             limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
             state, _ = advance(state, self._part(state), limit)
+        self._keep(state)
 
     def _tokens(self) -> int:
         return sum(map(len, self.sequences))
@@ -154,6 +176,19 @@ class Run(Generic[Params, PrefillState, State]):
     def _part(self, state: State) -> int:
         """Index of the part that runs the next rounds."""
         return int(fetch(self._method.part(state))) if isinstance(self._method, MethodOfParts) else 0
+
+    def _keep(self, state: State) -> None:
+        """Put the state into the prompt cache."""
+        method, programs = self._method, self._programs
+        if self._cache is None or not isinstance(method, ResumableMethod):
+            return
+        kept = np.minimum(fetch(method.kept(state)), fetch(method.sequences(state).length))
+        if kept.min() < 1:
+            return
+        specs = None if programs.mesh is None else method.prefill.specs(self._params)
+        read = programs.run(type(method).resume, method, self._params, state, donate=True, specs=specs)
+        sequences = [ids[:count] for ids, count in zip(self.sequences, kept, strict=False)]
+        self._cache.keep(method.prefill, read, self._slots, sequences)
 
     def state_after(self, rounds: int) -> State:
         """Prefill, and run so many rounds: a state on which a round can be run by itself."""
@@ -202,7 +237,7 @@ class Run(Generic[Params, PrefillState, State]):
                     break
                 state, _ = self._step(state, 1, part)
 
-    def _prefill(self, chunks: Sequence[int]) -> State:
+    def _prefill(self, chunks: Sequence[int], resumed: Resumed | None = None) -> State:
         """Read chunks of the prompts, and draw the first tokens."""
         prefill, programs, prompts, slots = self._method.prefill, self._programs, self._prompts, self._slots
         lengths = np.array([len(p) for p in prompts], np.int32)
@@ -210,8 +245,11 @@ class Run(Generic[Params, PrefillState, State]):
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         specs, batch = None if programs.mesh is None else prefill.specs(self._params), len(prompts)
-        state = programs.make((prefill, batch, slots), lambda: prefill.init(self._params, batch, slots), specs)
         start, prompt_lengths = 0, programs.put(lengths, BY_SEQUENCE)
+        if resumed is None:
+            state = programs.make((prefill, batch, slots), lambda: prefill.init(self._params, batch, slots), specs)
+        else:
+            state, start = resumed.state, resumed.start
         for chunk in chunks:
             part = programs.put(tokens[:, start : start + chunk + prefill.lookahead], BY_SEQUENCE)
             at = programs.put(np.array(start, np.int32))
@@ -278,22 +316,3 @@ class Run(Generic[Params, PrefillState, State]):
         if on_tokens:
             on_tokens([new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)])
         self.sequences = sequences
-
-
-def _padded_batch(batch: Batch, mesh: Mesh | None) -> tuple[list[list[int]], list[int]]:
-    """Prompts and limits, padded with finished sequences to a multiple of a mesh's `data` axis."""
-    missing = 0 if mesh is None else -len(batch.prompts) % mesh.shape[DATA]
-    return [*batch.prompts, *[[0]] * missing], [*batch.limit, *[1] * missing]
-
-
-def _without_padding(info: RoundInfo, count: int) -> RoundInfo:
-    """Measurements of the first `count` sequences, on the host."""
-    info = jax.tree.map(fetch, info)
-    tree, accepted = (jax.tree.map(lambda x: x[:count], part) for part in (info.tree, info.accepted))
-    return info._replace(
-        active=info.active[:count],
-        selected=info.selected[:, :count],
-        read=info.read[:, :count],
-        tree=tree,
-        accepted=accepted,
-    )

@@ -64,4 +64,5 @@ def _prompt_result(
         accept_length=1.0 + sum(by_depth) if rounds else 0.0,
         accepted_by_depth=by_depth,
         finish_reason=reason,
+        cached_tokens=run.cached_tokens,
     )
