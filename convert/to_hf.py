@@ -5,6 +5,7 @@ python -m convert.to_hf --model DIR --output DIR2 [--dtype bfloat16] [--max-shar
 
 from convert import add_output_flags, atomic_directory, copy_metadata, make_parser, run
 from convert.integrity import only_finite
+from moespec_jax.checkpoint.fused import as_published
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config, open_source
 from moespec_jax.checkpoint.write import MAX_SHARD_BYTES, write_safetensors
@@ -20,11 +21,14 @@ def main() -> int:
     if arguments.max_shard_bytes < 1:
         parser.error(f"expected --max-shard-bytes of at least 1; got {arguments.max_shard_bytes}")
     model = locate(arguments.model)
-    source = open_source(model, load_config(model))
+    config = load_config(model)
+    source = open_source(model, config)
     if not arguments.allow_non_finite:
         source = only_finite(source)
     with atomic_directory(arguments.output) as directory:
-        write_safetensors(source, directory, arguments.dtype, arguments.max_shard_bytes, progress=True)
+        write_safetensors(
+            as_published(source, config), directory, arguments.dtype, arguments.max_shard_bytes, progress=True
+        )
         copy_metadata(model, directory, arguments.dtype)
     print(f"wrote {arguments.output}")
     return 0

@@ -47,6 +47,22 @@ class RopeConfig:
     high_freq_factor: float = 4.0
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedSwiglu:
+    """Activation of gpt-oss's experts: (up + 1) · g · sigmoid(alpha · g), with g = min(gate, limit) and `up` clamped to
+    ± `limit`."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __str__(self) -> str:
+        return "clamped SwiGLU"
+
+
+# Activation of gated MLPs: a name in `nn.layers.ACTIVATIONS` of a function of the gate, or a function of both products.
+Activation = str | ClampedSwiglu
+
+
 @runtime_checkable
 class AttentionConfig(Protocol):
     """Settings of attention, which decoders and draft heads share."""
@@ -80,6 +96,10 @@ class DecoderConfig:
         qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), or `flat` over all heads (OLMoE).
         clip_qkv: bound on the absolute value of queries, keys and values; None for none.
         shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none.
+        attention_sinks: whether every head has a sink: a learned score beside those of the tokens, without a value.
+        router_bias: whether the router's logits have a bias.
+        expert_bias: whether the matrices of routed experts have biases.
+        clamped_swiglu: activation of routed experts in place of `hidden_act`; None for `hidden_act`.
     """
 
     model_type: str
@@ -106,6 +126,15 @@ class DecoderConfig:
     qk_norm: QkNorm = "none"
     clip_qkv: float | None = None
     shared_expert_intermediate_size: int = 0
+    attention_sinks: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    clamped_swiglu: ClampedSwiglu | None = None
+
+    @property
+    def expert_activation(self) -> Activation:
+        """Activation of routed experts."""
+        return self.hidden_act if self.clamped_swiglu is None else self.clamped_swiglu
 
     @property
     def context_length(self) -> int:

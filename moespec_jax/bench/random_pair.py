@@ -35,8 +35,9 @@ from moespec_jax.decoding.speculative import SpeculativeParams
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import Backend, default_backend
-from moespec_jax.nn.decoder import Decoder, Layer
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
+from moespec_jax.nn.layer_blocks import Layer
 from moespec_jax.nn.moe import SparseMlp
 from moespec_jax.runtime.model import Model
 

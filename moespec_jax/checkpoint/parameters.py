@@ -13,12 +13,17 @@ from moespec_jax.checkpoint.tensor_table import Path, Tensor, tensor_table
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.decoder import Decoder, Layer, layer_runs
+from moespec_jax.nn.decoder import Decoder, layer_runs
 from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.layer_blocks import Layer
 from moespec_jax.nn.layers import GatedMlp
 from moespec_jax.nn.moe import SparseMlp
 from moespec_jax.nn.quantization import Quantization, Quantized
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
+
+# Matrices of a routed expert, and their biases.
+MATRICES = ("gate", "up", "down")
+BIASES = tuple(f"{name}_bias" for name in MATRICES)
 
 
 class Place(NamedTuple):
@@ -74,7 +79,7 @@ def leaf_shapes(
 
 def is_quantized(path: Path, quantization: Quantization | None) -> bool:
     """Test whether the tensor at `path` of the tensor table is kept quantized, as routed experts are."""
-    return quantization is not None and path[0] == "experts"
+    return quantization is not None and path[0] == "experts" and path[-1] in MATRICES
 
 
 def scale_path(path: Path) -> Path:
@@ -143,14 +148,14 @@ def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:
     attention = Attention(**{name: at("attention", name) for name in Attention.__dataclass_fields__})
     if sparse:
         shared = _build_mlp((*path, "mlp", "shared"), leaves) if at("mlp", "shared", "gate") is not None else None
-        mlp = SparseMlp(router=at("mlp", "router"), shared=shared, shared_gate=at("mlp", "shared_gate"))
+        mlp = SparseMlp(at("mlp", "router"), at("mlp", "router_bias"), shared, at("mlp", "shared_gate"))
     else:
         mlp = _build_mlp((*path, "mlp"), leaves)
     return Layer(at("input_norm"), attention, at("post_attention_norm"), mlp)
 
 
 def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
-    return GatedMlp(*(_matrix(leaves, (*path, name)) for name in ("gate", "up", "down")))
+    return GatedMlp(**_matrices(leaves, path))
 
 
 def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path, Any], plan: ShardingPlan) -> object:
@@ -158,9 +163,15 @@ def _build_experts(config: DecoderConfig, backend: Backend, leaves: Mapping[Path
         return ()
     if backend.layout == "flat":
         held = config.num_experts // plan.experts
-        return Flat(*(_matrix(leaves, ("experts", name)) for name in ("gate", "up", "down")), num_experts=held)
+        return Flat(**_matrices(leaves, ("experts",)), num_experts=held)
     layers, experts = range(config.num_sparse_layers), range(config.num_experts)
     return tuple(tuple(_build_mlp(("experts", layer, e), leaves) for e in experts) for layer in layers)
+
+
+def _matrices(leaves: Mapping[Path, Any], path: Path) -> dict[str, Any]:
+    """Matrices at `path`, and their biases, None where there are none."""
+    biases = {name: leaves.get((*path, name)) for name in BIASES}
+    return {name: _matrix(leaves, (*path, name)) for name in MATRICES} | biases
 
 
 def _matrix(leaves: Mapping[Path, Any], path: Path) -> Any:
@@ -173,5 +184,5 @@ def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTyp
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
     fan_in = shape[-1] if name in ("q", "k", "v", "embed", "lm_head", "router", "shared_gate") else shape[-2:][0]
-    scale = 0.1 if name.endswith("bias") else fan_in**-0.5
+    scale = 0.1 if name.endswith("bias") or name == "sinks" else fan_in**-0.5
     return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)

@@ -20,6 +20,24 @@ SINGLE_FILE = "model.safetensors"
 _BLOCK = 1 << 22
 
 
+class Part(NamedTuple):
+    """Part of a stored matrix.
+
+    Fields:
+        block: shape of the matrix.
+        place: rows and columns of the part.
+        transpose: whether the part is to be transposed.
+    """
+
+    block: tuple[int, int]
+    place: tuple[slice, slice]
+    transpose: bool = False
+
+    def of(self, matrix: np.ndarray) -> np.ndarray:
+        """Take the part."""
+        return matrix[self.place].T if self.transpose else matrix[self.place]
+
+
 class Entry(NamedTuple):
     """One tensor as the header of its shard describes it.
 
@@ -29,6 +47,7 @@ class Entry(NamedTuple):
         dtype: code of safetensors.
         start: offset of its first byte in the file.
         size: number of its bytes.
+        part: part of the stored matrix, where the tensor is not stored alone.
     """
 
     file: Path
@@ -36,6 +55,7 @@ class Entry(NamedTuple):
     dtype: str
     start: int
     size: int
+    part: Part | None = None
 
 
 class Headers(NamedTuple):
@@ -104,11 +124,15 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
     for file, names in by_file.items():
         try:
             with file.open("rb", buffering=0) as data:
+                array, start = np.empty(0), -1
                 for name in sorted(names, key=lambda name: entries[name].start):
-                    array = buffer.array(entries[name].shape, jnp.dtype(CODES[entries[name].dtype]))
-                    data.seek(entries[name].start)
-                    _fill(array, data)
-                    yield name, array
+                    entry = entries[name]
+                    if entry.part is None or entry.start != start:  # parts of one matrix are read at once
+                        shape, start = entry.part.block if entry.part else entry.shape, entry.start
+                        array = buffer.array(shape, jnp.dtype(CODES[entry.dtype]))
+                        data.seek(start)
+                        _fill(array, data)
+                    yield name, entry.part.of(array) if entry.part else array
         except OSError as error:
             raise CheckpointError(f"expected a readable safetensors file at {file}; {error.strerror}") from None
 

@@ -137,18 +137,27 @@ def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
         "post_attention_layernorm.weight": Tensor((*path, "post_attention_norm"), (model,)),
     }
     bias = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
-    return rows | attention_table(config, (*path, "attention"), model=model, inputs=model, **bias)
+    rows |= attention_table(config, (*path, "attention"), model=model, inputs=model, **bias)
+    if config.attention_sinks:
+        rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (config.num_attention_heads,))
+    return rows
 
 
 def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[str, Tensor]:
     """List the tensors of a sparse MLP; its experts' places count sparse layers."""
     names, model, ffn = FAMILIES[config.model_type].names, config.hidden_size, config.moe_intermediate_size
     rows = {names.router: Tensor((*path, "router"), (config.num_experts, model))}
+    if config.router_bias:
+        rows[names.router.removesuffix("weight") + "bias"] = Tensor((*path, "router_bias"), (config.num_experts,))
     for e in range(config.num_experts):
         expert = ("experts", sparse_layer, e)
         rows[names.gate.format(expert=e)] = Tensor((*expert, "gate"), (ffn, model), transpose=True)
         rows[names.up.format(expert=e)] = Tensor((*expert, "up"), (ffn, model), transpose=True)
         rows[names.down.format(expert=e)] = Tensor((*expert, "down"), (model, ffn), transpose=True)
+        if config.expert_bias:  # a bias is a row
+            for kind, name, out in (("gate", names.gate, ffn), ("up", names.up, ffn), ("down", names.down, model)):
+                bias = name.removesuffix("weight").format(expert=e) + "bias"
+                rows[bias] = Tensor((*expert, f"{kind}_bias"), (1, out))
     if width := config.shared_expert_intermediate_size:
         rows |= mlp_table("mlp.shared_expert.", (*path, "shared"), model, width)
         rows["mlp.shared_expert_gate.weight"] = Tensor((*path, "shared_gate"), (1, model))

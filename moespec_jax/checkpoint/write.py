@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from moespec_jax.checkpoint.dtypes import FLOAT_CODES
 from moespec_jax.checkpoint.families import FAMILIES, read_config
+from moespec_jax.checkpoint.fused import as_published
 from moespec_jax.checkpoint.leaves import Source, cast, copy_into, with_progress
 from moespec_jax.checkpoint.parameters import build_decoder, leaf_shapes, place_of
 from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
@@ -66,7 +67,8 @@ def export(
     """
     fields = checked_fields(config, {"dtype": str(jnp.dtype(dtype))} | dict(extra or {}))
     directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(decoder_source(params, config), directory, dtype, max_shard_bytes, progress)
+    source = as_published(decoder_source(params, config), config)
+    write_safetensors(source, directory, dtype, max_shard_bytes, progress)
     write_json(directory / "config.json", fields)
 
 

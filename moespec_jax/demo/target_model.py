@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.nn.attention import Attention
-from moespec_jax.nn.decoder import Decoder, Layer
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.experts.capacity import ExpertStack
+from moespec_jax.nn.layer_blocks import Layer
 from moespec_jax.nn.moe import SparseMlp
 
 LAYERS = 4

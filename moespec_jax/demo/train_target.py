@@ -30,8 +30,9 @@ from moespec_jax.demo.text import bytes_per_token, prepare_text
 from moespec_jax.files import write_json
 from moespec_jax.nn.attention import Attention, causal_mask
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.decoder import Decoder, Layer, forward, unembed
+from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts, every_expert
+from moespec_jax.nn.layer_blocks import Layer
 from moespec_jax.nn.moe import RouterInfo, SparseMlp
 
 

@@ -26,6 +26,7 @@ class Attention:
         o: `[in, out]`.
         q_bias, k_bias, v_bias, o_bias: None where the family has none.
         q_norm, k_norm: RMS norm weights, over each head or over all heads (`qk_norm`); None where there is none.
+        sinks: score of every head's sink; None where the family has none.
     """
 
     q: Float[Array, "*stack q_out inputs"]
@@ -38,6 +39,7 @@ class Attention:
     o_bias: Float[Array, "*stack model"] | None = None
     q_norm: Float[Array, "*stack q_norm"] | None = None
     k_norm: Float[Array, "*stack k_norm"] | None = None
+    sinks: Float[Array, "*stack heads"] | None = None
 
     __repr__ = summary
 
@@ -90,11 +92,13 @@ def attend(
     k: Float[Array, "batch kv_heads slots head"],
     v: Float[Array, "batch kv_heads slots head"],
     mask: Bool[Array, "batch tokens slots"],
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens q_out"]:
     """Compute softmax(q kᵀ / √head) v, with scores and softmax in float32; each group of `heads / kv_heads` query
-    heads shares one key/value head.
+    heads shares one key/value head. The softmax of a head with a sink includes the sink's score.
 
-    A row whose mask is false everywhere (a padding token) averages over all slots: a finite result that is never read.
+    A row whose mask is false everywhere (a padding token) averages over all slots, or is 0 with sinks: a finite result
+    that is never read.
     """
     batch, tokens, heads, head = q.shape
     groups = k.shape[1]
@@ -104,12 +108,23 @@ def attend(
     scores = jnp.einsum("bgqh,bgsh->bgqs", grouped, k, preferred_element_type=jnp.float32) * head**-0.5
     scores = scores.reshape(batch, groups, heads // groups, tokens, -1)
     scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, groups, grouped.shape[2], -1)
+    weights = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
+    weights = weights.astype(v.dtype).reshape(batch, groups, grouped.shape[2], -1)
     mixed = jnp.einsum("bgqs,bgsh->bgqh", weights, v).reshape(batch, groups, heads // groups, tokens, head)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads * head)
 
 
-# Attention over one layer of a cache; signature of `attend_layer`.
+def _softmax_with_sinks(
+    scores: Float[Array, "batch kv_heads group tokens slots"], sinks: Float[Array, " heads"]
+) -> Float[Array, "batch kv_heads group tokens slots"]:
+    """Compute the softmax over slots and each head's sink, without the sink's share."""
+    sink = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    shares = jnp.exp(scores - peak)
+    return shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(sink - peak))
+
+
+# Attention over one layer of a cache; signature of `attend_layer` without sinks.
 LayerAttention = Callable[[Array, Array, Array, "Array | None", Array], Array]
 
 
@@ -119,9 +134,10 @@ def attend_layer(
     v: Float[Array, "*layers batch kv_heads slots head"],
     layer: Int[Array, ""] | None,
     mask: Bool[Array, "batch tokens slots"],
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens q_out"]:
     """Apply `attend` to one layer of a stacked cache, or, without `layer`, to the cache of a layer."""
-    return attend(q, k, v, mask) if layer is None else attend(q, k[layer], v[layer], mask)
+    return attend(q, k, v, mask, sinks) if layer is None else attend(q, k[layer], v[layer], mask, sinks)
 
 
 def write_qkv(

@@ -8,6 +8,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.attention import (
     LayerAttention,
     OutputProjection,
@@ -37,8 +38,9 @@ class Backend(NamedTuple):
         compute: builds the expert compute for an activation.
         supported: whether a GPU (a `jax.Device`) can run it.
         attention: attention over one layer of the cache.
-        missing: names what GPU kernels do not support of (activation, experts, dtype), None if they run; None without
+        missing: names what kernels do not support of (activation, experts, dtype), None if they run; None without
             such kernels.
+        platform: the only platform on which the kernels run, `slots` elsewhere; None where they run on all.
         write_qkv: projection to queries, and to keys and values in the cache.
         output_projection: projection of attention's output to the residual stream.
         add_norm: sum of the residual stream and a block's output, and its norm.
@@ -51,10 +53,11 @@ class Backend(NamedTuple):
     name: str
     layout: Literal["per_expert", "flat"]
     stacked: bool
-    compute: Callable[[str], ExpertCompute]
+    compute: Callable[[Activation], ExpertCompute]
     supported: Callable[[Any], bool] = lambda device: True
     attention: LayerAttention = attend_layer
-    missing: Callable[[str, Any, DTypeLike], str | None] | None = None
+    missing: Callable[[Activation, Any, DTypeLike], str | None] | None = None
+    platform: str | None = None
     write_qkv: WriteQkv = write_qkv
     output_projection: OutputProjection = output_projection
     add_norm: AddNorm = add_norm
@@ -107,13 +110,20 @@ def _gpu_backend(name: str, kernels: str) -> Backend:
     compute, supported, missing = (
         _later(f"experts.{kernels}_gpu", part) for part in (f"{kernels}_experts", "supported", "missing")
     )
-    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing)
+    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing, platform="gpu")
 
 
 BACKENDS = {
     "switch": Backend("switch", "per_expert", False, loop("switch", cpu_experts)),
     "slots": Backend("slots", "flat", True, loop("slots", slot_experts)),
-    "pallas": Backend("pallas", "flat", True, kernel("pallas", _pallas_experts), attention=_pallas_attention),
+    "pallas": Backend(
+        "pallas",
+        "flat",
+        True,
+        kernel("pallas", _pallas_experts),
+        attention=_pallas_attention,
+        missing=_later("experts.pallas_tpu", "missing"),
+    ),  # fmt: skip
     "triton": _gpu_backend("triton", "triton"),
     "mosaic": _gpu_backend("mosaic", "mosaic"),
     # Chosen by name only, until it was measured: the other parts of a layer are kernels too.
@@ -139,9 +149,10 @@ def default_backend(device: Any = None) -> Backend:
     return preferred if preferred.supported(device) else BACKENDS["slots"]
 
 
-def expert_form(backend: Backend, activation: str, experts: object, dtype: DTypeLike, platform: str) -> str:
+def expert_form(backend: Backend, activation: Activation, experts: object, dtype: DTypeLike, platform: str) -> str:
     """Name the expert compute that runs: the back-end's, or `slots` and why its kernels do not run."""
     if backend.missing is None:
         return backend.name
-    reason = backend.missing(activation, experts, dtype) if platform == "gpu" else platform
+    elsewhere = backend.platform not in (None, platform)
+    reason = platform if elsewhere else backend.missing(activation, experts, dtype)
     return backend.name if reason is None else f"slots ({backend.name} does not support {reason})"

@@ -15,26 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.nn.attention import Attention, attend, project_qkv, within_window
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache
-from moespec_jax.nn.layers import GatedMlp, gated_mlp, rope_angles
-from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
+from moespec_jax.nn.layer_blocks import Context, Layer, attention_block, mlp_block
+from moespec_jax.nn.layers import rope_angles
+from moespec_jax.nn.moe import Restrict, RouterInfo
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import all_gather, axis_index, psum
+from moespec_jax.parallel.collectives import all_gather, axis_index
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
-
-
-@struct.dataclass
-class Layer:
-    """One pre-norm transformer layer without its routed experts; stacked layers have a leading axis."""
-
-    input_norm: Float[Array, "*stack model"]
-    attention: Attention
-    post_attention_norm: Float[Array, "*stack model"]
-    mlp: GatedMlp | SparseMlp
-
-    __repr__ = summary
 
 
 @struct.dataclass
@@ -73,35 +61,6 @@ class ForwardInfo(NamedTuple):
 
     routers: tuple[RouterInfo, ...]
     aux_hidden_states: Float[Array, "batch tokens aux"] | None = None
-
-
-class _Context(NamedTuple):
-    """Arguments that all layers of one forward pass share.
-
-    Fields:
-        positions: position of every token.
-        slot_positions: position of the token in every cache slot.
-        mask: whether a token attends to a slot.
-        start: cache slot of each sequence's first token.
-        cos, sin: rotary embedding of every token.
-        boundaries: layers whose entering hidden state is returned.
-        compute: expert compute.
-        backend: forms of the other parts of a layer.
-        restrict: limit on each sparse layer's experts.
-        sharding: how the parameters are sharded.
-    """
-
-    positions: Int[Array, "batch tokens"]
-    slot_positions: Int[Array, "batch slots"]
-    mask: Bool[Array, "batch tokens slots"]
-    start: Int[Array, " batch"]
-    cos: Float[Array, "*batch tokens half"]
-    sin: Float[Array, "*batch tokens half"]
-    boundaries: tuple[int, ...]
-    compute: ExpertCompute
-    backend: Backend
-    restrict: Restrict | None
-    sharding: ShardingPlan
 
 
 def forward(
@@ -147,10 +106,10 @@ def forward(
     rope_length = jnp.max(jnp.where(valid, positions, 0)) + 1 if rope_length is None else rope_length
     start = jnp.zeros((len(tokens),), jnp.int32) if cache is None else cache.length
     cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, rope_length)
-    compute, slot_positions = backend.compute(config.hidden_act), _slot_positions(positions, start, mask.shape[-1])
-    context = _Context(
+    slot_positions = _slot_positions(positions, start, mask.shape[-1])
+    context = Context(
         positions, slot_positions, mask, start, cos, sin, boundaries,
-        compute, backend, restrict, params.sharding,
+        backend.compute(config.expert_activation), backend, restrict, params.sharding,
     )  # fmt: skip
     run = _scanned_layers if params.stacked else _unrolled_layers
     return run(config, params, x, valid.reshape(-1), context, cache)
@@ -188,63 +147,12 @@ def _slot_positions(
     return jnp.where((new >= 0) & (new < count), given, slot)
 
 
-def _attention_block(
-    config: DecoderConfig,
-    layer: Layer,
-    h: Array,
-    context: _Context,
-    window: int | Array,
-    kv: tuple[Array, Array] | None,
-    index: Array | None = None,
-) -> tuple[Array, tuple[Array, Array] | None]:
-    """Compute attention of normed rows, and write the tokens' keys and values.
-
-    `kv` is the cache of this layer, or, with `index`, of all layers, of which layer `index` is written and read.
-    """
-    angles, heads, mask = (context.cos, context.sin), context.sharding.heads, context.mask
-    if any(config.sliding_windows):
-        mask = mask & within_window(context.positions, context.slot_positions, window)
-    if kv is None:
-        q, k, v = project_qkv(config, layer.attention, h, *angles, heads)
-        mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    else:
-        # Written into the whole cache first and read after: the other order copies the layer's cache twice.
-        q, kv = context.backend.write_qkv(config, layer.attention, h, angles, kv, context.start, index, heads)
-        mixed = context.backend.attention(q, *kv, index, mask)
-    return context.backend.output_projection(layer.attention, mixed, heads), kv
-
-
-def _mlp_block(
-    config: DecoderConfig,
-    params: Decoder,
-    layer: Layer,
-    index: int | Array,
-    h: Array,
-    valid: Array,
-    context: _Context,
-) -> tuple[Array, Array, RouterInfo | None]:
-    """Compute the feed-forward block of normed rows; also the rows that are still valid, and the routing.
-
-    `index` counts sparse layers.
-    """
-    rows, info = h.reshape(-1, config.hidden_size), None
-    if isinstance(layer.mlp, SparseMlp):
-        y, info = sparse_mlp(
-            config, layer.mlp, params.experts, index, rows, valid,
-            context.compute, context.restrict, context.sharding, context.backend.route,
-        )  # fmt: skip
-        valid = valid if info.restricted is None else info.restricted.kept
-    else:
-        y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
-    return y.reshape(h.shape), valid, info
-
-
 def _unrolled_layers(
     config: DecoderConfig,
     params: Decoder,
     x: Array,
     valid: Array,
-    context: _Context,
+    context: Context,
     cache: Cache | None,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
     """Run layers in a Python loop, and the last norm."""
@@ -254,9 +162,9 @@ def _unrolled_layers(
         x, h = add_norm(x, y, layer.input_norm, eps)
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
-        mixed, kv = _attention_block(config, layer, h, context, config.sliding_windows[i], kv)
+        mixed, kv = attention_block(config, layer, h, context, config.sliding_windows[i], kv)
         x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
-        y, valid, info = _mlp_block(config, params, layer, len(routers), h, valid, context)
+        y, valid, info = mlp_block(config, params.experts, layer, len(routers), h, valid, context)
         if info is not None:
             routers.append(info)
         if kv is not None:
@@ -275,7 +183,7 @@ def _scanned_layers(
     params: Decoder,
     x: Array,
     valid: Array,
-    context: _Context,
+    context: Context,
     cache: Cache | None,
 ) -> tuple[Array, Cache | None, ForwardInfo]:
     """Run layers under `lax.scan`, and the last norm. The cache is carried and updated in place; experts stay outside,
@@ -294,10 +202,10 @@ def _scanned_layers(
         layer, index, sparse_index, window = xs
         aux = _take_aux(context.boundaries, index, x, aux)
         x, h = add_norm(x, None, layer.input_norm, eps)
-        mixed, kv = _attention_block(config, layer, h, context, window, (k, v), index)
+        mixed, kv = attention_block(config, layer, h, context, window, (k, v), index)
         assert kv is not None
         x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
-        y, valid, info = _mlp_block(config, params, layer, sparse_index, h, valid, context)
+        y, valid, info = mlp_block(config, params.experts, layer, sparse_index, h, valid, context)
         return (x + y, valid, *kv, aux), info
 
     carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in context.boundaries))

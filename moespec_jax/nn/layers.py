@@ -9,8 +9,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.config import RopeConfig
-from moespec_jax.nn.quantization import Quantized, product
+from moespec_jax.config import Activation, ClampedSwiglu, RopeConfig
+from moespec_jax.nn.quantization import Matrix, Quantized, product
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import pmean
 from moespec_jax.parallel.mesh import Axes
@@ -26,11 +26,15 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @struct.dataclass
 class GatedMlp:
-    """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`; stacked layers have a leading axis."""
+    """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`; stacked layers have a leading axis. Biases are rows;
+    they are None where there are none."""
 
     gate: Float[Array, "*stack model ffn"] | Quantized
     up: Float[Array, "*stack model ffn"] | Quantized
     down: Float[Array, "*stack ffn model"] | Quantized
+    gate_bias: Float[Array, "*stack 1 ffn"] | None = None
+    up_bias: Float[Array, "*stack 1 ffn"] | None = None
+    down_bias: Float[Array, "*stack 1 model"] | None = None
 
     __repr__ = summary
 
@@ -57,12 +61,31 @@ def add_norm(
 AddNorm = Callable[[Array, "Array | None", Array, float], tuple[Array, Array]]
 
 
-def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: str) -> Float[Array, "tokens model"]:
+def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: Activation) -> Float[Array, "tokens model"]:
     """Compute `down(act(gate(x)) * up(x))`: SwiGLU (arXiv:2002.05202) where `activation` is silu."""
-    if isinstance(mlp.gate, Quantized) or isinstance(mlp.up, Quantized) or isinstance(mlp.down, Quantized):
-        hidden = ACTIVATIONS[activation](product(x, mlp.gate)) * product(x, mlp.up)
-        return product(hidden.astype(x.dtype), mlp.down).astype(x.dtype)
-    return (ACTIVATIONS[activation](x @ mlp.gate) * (x @ mlp.up)) @ mlp.down
+
+    quantized = any(isinstance(matrix, Quantized) for matrix in (mlp.gate, mlp.up, mlp.down))
+
+    def times(rows: Array, matrix: Matrix, bias: Array | None) -> Array:
+        whole = product(rows, matrix) if quantized or isinstance(matrix, Quantized) else rows @ matrix
+        return add_bias(whole, bias)
+
+    hidden = gated(activation, times(x, mlp.gate, mlp.gate_bias), times(x, mlp.up, mlp.up_bias))
+    return times(hidden.astype(x.dtype), mlp.down, mlp.down_bias).astype(x.dtype)
+
+
+def gated(activation: Activation, gate: Float[Array, "*rows ffn"], up: Float[Array, "*rows ffn"]) -> Array:
+    """Compute `act(gate) * up`, or a `ClampedSwiglu`."""
+    if not isinstance(activation, ClampedSwiglu):
+        return ACTIVATIONS[activation](gate) * up
+    limit = activation.limit
+    gate, up = jnp.minimum(gate, limit), jnp.maximum(jnp.minimum(up, limit), -limit)
+    return (up + 1) * (gate * jax.nn.sigmoid(activation.alpha * gate))
+
+
+def add_bias(products: Float[Array, "*rows out"], bias: Float[Array, "1 out"] | None) -> Float[Array, "*rows out"]:
+    """Add a bias, a row, in the dtype of `products`; without one, return `products`."""
+    return products if bias is None else products + bias.astype(products.dtype)
 
 
 def apply_rope(

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.layers import GatedMlp, gated_mlp
-from moespec_jax.nn.routing import Restricted, Route, Routing, route, shard_routing
+from moespec_jax.nn.routing import Restricted, Route, Routing, shard_routing
+from moespec_jax.nn.routing import route as plain_route
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
@@ -18,10 +19,11 @@ from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 @struct.dataclass
 class SparseMlp:
-    """Parameters of a sparse layer besides its routed experts, whose layout depends on the back-end. The shared expert
-    and its gate are None where the family has none."""
+    """Parameters of a sparse layer besides its routed experts, whose layout depends on the back-end. The router's bias,
+    the shared expert and its gate are None where the family has none."""
 
     router: Float[Array, "*stack experts model"]
+    router_bias: Float[Array, "*stack experts"] | None = None
     shared: GatedMlp | None = None
     shared_gate: Float[Array, "*stack 1 model"] | None = None
 
@@ -60,13 +62,16 @@ def sparse_mlp(
     compute: ExpertCompute,
     restrict: Restrict | None = None,
     sharding: ShardingPlan = REPLICATED,
-    route: Route = route,
+    route: Route = plain_route,
 ) -> tuple[Float[Array, "tokens model"], RouterInfo]:
     """Run one sparse layer's feed-forward block; `layer` is its index among the sparse layers.
 
     On a mesh every device routes all tokens, runs the experts that it holds, and the outputs are summed.
     """
-    natural, probabilities = route(config, mlp.router, x, valid)
+    if mlp.router_bias is None:
+        natural, probabilities = route(config, mlp.router, x, valid)
+    else:  # the kernel has no bias
+        natural, probabilities = plain_route(config, mlp.router, x, valid, mlp.router_bias)
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
     routing = natural if restricted is None else restricted.routing
     local = shard_routing(routing, config.num_experts, sharding.experts)

@@ -59,13 +59,15 @@ def route(
     router: Float[Array, "experts model"],
     x: Float[Array, "tokens model"],
     valid: Bool[Array, " tokens"],
+    bias: Float[Array, " experts"] | None = None,
 ) -> tuple[Routing, Float[Array, "tokens experts"]]:
     """Choose the k most probable experts of every token, renormalised if the model does (`norm_topk_prob`); also the
-    router's softmax.
+    router's softmax. `bias` is that of the logits.
 
     Tokens that are not `valid` (padding, finished sequences) get no expert, so that they cost no weight reads.
     """
     logits = jnp.einsum("td,nd->tn", x, router, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias[None, :].astype(jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)
     if config.norm_topk_prob:

@@ -72,7 +72,7 @@ class ShardingPlan:
         vocabulary: axes of the output head. An embedding is replicated: a look-up does not read all of it.
         ffn: axes of the ffn dimension of dense MLPs and shared experts.
         experts: number of shards of the experts of each layer.
-        expert_ffn: axes of the ffn dimension of routed experts.
+        expert_ffn: axes of the ffn dimension of routed experts; none where they have biases, which would be summed.
     """
 
     heads: Axes = ()
@@ -172,12 +172,13 @@ def shard_decoder(config: DecoderConfig, mesh: MeshConfig) -> ShardingPlan:
             f" {config.num_key_value_heads} key/value heads or be a multiple of them; got {mesh.tensor}"
         )
     dense = [config.shared_expert_intermediate_size, *(() if all(config.sparse_layers) else [config.intermediate_size])]
+    divides = mesh.tensor > 1 and config.moe_intermediate_size % mesh.tensor == 0
     return ShardingPlan(
         heads=heads,
         vocabulary=_most_shards(mesh, config.vocab_size),
         ffn=_most_shards(mesh, *dense),
         experts=mesh.expert,
-        expert_ffn=(TENSOR,) if mesh.tensor > 1 and config.moe_intermediate_size % mesh.tensor == 0 else (),
+        expert_ffn=(TENSOR,) if divides and not config.expert_bias else (),
     )
 
 

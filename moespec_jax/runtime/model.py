@@ -91,7 +91,9 @@ class Model:
     def expert_form(self) -> str:
         """Expert compute that runs: the back-end's, or its fallback with the reason."""
         device = jax.devices()[0] if self.programs.mesh is None else self.programs.mesh.devices.flat[0]
-        return expert_form(self.backend, self.config.hidden_act, self.params.experts, self.dtype, device.platform)
+        return expert_form(
+            self.backend, self.config.expert_activation, self.params.experts, self.dtype, device.platform
+        )
 
     def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
         """Tokenize a prompt, by default with the special tokens that the tokenizer adds.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from moespec_jax.config import Activation
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.tree import ancestors, depths
@@ -49,7 +50,7 @@ class _Compute(NamedTuple):
     """Back-end and activation of the expert compute."""
 
     backend: Backend
-    activation: str
+    activation: Activation
 
 
 def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact: Array | None = None) -> Loss:
@@ -136,7 +137,7 @@ def _sums(budgeted: Array, exact: Array, kept: Array, committed: Array) -> tuple
 
 
 def _compute(model: Model) -> _Compute:
-    return _Compute(model.backend, model.config.hidden_act)
+    return _Compute(model.backend, model.config.expert_activation)
 
 
 def _rows(trees: TreeRouting) -> tuple[Array, Array, Array]:

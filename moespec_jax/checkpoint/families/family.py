@@ -12,6 +12,17 @@ from moespec_jax.checkpoint.config_fields import Fields
 from moespec_jax.config import DecoderConfig
 
 
+class _Everything(tuple[Any, ...]):
+    """Contains every value."""
+
+    def __contains__(self, value: object) -> bool:
+        return True
+
+
+# In `Family.neutral`: the family reads the field.
+HONOURED: tuple[Any, ...] = _Everything()
+
+
 class TensorNames(NamedTuple):
     """Names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index."""
 
@@ -19,6 +30,29 @@ class TensorNames(NamedTuple):
     gate: str = "mlp.experts.{expert}.gate_proj.weight"
     up: str = "mlp.experts.{expert}.up_proj.weight"
     down: str = "mlp.experts.{expert}.down_proj.weight"
+
+    @property
+    def sparse_block(self) -> str:
+        """Name of the sparse block, with a dot."""
+        return self.gate.partition("experts.")[0]
+
+
+class FusedForm(NamedTuple):
+    """How the experts of a layer are fused into one tensor.
+
+    Fields:
+        in_first: whether matrices are stored `[in, out]`.
+        interleaved: whether outputs of gate and up alternate; else those of gate are first.
+        published: whether published files are fused; else they have a tensor for every matrix.
+        gate_up: name of the tensor of gate and up, below the sparse block. That of biases ends in `_bias`.
+        down: as `gate_up`.
+    """
+
+    in_first: bool = False
+    interleaved: bool = False
+    published: bool = False
+    gate_up: str = "experts.gate_up_proj"
+    down: str = "experts.down_proj"
 
 
 class Family(NamedTuple):
@@ -29,6 +63,7 @@ class Family(NamedTuple):
         read: reader of its config.json. `read_config` converts the errors that missing and mistyped fields raise.
         write: the published fields of a config besides those that all families have.
         names: names of its expert tensors.
+        fused: form of experts that are stored in one tensor.
         neutral: fields that other families honour and this one does not have, with the values that change nothing.
     """
 
@@ -36,4 +71,5 @@ class Family(NamedTuple):
     read: Callable[[Fields], DecoderConfig]
     write: Callable[[DecoderConfig], dict[str, Any]]
     names: TensorNames = TensorNames()
+    fused: FusedForm = FusedForm()
     neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({})

@@ -2,6 +2,7 @@
 
 from moespec_jax.checkpoint.config_fields import Fields, shown
 from moespec_jax.checkpoint.families.family import Family
+from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -15,6 +16,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
+    "gpt_oss": GPT_OSS,
 }
 _MOST_EXPERTS_IN_ALL = 1 << 18
 

@@ -93,7 +93,7 @@ def build_head(config: DraftConfig, leaves: Mapping[Path, Any]) -> DraftHead:
                 hidden_norm=leaves.get((*at, "hidden_norm")),
                 attention=Attention(**attention),
                 post_attention_norm=leaves[(*at, "post_attention_norm")],
-                mlp=GatedMlp(**{name: leaves[(*at, "mlp", name)] for name in GatedMlp.__dataclass_fields__}),
+                mlp=GatedMlp(*(leaves[(*at, "mlp", name)] for name in ("gate", "up", "down"))),
             )
         )
     norms = len(config.boundaries) if config.fc_norm else int(config.norm_before_fc)

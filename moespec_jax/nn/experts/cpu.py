@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.experts.blocks import RunExpert, run_blocks
 from moespec_jax.nn.experts.layouts import PerExpert
 from moespec_jax.nn.experts.slots import run_distinct
@@ -23,7 +24,7 @@ SLOT_TOKENS, PREFILL_TOKENS = 16, 128
 DECODE_BLOCKS, PREFILL_BLOCKS = (24, 16, 8), (128, 96, 64, 48, 32, 16)
 
 
-def cpu_experts(activation: str) -> ExpertCompute:
+def cpu_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `PerExpert` layout; `layer` is static (unrolled layers)."""
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
@@ -39,7 +40,7 @@ def cpu_experts(activation: str) -> ExpertCompute:
     return compute
 
 
-def _switch(experts: PerExpert, layer: int, activation: str) -> RunExpert:
+def _switch(experts: PerExpert, layer: int, activation: Activation) -> RunExpert:
     def branch(expert: GatedMlp, rows: Array) -> Array:
         return gated_mlp(rows, expert, activation).astype(jnp.float32)
 

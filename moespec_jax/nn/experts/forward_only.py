@@ -13,17 +13,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+from moespec_jax.config import Activation
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.routing import Routing
 
-BuildCompute = Callable[[str], ExpertCompute]
+BuildCompute = Callable[[Activation], ExpertCompute]
 
 
 def loop(backend: str, build: BuildCompute) -> BuildCompute:
     """Mark an expert compute whose loops have no reverse mode: `jax.grad` raises `RequestError`."""
 
-    def marked(activation: str) -> ExpertCompute:
+    def marked(activation: Activation) -> ExpertCompute:
         compute = build(activation)
 
         def run(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
@@ -38,7 +39,7 @@ def loop(backend: str, build: BuildCompute) -> BuildCompute:
 def kernel(backend: str, build: BuildCompute) -> BuildCompute:
     """Mark an expert compute that is a kernel: every derivative raises `RequestError`."""
 
-    def marked(activation: str) -> ExpertCompute:
+    def marked(activation: Activation) -> ExpertCompute:
         compute = build(activation)
 
         def run(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.experts.blocks import lay_out_routes, rows_of_routes
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.experts.layouts import Flat
@@ -33,14 +34,16 @@ SlotOutputs = Callable[..., Array]
 RunSlots = Callable[[Array, Array], Array]
 
 
-def kernel_experts(activation: str, activations: Container[str], tile: int, outputs: SlotOutputs) -> ExpertCompute:
+def kernel_experts(
+    activation: Activation, activations: Container[str], tile: int, outputs: SlotOutputs
+) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout from a CUDA kernel; `layer` may be traced.
 
     On other platforms, and for what the kernel does not support (`unsupported`), it is that of the back-end `slots`.
 
     Args:
-        activation: name of the activation.
-        activations: names that the kernel supports.
+        activation: activation of the experts.
+        activations: those that the kernel supports.
         tile: side of the kernel's tiles.
         outputs: the kernel.
     """
@@ -65,14 +68,18 @@ def kernel_experts(activation: str, activations: Container[str], tile: int, outp
     return compute
 
 
-def unsupported(activation: str, activations: Container[str], experts: Flat, dtype: DTypeLike, tile: int) -> str | None:
+def unsupported(
+    activation: Activation, activations: Container[str], experts: Flat, dtype: DTypeLike, tile: int
+) -> str | None:
     """Name what a kernel does not support: other weights or tokens (`dtype`) than 16-bit floats, activations, matrices
     that are not of whole tiles; None if it runs."""
     if isinstance(experts.gate, Quantized):
         return "quantized experts"
     if not experts.gate.dtype == jnp.dtype(dtype) in DTYPES:
         return f"experts in {experts.gate.dtype}"
-    if activation not in activations:
+    if experts.gate_bias is not None:
+        return "experts with biases"
+    if not isinstance(activation, str) or activation not in activations:
         return f"the activation {activation}"
     if any(size % tile for size in experts.gate.shape[1:]):
         return "experts of " + " x ".join(map(str, experts.gate.shape[1:]))

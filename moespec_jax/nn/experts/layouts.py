@@ -25,12 +25,16 @@ class Flat:
     Fields:
         gate, up, down: matrices, `[in, out]`.
         num_experts: experts of a layer, on this device.
+        gate_bias, up_bias, down_bias: rows, as are the scales of `Quantized`; None where the family has none.
     """
 
     gate: Float[Array, "all model ffn"] | Quantized
     up: Float[Array, "all model ffn"] | Quantized
     down: Float[Array, "all ffn model"] | Quantized
     num_experts: int = struct.field(pytree_node=False)
+    gate_bias: Float[Array, "all 1 ffn"] | None = None
+    up_bias: Float[Array, "all 1 ffn"] | None = None
+    down_bias: Float[Array, "all 1 model"] | None = None
 
     __repr__ = summary
 
@@ -40,5 +44,6 @@ def flat_from_per_expert(experts: PerExpert) -> Flat:
     import jax.numpy as jnp
 
     rows = [expert for layer in experts for expert in layer]
-    stack = {name: jnp.stack([getattr(row, name) for row in rows]) for name in ("gate", "up", "down")}
+    names = [name for name in GatedMlp.__dataclass_fields__ if getattr(rows[0], name) is not None]
+    stack = {name: jnp.stack([getattr(row, name) for row in rows]) for name in names}
     return Flat(**stack, num_experts=len(experts[0]))

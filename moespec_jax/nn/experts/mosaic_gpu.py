@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import ACTIVATIONS
@@ -36,12 +37,12 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def mosaic_experts(activation: str) -> ExpertCompute:
+def mosaic_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
     return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, slot_outputs)
 
 
-def missing(activation: str, experts: Flat, dtype: DTypeLike) -> str | None:
+def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | None:
     """Name what the kernels do not support (`gpu.unsupported`)."""
     return unsupported(activation, KERNEL_ACTIVATIONS, experts, dtype, TILE)
 
@@ -52,7 +53,7 @@ def supported(device: object) -> bool:
 
 
 def slot_outputs(
-    activation: str,
+    activation: Activation,
     x: Float[Array, "*slots tokens model"],
     experts: Flat,
     first: Int[Array, ""],
@@ -74,6 +75,8 @@ def slot_outputs(
     gate, up, down = experts.gate, experts.up, experts.down
     assert isinstance(gate, Array) and isinstance(up, Array) and isinstance(down, Array)
     run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
+
+    assert isinstance(activation, str)
 
     def gated(gate: Array, up: Array) -> Array:
         return KERNEL_ACTIVATIONS[activation](gate) * up

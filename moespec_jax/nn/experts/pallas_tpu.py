@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.config import Activation, ClampedSwiglu
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
 from moespec_jax.nn.layers import ACTIVATIONS
@@ -26,18 +28,19 @@ WEIGHT_BUFFER_BYTES = 12 * 2**20
 LANES = 128
 
 
-def pallas_experts(activation: str) -> ExpertCompute:
+def pallas_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for TPU; `layer` may be traced.
 
     On other platforms the kernel is interpreted, which is slow, for tests. More than `SLOT_TOKENS` tokens run in
-    blocks of rows sorted by expert, as in the back-end `slots`.
+    blocks of rows sorted by expert, as in the back-end `slots`, and so does what the kernel does not support
+    (`missing`).
     """
-    many_tokens = slot_experts(activation)
+    plain = slot_experts(activation)
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        if x.shape[0] > SLOT_TOKENS:
-            return many_tokens(experts, layer, x, routing)
+        if x.shape[0] > SLOT_TOKENS or isinstance(activation, ClampedSwiglu) or experts.gate_bias is not None:
+            return plain(experts, layer, x, routing)
         ids, active = distinct_experts(routing, experts.num_experts)
         rows = jnp.asarray(layer, jnp.int32) * experts.num_experts + ids
         combine = combine_weights(routing, ids)
@@ -46,6 +49,13 @@ def pallas_experts(activation: str) -> ExpertCompute:
         return jax.lax.platform_dependent(*arguments, tpu=run, default=partial(run, interpret=True))
 
     return compute
+
+
+def missing(activation: Activation, experts: object, dtype: DTypeLike) -> str | None:
+    """Name what the kernel does not support: biases, and activations of both products; None if it runs."""
+    if isinstance(experts, Flat) and experts.gate_bias is not None:
+        return "experts with biases"
+    return f"the activation {activation}" if isinstance(activation, ClampedSwiglu) else None
 
 
 def fused_experts(

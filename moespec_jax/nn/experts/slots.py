@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.experts.blocks import RunExpert, run_blocks
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.layers import ACTIVATIONS
+from moespec_jax.nn.layers import add_bias, gated
 from moespec_jax.nn.moe import ExpertCompute
 from moespec_jax.nn.quantization import Matrix, Quantized, product, row_of
 from moespec_jax.nn.routing import Routing, combine_weights
@@ -22,7 +23,7 @@ BLOCKS = (64,)
 PARTS = 16
 
 
-def slot_experts(activation: str) -> ExpertCompute:
+def slot_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for any platform; `layer` may be traced."""
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
@@ -73,14 +74,20 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
     return ids, jnp.sum(selected, dtype=jnp.int32)
 
 
-def _run(experts: Flat, row: Array, x: Array, activation: str) -> Array:
-    def times(rows: Array, weights: Matrix) -> Array:
+def _run(experts: Flat, row: Array, x: Array, activation: Activation) -> Array:
+    def times(rows: Array, weights: Matrix, bias: Array | None) -> Array:
         if rows.shape[0] > 1 or rows.shape[1] % PARTS or isinstance(weights, Quantized):
-            return _whole(rows, weights, row)
-        return jax.lax.platform_dependent(rows, weights, row, cuda=_split_k, default=_whole)
+            products = _whole(rows, weights, row)
+        else:
+            products = jax.lax.platform_dependent(rows, weights, row, cuda=_split_k, default=_whole)
+        return (
+            products
+            if bias is None
+            else add_bias(products, jax.lax.dynamic_index_in_dim(bias, row, axis=0, keepdims=False))
+        )
 
-    hidden = ACTIVATIONS[activation](times(x, experts.gate)) * times(x, experts.up)
-    return times(hidden.astype(x.dtype), experts.down)
+    hidden = gated(activation, times(x, experts.gate, experts.gate_bias), times(x, experts.up, experts.up_bias))
+    return times(hidden.astype(x.dtype), experts.down, experts.down_bias)
 
 
 def _whole(rows: Array, weights: Matrix, row: Array) -> Array:
