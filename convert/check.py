@@ -96,11 +96,19 @@ def reference_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.quantizers.auto import AutoHfQuantizer
     except ImportError as error:
         raise CheckpointError(f"expected torch and transformers to compare with; {error}") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        config = AutoConfig.from_pretrained(directory)
+        if (section := getattr(config, "quantization_config", None)) is not None:
+            if not AutoHfQuantizer.supports_quant_method(section):  # it would read codes as weights
+                raise CheckpointError(f"it does not know quant_method {section.get('quant_method')!r}; see --reference")
+            section["dequantize"] = True  # else it may quantize activations, or need a GPU
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=torch.float32, attn_implementation="eager"
+        )
     except Exception as error:  # transformers documents no types of exceptions
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"expected a directory that transformers loads; {directory}: {reason}") from None

@@ -126,8 +126,8 @@ CHECKPOINTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "rope theta is negative": (config(rope_parameters={"rope_theta": -1.0}), ("expected rope_theta", "-1.0")),
     "quantized": (
-        config(quantization_config={"quant_method": "fp8"}),
-        ("quantization_config", "expected plain weights", "fp8"),
+        config(quantization_config={"quant_method": "hqq"}),
+        ("quantization_config", "expected the unquantized checkpoint", "hqq"),
     ),
     "truncated shard": (shard(lambda b: b[:-100]), ("expected a whole safetensors file", "model.safetensors")),
     "shard cut in its header": (shard(lambda b: b[:50]), ("expected a whole safetensors file", "model.safetensors")),

@@ -27,7 +27,7 @@ def refused(family: str, match: str, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("quantization_config", {"quant_method": "fp8"}),
+        ("quantization_config", {"quant_method": "hqq"}),
         ("vocab_size", 0),
         ("vocab_size", "64"),
         ("vocab_size", 1 << 40),

@@ -1,7 +1,7 @@
 """Reading of checkpoints: every name, shape and dtype is checked before any weights are read, then tensors are read one
 by one into their final place."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.leaves import Source, load_source
 from moespec_jax.checkpoint.orbax_io import is_orbax, open_orbax
 from moespec_jax.checkpoint.placement import Placement
+from moespec_jax.checkpoint.quantized.detect import stored_format
+from moespec_jax.checkpoint.quantized.join import Problems, join_parts
 from moespec_jax.checkpoint.shards import Headers, is_same, read_headers, read_tensors
 from moespec_jax.checkpoint.spellings import EMBEDDING, LM_HEAD, unify_names
 from moespec_jax.checkpoint.tensor_table import (
@@ -101,17 +103,21 @@ def open_source(directory: Path, config: DecoderConfig) -> Source:
 
 
 def open_safetensors(directory: Path, config: DecoderConfig) -> Source:
-    """Open a directory of safetensors, checked by their headers.
+    """Open a directory of safetensors, checked by their headers. Quantized weights are dequantized as they are read.
 
     Raises:
-        CheckpointError: no safetensors, a bad index, a shard that is missing, truncated or not safetensors; tensors
-            that are unknown, missing, misshapen, doubly assigned or of an unsupported dtype, all in one message; or an
-            output matrix that is not the embedding with which config.json ties it.
+        CheckpointError: no safetensors, a bad index, a shard that is missing, truncated or not safetensors; weights
+            quantized in a format that is not supported; tensors that are unknown, missing, misshapen, doubly assigned
+            or of an unsupported dtype, all in one message; or an output matrix that is not the embedding with which
+            config.json ties it.
     """
+    quantized = stored_format(directory)
     headers, misshapen = unify_names(config, read_headers(directory))
     check_expert_count(config, len(headers.entries), directory)
     table = tensor_table(config)
-    _check_headers(config, table, headers, misshapen, directory)
+    problems: Problems = {} if quantized is None else join_parts(quantized, headers.entries, table)
+    problems["misshapen"] = [*misshapen, *problems.get("misshapen", [])]
+    _check_headers(config, table, headers, problems, directory)
     _check_tied(config, headers, directory)
     entries = {name: headers.entries[name] for name in table}
 
@@ -122,13 +128,14 @@ def open_safetensors(directory: Path, config: DecoderConfig) -> Source:
 
 
 def _check_headers(
-    config: DecoderConfig, table: Mapping[str, Tensor], headers: Headers, misshapen: Sequence[str], where: Path
+    config: DecoderConfig, table: Mapping[str, Tensor], headers: Headers, known: Problems, where: Path
 ) -> None:
-    """Compare headers with the tensor table, collecting all differences before raising."""
+    """Compare headers with the tensor table, collecting all differences before raising, with those that are known."""
     shapes = {name: entry.shape for name, entry in headers.entries.items()}
     problems = table_problems(table, shapes, lambda name: is_ignorable(config, name))
-    problems["misshapen"] += misshapen
     problems["doubly assigned"] = headers.duplicates
+    for kind, names in known.items():
+        problems[kind] = [*problems.get(kind, []), *names]
     problems["not F32, F16 or BF16"] = [
         f"{name} ({headers.entries[name].dtype})"
         for name in table

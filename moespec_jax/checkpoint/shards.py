@@ -1,7 +1,8 @@
 """Safetensors files of a checkpoint directory: which of them count, their headers, and their tensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moespec_jax.checkpoint.dtypes import CODES
+from moespec_jax.checkpoint.dtypes import CODES, PART_CODES
 from moespec_jax.checkpoint.leaves import HostBuffer
+from moespec_jax.checkpoint.quantized.scheme import BadPart
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import listing, read_json
 
@@ -48,6 +50,9 @@ class Entry(NamedTuple):
         start: offset of its first byte in the file.
         size: number of its bytes.
         part: part of the stored matrix, where the tensor is not stored alone.
+        parts: of a quantized weight, its stored parts by suffix of their names. The fields above are then those of the
+            weight that they stand for, but for the place, which is that of its codes.
+        combine: of a quantized weight, function that computes it from its parts; it may raise `BadPart`.
     """
 
     file: Path
@@ -56,6 +61,8 @@ class Entry(NamedTuple):
     start: int
     size: int
     part: Part | None = None
+    parts: Mapping[str, "Entry"] = {}
+    combine: Callable[[Mapping[str, np.ndarray], np.ndarray], None] | None = None
 
 
 class Headers(NamedTuple):
@@ -112,15 +119,16 @@ def read_headers(directory: Path) -> Headers:
 
 def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor, shard by shard, in the order of its bytes; an array is valid until the next one is requested.
-    Files are read, not mapped: touched pages of a mapped file count as memory of the process.
+    Files are read, not mapped: touched pages of a mapped file count as memory of the process. A quantized weight is
+    computed from its parts as they are read.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends early.
+        CheckpointError: a file cannot be read, or ends early, or a part has values that it cannot have.
     """
     by_file: dict[Path, list[str]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append(name)
-    buffer = HostBuffer()
+    buffers: dict[str, HostBuffer] = defaultdict(HostBuffer)
     for file, names in by_file.items():
         try:
             with file.open("rb", buffering=0) as data:
@@ -128,13 +136,11 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
                 for name in sorted(names, key=lambda name: entries[name].start):
                     entry = entries[name]
                     if entry.part is None or entry.start != start:  # parts of one matrix are read at once
-                        shape, start = entry.part.block if entry.part else entry.shape, entry.start
-                        array = buffer.array(shape, jnp.dtype(CODES[entry.dtype]))
-                        data.seek(start)
-                        _fill(array, data)
+                        array, start = _read(name, entry, data, buffers), entry.start
                     yield name, entry.part.of(array) if entry.part else array
         except OSError as error:
-            raise CheckpointError(f"expected a readable safetensors file at {file}; {error.strerror}") from None
+            where = error.filename or file
+            raise CheckpointError(f"expected a readable safetensors file at {where}; {error.strerror}") from None
 
 
 def is_same(one: Entry, other: Entry) -> bool:
@@ -143,8 +149,10 @@ def is_same(one: Entry, other: Entry) -> bool:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+    if (one.shape, one.dtype, one.parts.keys()) != (other.shape, other.dtype, other.parts.keys()):
         return False
+    if one.parts:
+        return all(is_same(part, other.parts[suffix]) for suffix, part in one.parts.items())
     left = one.size
     try:
         with one.file.open("rb") as first, other.file.open("rb") as second:
@@ -195,8 +203,34 @@ def _read_header(file: Path) -> dict[str, Entry]:
     }
 
 
-def _fill(array: np.ndarray, data: RawIOBase) -> None:
-    """Read until the array is full: one system call reads at most 2 GiB."""
+def _read(name: str, entry: Entry, data: RawIOBase, buffers: Mapping[str, HostBuffer]) -> np.ndarray:
+    """Read a tensor, or the whole matrix that it is part of, from its open file, or compute it from its parts. There is
+    a buffer for each suffix of parts, and one for the result."""
+    shape = entry.shape if entry.part is None else entry.part.block
+    array = buffers[""].array(shape, jnp.dtype(CODES[entry.dtype]))
+    if entry.combine is None:
+        _fill(array, data, entry.start)
+        return array
+    parts: dict[str, np.ndarray] = {}
+    for suffix, part in entry.parts.items():
+        parts[suffix] = buffers[suffix].array(part.shape, jnp.dtype(PART_CODES[part.dtype]))
+        if part.file == entry.file:
+            _fill(parts[suffix], data, part.start)
+        else:
+            with part.file.open("rb", buffering=0) as other:
+                _fill(parts[suffix], other, part.start)
+    try:
+        entry.combine(parts, array)
+    except BadPart as bad:
+        where = f"{name.removesuffix('weight')}{bad.suffix}"
+        file = entry.parts[bad.suffix].file
+        raise CheckpointError(f"expected {bad.expected} in {where}; got {bad.got} in {file}") from None
+    return array
+
+
+def _fill(array: np.ndarray, data: RawIOBase, start: int) -> None:
+    """Read from an offset until the array is full: one system call reads at most 2 GiB."""
+    data.seek(start)
     rest = array.reshape(-1).view(np.uint8).data
     while rest:
         count = data.readinto(rest)

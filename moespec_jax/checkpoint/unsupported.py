@@ -75,7 +75,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "zero_expert_num": (0,),
     # weights
     "quantization": ({},),
-    "compression_config": ({},),
 }
 
 

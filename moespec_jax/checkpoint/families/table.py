@@ -6,6 +6,7 @@ from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
+from moespec_jax.checkpoint.quantized.detect import read_format
 from moespec_jax.checkpoint.unsupported import check_neutral
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
@@ -32,9 +33,7 @@ def read_config(fields: Fields) -> DecoderConfig:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedConfig(f"expected a model_type among {known}; config.json has {shown(model_type)}")
-    if fields.get("quantization_config") is not None:
-        found = shown(fields["quantization_config"])
-        raise UnsupportedConfig(f"quantization_config is not supported: expected plain weights; got {found}")
+    read_format(fields)
     check_neutral(fields, FAMILIES[model_type].neutral)
     try:
         config = FAMILIES[model_type].read(fields)

@@ -1,0 +1,214 @@
+"""Checkpoints with quantized weights load as the weights that their format stands for, or are refused by name."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from published import Tensors, same
+from quantized_writer import BLOCKS, FP8, SHARD, Case, group, modelopt, write_quantized
+from safetensors.numpy import save_file
+from tiny import CONFIG
+
+from convert import check, to_hf, to_orbax
+from moespec_jax.checkpoint.families.table import read_config
+from moespec_jax.checkpoint.quantized.fp8 import fp8_scheme
+from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.errors import CheckpointError, UnsupportedConfig
+from moespec_jax.nn.backend import BACKENDS
+
+CASES: dict[str, Case] = FP8
+SLOTS = BACKENDS["slots"]
+GATE = "model.layers.1.mlp.experts.2.gate_proj"
+
+
+def load(directory: Path, dtype: str = "float32", **more: Any) -> Any:
+    return load_parameters(directory, load_config(directory), SLOTS, dtype, **more)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_quantized_model_is_the_one_of_its_dequantized_weights(name: str, tmp_path: Path) -> None:
+    """To the bit: in float32, rounded to bfloat16, and as int8 experts."""
+    quantized, plain, _ = write_quantized(tmp_path, CASES[name])
+    assert same(load(quantized), load(plain))
+    assert same(load(quantized, "bfloat16"), load(plain, "bfloat16"))
+    assert same(load(quantized, quantization="int8"), load(plain, quantization="int8"))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_code_of_fp8_is_the_number_that_torch_reads(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    got = np.empty((2, 128), np.float32)
+    parts = {"weight": codes.view(getattr(ml_dtypes, dtype)), "scale": np.float32([1.0, 2.0])}
+    fp8_scheme("scale", (1, 0)).dequantize(parts, got)
+    expected = torch.from_numpy(codes).view(getattr(torch, dtype)).float() * torch.tensor([[1.0], [2.0]])
+    np.testing.assert_array_equal(got, expected.numpy())
+
+
+def test_every_scale_of_e8m0_is_the_number_that_torch_reads() -> None:
+    torch = pytest.importorskip("torch")
+    exponents = np.arange(255, dtype=np.uint8).reshape(255, 1)
+    got = np.empty((255, 1), np.float32)
+    parts = {"weight": np.ones((255, 1), ml_dtypes.float8_e4m3fn), "scale": exponents}
+    fp8_scheme("scale", (1, 32)).dequantize(parts, got)
+    np.testing.assert_array_equal(got, torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().numpy())
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_blocks_are_dequantized_as_in_transformers(number: int) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    random = np.random.default_rng(number)
+    block = tuple(int(size) for size in random.integers(1, 9, 2))
+    grid = tuple(int(size) for size in random.integers(1, 90, 2))
+    codes = random.normal(0, 40, (block[0] * grid[0], block[1] * grid[1])).astype(ml_dtypes.float8_e4m3fn)
+    scales = random.lognormal(-5, 3, grid).astype(np.float32)
+    got = np.empty(codes.shape, np.float32)
+    fp8_scheme("s", (block[0], block[1])).dequantize({"weight": codes, "s": scales}, got)
+    stored = torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn)
+    expected = Fp8Dequantize(None)._dequantize_one(stored, torch.from_numpy(scales))
+    np.testing.assert_array_equal(got, expected.numpy())
+
+
+def test_which_weights_are_quantized_the_tensors_say(tmp_path: Path) -> None:
+    """Embedding, output matrix and routers too, some experts not, whatever lists of left-out modules may match."""
+
+    def some(name: str, weight: np.ndarray) -> bool:
+        return weight.ndim == 2 and "experts.1" not in name
+
+    config = BLOCKS | {"modules_to_not_convert": ["lm_head", "model.layers.0", "re:.*gate"]}
+    quantized, plain, _ = write_quantized(tmp_path, Case(config, FP8["blocks"].write), some)
+    assert same(load(quantized), load(plain))
+
+
+def test_parts_of_a_weight_may_be_in_several_files(tmp_path: Path) -> None:
+    quantized, plain, tensors = write_quantized(tmp_path, FP8["blocks"])
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_inv")}
+    (quantized / SHARD).unlink()
+    save_file(scales, quantized / "model-00001-of-00002.safetensors")
+    save_file(tensors, quantized / "model-00002-of-00002.safetensors")
+    assert same(load(quantized), load(plain))
+
+
+def test_other_names_of_a_sparse_block_hold_for_parts(tmp_path: Path) -> None:
+    """transformers 5 calls Mixtral's sparse block `mlp`."""
+    changes: dict[str, Any] = {"model_type": "mixtral", "num_local_experts": 4}
+    quantized, plain, stored = write_quantized(tmp_path, FP8["blocks"], lambda name, _: "experts." in name, **changes)
+    save_file({name.replace("block_sparse_moe", "mlp"): value for name, value in stored.items()}, quantized / SHARD)
+    assert same(load(quantized), load(plain))
+
+
+def test_hf_quant_config_describes_a_checkpoint_of_modelopt(tmp_path: Path) -> None:
+    quantized, plain, _ = write_quantized(tmp_path, FP8["one scale, ModelOpt"])
+    (quantized / "config.json").write_text((plain / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="not F32, F16 or BF16"):
+        load(quantized)
+    described: dict[str, Any] = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (quantized / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}} | described))
+    assert same(load(quantized), load(plain))
+    described["quantization"]["quant_algo"] = "W4A8_AWQ"
+    (quantized / "hf_quant_config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"quant_algo 'W4A8_AWQ' is not supported.*hf_quant_config.json"):
+        load(quantized)
+
+
+def test_conversions_write_the_dequantized_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, plain, _ = write_quantized(tmp_path, FP8["blocks"])
+    for script, name in ((to_orbax, "orbax"), (to_hf, "hf")):
+        command = ["script", "--model", str(quantized), "--output", str(tmp_path / name)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert script.main() == 0
+        assert json.loads((tmp_path / name / "config.json").read_text()) == CONFIG
+        assert same(load(tmp_path / name), load(plain))
+    assert "are finite" in check.check_files(quantized)
+
+
+def test_a_format_that_transformers_would_misread_is_not_compared(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    quantized, _, _ = write_quantized(tmp_path, FP8["one scale, ModelOpt"])
+    with pytest.raises(CheckpointError, match=r"does not know quant_method 'modelopt'; see --reference"):
+        check.reference_logits(quantized, np.zeros((1, 2), np.int32))
+
+
+def changed(tensors: Tensors, name: str, value: np.ndarray | None) -> Tensors:
+    rest = {key: kept for key, kept in tensors.items() if key != name}
+    return rest if value is None else rest | {name: value}
+
+
+BAD_PARTS: dict[str, tuple[str, np.ndarray | None, str]] = {
+    "no scale": ("weight_scale_inv", None, f"1 missing beside quantized weights: {GATE}.weight_scale_inv .{SHARD}"),
+    "misshapen scale": (
+        "weight_scale_inv",
+        np.ones((2, 3), np.float32),
+        rf"1 misshapen: {GATE}.weight_scale_inv .expected \[2, 2\], got \[2, 3\] in {SHARD}",
+    ),
+    "scale of integers": ("weight_scale_inv", np.ones((2, 2), np.int32), f"{GATE}.weight_scale_inv .I32 in {SHARD}"),
+    "misshapen codes": (
+        "weight",
+        np.ones((16, 31), ml_dtypes.float8_e4m3fn),
+        rf"1 misshapen: {GATE}.weight .expected \[16, 32\], got \[16, 31\] in {SHARD}",
+    ),
+    "codes of integers": ("weight", np.ones((16, 32), np.uint8), f"not F32, F16 or BF16: {GATE}.weight .U8"),
+    "scale is NaN": (
+        "weight_scale_inv",
+        np.float32([[1, 1], [np.nan, 1]]),
+        f"expected finite scales in {GATE}.weight_scale_inv; got NaN or infinity in .*{SHARD}",
+    ),
+    "scale is infinite": ("weight_scale_inv", np.full((2, 2), np.inf, np.float32), "expected finite scales"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_a_bad_part_is_named_with_its_file(name: str, tmp_path: Path) -> None:
+    suffix, value, message = BAD_PARTS[name]
+    quantized, _, stored = write_quantized(tmp_path, FP8["blocks"])
+    save_file(changed(stored, f"{GATE}.{suffix}", value), quantized / SHARD)
+    with pytest.raises(CheckpointError, match=message) as found:
+        load(quantized)
+    assert "\n" not in str(found.value)
+
+
+def test_tensors_of_another_scheme_are_unknown(tmp_path: Path) -> None:
+    """A smoothing factor of AWQ or a zero point changes the weights: it is not read over."""
+    quantized, _, stored = write_quantized(tmp_path, FP8["blocks"])
+    for suffix in ("pre_quant_scale", "weight_zero_point"):
+        save_file(stored | {f"{GATE}.{suffix}": np.ones(32, np.float32)}, quantized / SHARD)
+        with pytest.raises(CheckpointError, match=f"1 unknown: {GATE}.{suffix}"):
+            load(quantized)
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "bitsandbytes": (
+        {"quant_method": "bitsandbytes"},
+        "quant_method 'bitsandbytes' is not supported: expected the unq",
+    ),
+    "no method": ({"bits": 4}, "quant_method None is not supported.*fp8, fbgemm_fp8, compressed-tensors, modelopt"),
+    "a list": ([1], "expected quantization_config to be an object"),
+    "a method that is a list": ({"quant_method": ["fp8"]}, "is not supported"),
+    "one size of blocks": (BLOCKS | {"weight_block_size": [128]}, "expected weight_block_size"),
+    "sizes that are texts": (BLOCKS | {"weight_block_size": ["a", "b"]}, "expected weight_block_size"),
+    "fp4 experts": (BLOCKS | {"expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+    "algorithm": (modelopt("INT4_AWQ"), "quant_algo 'INT4_AWQ' is not supported: expected one of FP8, FP8_PER"),
+    "format": (group("tensor", format="marlin-24"), "format 'marlin-24' of compressed-tensors is not supported"),
+    "no format": (group("tensor") | {"format": None}, "format 'None' of"),
+    "strategy": (group("token"), "expected the strategy tensor"),
+    "group of a text": (group("group", group_size="8"), "expected the strategy tensor"),
+    "strategy of a text": (group(None, group_size="8"), "has a field of the wrong type"),  # pyright: ignore
+    "bits": (group("tensor", num_bits=6), "expected weights as symmetric 8-bit floats"),
+    "no groups": (group("tensor") | {"config_groups": None}, "expected config_groups"),
+    "transform": (group("tensor") | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config is not supp"),
+    "sparsity": (group("tensor") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not su"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unsupported_format_is_refused_by_name(name: str) -> None:
+    section, message = REFUSED[name]
+    with pytest.raises(UnsupportedConfig, match=message) as found:
+        read_config(CONFIG | {"quantization_config": section})
+    assert "\n" not in str(found.value)
