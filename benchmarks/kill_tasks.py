@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from convert import MARK
 from moespec_jax.bench.random_pair import random_model
-from moespec_jax.checkpoint.head.read import load_draft
+from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft
 from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.checkpoint.read import load_config, open_source
 from moespec_jax.checkpoint.tensor_table import tensor_table
@@ -85,7 +85,7 @@ def make_tasks(place: Path) -> dict[str, Task]:
 def write_toys(place: Path) -> tuple[Path, Path, Path]:
     """A random target with a tokenizer of bytes, its random head, and a file of texts."""
     toy = random_model("toy", None, "float32")
-    assert toy.draft is not None
+    assert isinstance(toy.draft, LoadedDraft)
     target, head, texts = place / "target", place / "head", place / "texts.jsonl"
     export(toy.params, toy.config, target, "float32")
     byte_tokenizer().save(str(target / "tokenizer.json"))

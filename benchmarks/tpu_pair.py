@@ -31,11 +31,11 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
+from moespec_jax.runtime.drafters import DEFAULT_TREE
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import SMALLEST_CACHE
-from moespec_jax.runtime.specs import DEFAULT_TREE
 
 CHUNK, BACKEND = 16, "pallas"
 DRAWN, TREE = SamplingConfig(temperature=0.7, top_p=0.8), TreeConfig(depth=7, top_k=10, size=60)

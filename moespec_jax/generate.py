@@ -1,10 +1,10 @@
 """Generate text with a Mixture-of-Experts model, plainly or by speculative decoding.
 
-With a draft head, each round drafts a tree of tokens, verifies it in one
-forward pass of the target model and commits the accepted tokens. The output is
-exact: it is the model's own. An expert budget (--expert-budget) limits the
-experts that a verification reads: this saves memory traffic, and in general
-makes the output lossy.
+With a draft head or a drafter by name (--draft-model), each round drafts a tree
+of tokens, verifies it in one forward pass of the target model and commits the
+accepted tokens. The output is exact: it is the model's own. An expert budget
+(--expert-budget) limits the experts that a verification reads: this saves
+memory traffic, and in general makes the output lossy.
 
 Without arguments: the embedded pair, a small target and its draft head that are
 part of this package, on a built-in prompt. The text goes to standard output, a
@@ -63,7 +63,8 @@ def _run(arguments: argparse.Namespace) -> None:
     check_turns(arguments, asked)
     model = load_requested(arguments, spec.budget)
     first = is_first_process()
-    if first and model.draft is not None and arguments.draft_model is not None and not arguments.json:
+    shows_notes = first and arguments.draft_model is not None and not arguments.json
+    if shows_notes and model.draft is not None and model.draft.notes:
         print("\n".join(model.draft.notes), file=sys.stderr)
     chat: Any = dict(chat=arguments.chat, system=arguments.system, thinking=not arguments.no_thinking)
     encode = functools.partial(encode_prompt, model, **chat)

@@ -7,9 +7,9 @@ from moespec_jax.cli.budget_flags import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
-from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.timing import TimingCase, parse_tree
+from moespec_jax.runtime.drafters import check_drafted
 from moespec_jax.runtime.model import Model
 
 TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
@@ -111,10 +111,7 @@ def check_sweep(cases: Sequence[TimingCase], model: Model, count: int) -> None:
     if model.draft is None and trees:
         raise RequestError("expected a draft head (--draft-model) to draft trees with, or --config-list 1,0,0,0 alone")
     for tree in trees:
-        try:
-            check_draft_vocabulary(tree, model.draft.config.draft_vocab_size if model.draft else 0)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        check_drafted(model.draft, tree)
     for case in cases:
         if count % case.batch:
             raise RequestError(f"expected as many prompts as fill batches of {case.batch}; there are {count}")

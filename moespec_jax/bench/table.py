@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moespec_jax.measure.markdown import markdown_table
+from moespec_jax.runtime.drafters import described
 
 HEAD = (
     "tree", "budget", "output", "tokens/s", "over plain", "over exact, same tree", "over best exact", "tokens a round",
@@ -25,9 +26,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def heading(row: dict[str, Any]) -> str:
     """Format model, device and versions, after a notice where acceptance and routing are simulated."""
-    head = "none" if row["draft_model"] is None else row["draft_model"]
     text = (
-        f"{row['model']} with draft head {head} ({row['weights']}); {row['device']}, {row['dtype']},"
+        f"{row['model']} with {described(row['draft_model'])} ({row['weights']}); {row['device']}, {row['dtype']},"
         f" jax {row['versions']['jax']}, moespec_jax {row['versions']['moespec_jax']}"
     )
     if row["simulated"]:

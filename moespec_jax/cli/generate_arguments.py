@@ -11,8 +11,8 @@ from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
 from moespec_jax.cli.prompts import Prompt
 from moespec_jax.errors import RequestError
+from moespec_jax.runtime.drafters import DEFAULT_TREE, NGRAM_TREE
 from moespec_jax.runtime.load import DEMO_TARGET
-from moespec_jax.runtime.specs import DEFAULT_TREE
 
 # Flags that have no meaning in plain decoding.
 _DRAFTING = (
@@ -46,8 +46,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _add_drafting_flags(
         parser.add_argument_group(
             "speculative decoding",
-            f"Needs a draft head. The default tree has size {DEFAULT_TREE.size}, depth {DEFAULT_TREE.depth} and top-k"
-            f" {DEFAULT_TREE.top_k}.\nIf some of these are given, the others have EAGLE's values.",
+            f"Needs --draft-model with any target but the embedded one. The default tree (size/depth/top-k) is"
+            f" {DEFAULT_TREE.name},\nwith ngram {NGRAM_TREE.name}. If some of these are given, the others have EAGLE's"
+            " values.",
         )
     )
     add_budget_flags(
@@ -69,7 +70,9 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
         for flag in _DRAFTING:
             if getattr(arguments, flag) not in (None, False, "none"):
-                raise RequestError(f"--{flag.replace('_', '-')} needs a draft head; expected --draft-model with it")
+                raise RequestError(
+                    f"--{flag.replace('_', '-')} needs a draft head or a drafter; expected --draft-model with it"
+                )
 
 
 def check_turns(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> None:

@@ -31,7 +31,8 @@ class Tree(NamedTuple):
 
     Fields:
         tokens: the target's token ids; siblings differ.
-        parents: node indices, -1 for the root; a parent precedes its children.
+        parents: node indices; a parent precedes its children. -1 for the root, and for copies of it that fill a tree
+            whose drafter has nothing more to draft: they read no other experts than it, and are never accepted.
         scores: log-probability of the path from the root, float32, 0 for the root.
     """
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moespec_jax.measure.markdown import markdown_table
+from moespec_jax.runtime.drafters import described
 
 _TEXTS = (
     "decoding", "output", "divergence", "same first choice", "perplexity", "bits per byte", "nats lost per token",
@@ -28,9 +29,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def heading(row: dict[str, Any]) -> str:
     """Format model, device and versions."""
-    head = "no draft head" if row["draft_model"] is None else f"draft head {row['draft_model']}"
     jax, own = row["versions"]["jax"], row["versions"]["moespec_jax"]
-    return f"{row['model']} with {head}; {row['device']}, {row['dtype']}, jax {jax}, moespec_jax {own}"
+    drafts = described(row["draft_model"])
+    return f"{row['model']} with {drafts}; {row['device']}, {row['dtype']}, jax {jax}, moespec_jax {own}"
 
 
 def rule_text(budget: dict[str, Any]) -> str:

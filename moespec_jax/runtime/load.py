@@ -1,4 +1,4 @@
-"""Load a model with its tokenizer and, if there is one, its draft head: `moespec_jax.load`."""
+"""Load a model with its tokenizer and what drafts for it, a head or a drafter by name: `moespec_jax.load`."""
 
 import os
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.parallel.mesh import MeshConfig, adopt_mesh, best_mesh, make_mesh
+from moespec_jax.runtime.drafters import named_draft
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.request import check_not_traced, check_types
@@ -54,12 +55,12 @@ def load(
     progress: bool = False,
     check: Callable[[DecoderConfig], object] | None = None,
 ) -> Model:
-    """Load a model, and a draft head for it; without arguments, the embedded pair.
+    """Load a model, and what drafts for it; without arguments, the embedded pair.
 
     Args:
         model: target: a directory (Hugging Face, or converted to orbax) or a Hugging Face Hub id.
-        draft_model: EAGLE-3 head: a directory or a hub id. "none" loads none; None loads the embedded head for the
-            embedded target, and none for any other.
+        draft_model: EAGLE-3 head: a directory or a hub id. "ngram" drafts without one, from the text so far; "none"
+            loads none; None loads the embedded head for the embedded target, and none for any other.
         revision: branch, tag or commit of the target's hub repository.
         draft_revision: the same of the head's.
         draft_boundaries: boundaries of the target whose hidden states the head reads, in place of those in its files.
@@ -101,15 +102,17 @@ def load(
     kind = _dtype(dtype, device.platform)
     if draft_model is None:
         draft_model = DEMO_DRAFT if model == DEMO_TARGET else "none"
-    draft = None
-    if draft_model != "none":
+    draft = None if draft_model == "none" else named_draft(draft_model, config)
+    if draft is not None and (draft_revision is not None or draft_boundaries is not None):
+        raise RequestError(f"expected a draft head to set a revision or boundaries of; {draft.name} has no files")
+    if draft is None and draft_model != "none":
         # The head is small: if it does not fit, this is found before the model's weights are read.
         draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
         draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
         draft = draft if placement is None else _shard_draft(draft, placement)
     tokenizer, stop_ids, sampling = load_tokenizer(directory), read_stop_ids(directory), read_sampling(directory)
     params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
-    draft = draft and _share(draft, params, placement)
+    draft = _share(draft, params, placement) if isinstance(draft, LoadedDraft) else draft
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
     return Model(

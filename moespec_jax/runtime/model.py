@@ -16,13 +16,11 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.generation_config import PublishedSampling
-from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, is_exact
 from moespec_jax.decoding.drafter import Drafter, SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -31,6 +29,7 @@ from moespec_jax.errors import RequestError, wrong_type
 from moespec_jax.nn.backend import Backend, expert_form
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
+from moespec_jax.runtime.drafters import Draft, described, drafter_of
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.prompt_cache import PromptCache
 from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
@@ -55,7 +54,7 @@ class Model:
         tokenizer: None for token ids only.
         stop_ids: token ids that end a sequence.
         directory: where it was loaded from.
-        draft: draft head, if there is one.
+        draft: draft head, or drafter by name, if there is one.
         programs: compiled programs.
         quantization: of the routed experts.
         published_sampling: how tokens are drawn where a request leaves it open.
@@ -69,14 +68,14 @@ class Model:
     tokenizer: Tokenizer | None
     stop_ids: tuple[int, ...]
     directory: Path
-    draft: LoadedDraft | None = None
+    draft: Draft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
     quantization: Quantization | None = None
     published_sampling: PublishedSampling = PublishedSampling()
     round_costs: dict[str, RoundCosts] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
-        draft = "no draft head" if self.draft is None else f"draft head {self.draft.name}"
+        draft = described(None if self.draft is None else self.draft.name)
         return (
             f"Model({self.config.model_type} from {self.directory}, {draft}, {self.precision}, {self.backend.name},"
             f" {self.params!r})"
@@ -270,7 +269,7 @@ class Model:
         drafter = spec.drafter
         if drafter is None:
             assert self.draft is not None
-            drafter = Eagle3Drafter(self.draft.config, self.backend)
+            drafter = drafter_of(self.draft, self.config, self.backend)
         accept = accept_rule(sampling, spec.tree.longest_path, spec.simulate_accept_length)
         method = Speculative(self.autoregressive(sampling), drafter, spec.tree, accept, spec.budget)
         return method if spec.adapt is None else spec.adapt(method)

@@ -22,6 +22,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
+from moespec_jax.runtime.drafters import NamedDraft
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import device_name, versions
 from moespec_jax.runtime.tuned_profile import write_profile
@@ -109,6 +110,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if model.draft is None:
         raise RequestError(
             "expected a draft head to draft trees with (--draft-model); the model was loaded without one"
+        )
+    if isinstance(model.draft, NamedDraft):
+        raise RequestError(
+            f"expected a draft head, whose trees are predicted; the drafter {model.draft.name} is timed by python -m"
+            " moespec_jax.bench"
         )
     sets = prompt_sets(model, arguments)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]

@@ -1,0 +1,74 @@
+"""Drafters by name: the text of plain decoding, named in results, and refused in one line where they do not fit."""
+
+from pathlib import Path
+
+import pytest
+from tiny import write_tiny
+from tiny_pair import run_json
+
+from moespec_jax import TreeConfig, load
+from moespec_jax.checkpoint.read import load_config
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.errors import RequestError
+from moespec_jax.generate import main
+from moespec_jax.runtime.drafters import NAMES, NGRAM_TREE, described, named_draft
+
+IDS = ["--prompt-ids", "5,6,7,8,5,6,7", "--prompt-ids", "9,9,9"]
+HEADS = ["owner/ngram", "./ngram", "ngrams", "none", "NGRAM", "self/head", "./self:1", "C:\\heads\\ngram"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("target"), tokenizer=False)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_names_are_those_of_heads(target: Path, name: str) -> None:
+    assert named_draft(name, load_config(target)) is None
+
+
+REFUSED = {
+    "ngram:4": ("ngram:4", "ngram without an argument"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_refused(target: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, expected = REFUSED[case]
+    with pytest.raises(RequestError, match=expected):
+        load(target, name)
+    assert main(["--model", str(target), "--draft-model", name, *IDS]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and expected in err
+
+
+@pytest.mark.parametrize("flags", [["--draft-revision", "main"], ["--draft-boundaries", "1,2"]], ids=str)
+def test_a_name_has_no_files(target: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(target), "--draft-model", "ngram", *flags, *IDS]) == 2
+    assert "ngram has no files" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("name", ["ngram"])
+def test_the_command_drafts_by_name(target: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", str(target), "--max-new-tokens", "20", "--ignore-eos", *IDS]
+    plain = run_json(capsys, *flags)
+    drafted = run_json(capsys, *flags, "--draft-model", name)
+    assert [p["token_ids"] for p in drafted["prompts"]] == [p["token_ids"] for p in plain["prompts"]]
+    assert drafted["draft_model"] == name and drafted["exact"] and plain["draft_model"] is None
+    assert main([*flags, "--draft-model", name]) == 0
+    err = capsys.readouterr().err
+    assert f"draft        {name}; " in err and not err.startswith("\n\n")
+
+
+def test_a_name_stands_in_place_of_a_head(target: Path) -> None:
+    model = load(target, "ngram")
+    assert "drafter ngram" in repr(model) and model.speculative_params.draft == ()
+    assert model.resolve(DecodingSpec("default")).tree == NGRAM_TREE
+    assert [described(name) for name in ("ngram", "a/head", None)] == [
+        "drafter ngram",
+        "draft head a/head",
+        "no draft head",
+    ]
+    with pytest.raises(RequestError, match=NAMES):
+        load(target).generate([[1]], tree=TreeConfig())
