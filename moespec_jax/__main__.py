@@ -8,6 +8,7 @@ from moespec_jax import __version__
 
 COMMANDS = {
     "moespec_jax.generate": "generate text, plainly or speculatively",
+    "moespec_jax.chat": "talk with a model",
     "moespec_jax.bench": "measure whether speculative decoding pays",
     "moespec_jax.tune": "find the fastest tree and expert budget",
     "moespec_jax.evaluate": "measure the quality that a budget costs",

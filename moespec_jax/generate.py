@@ -29,7 +29,6 @@ from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
 from moespec_jax.cli.dialogue import answer_turns
 from moespec_jax.cli.generate_arguments import (
-    SAMPLING_OPTIONS,
     build_parser,
     check_flags,
     check_processes,
@@ -38,6 +37,7 @@ from moespec_jax.cli.generate_arguments import (
 from moespec_jax.cli.process_flags import join_processes
 from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.cli.round_trace import tracing
+from moespec_jax.cli.sampling_flags import SAMPLING_OPTIONS
 from moespec_jax.cli.summary import NAME_WIDTH, statistics_table
 from moespec_jax.cli.wide_table import folded
 from moespec_jax.decoding.round_info import RoundInfo

@@ -21,7 +21,7 @@ ORDER = [
     {""},
     {"cli", "__main__"},
     {"generate", "measure"},
-    {"bench", "evaluate", "plan", "study", "train", "tune"},
+    {"bench", "chat", "evaluate", "plan", "study", "train", "tune"},
     {"demo"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

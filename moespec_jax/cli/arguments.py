@@ -190,6 +190,16 @@ def add_tree_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_speculate_flag(group: argparse._ArgumentGroup) -> None:
+    """Add the flag by which every round chooses its shape."""
+    group.add_argument(
+        "--speculate",
+        choices=["auto"],
+        help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
+        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text",
+    )
+
+
 def add_profile_flag(group: argparse._ArgumentGroup) -> None:
     """Add the flag that reads tree and budget from a file."""
     group.add_argument(

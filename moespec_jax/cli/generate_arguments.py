@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import jax
 
-from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_speculate_flag, add_tree_flags
 from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
 from moespec_jax.cli.prompts import Prompt
+from moespec_jax.cli.sampling_flags import add_sampling_flags
 from moespec_jax.errors import RequestError
 from moespec_jax.runtime.drafters import DEFAULT_TREE, NGRAM_TREE
 from moespec_jax.runtime.load import DEMO_TARGET
@@ -19,17 +20,6 @@ _DRAFTING = (
     "draft_boundaries", "draft_revision", "speculate", "tree_depth", "tree_top_k", "tree_size",
     "simulate_accept_length", "trace", "compare", "expert_budget", "profile",
 )  # fmt: skip
-# Where one is not given, the checkpoint's generation_config.json decides.
-_SAMPLING = (
-    ("--temperature", float, "T", "0 is greedy"),
-    ("--top-k", int, "K", "sample from the k most probable tokens; 0: all"),
-    ("--top-p", float, "P", "sample from the smallest set of most probable tokens that holds this probability; 1: all"),
-    ("--min-p", float, "P", "sample from tokens of at least this share of the largest probability; 0: all"),
-    ("--repetition-penalty", float, "X", "divide positive logits of tokens of prompt and text by this; 1: none"),
-    ("--presence-penalty", float, "X", "subtract this from the logits of tokens of the text so far; 0: none"),
-    ("--frequency-penalty", float, "X", "subtract this for each time that the text so far has the token; 0: none"),
-)
-SAMPLING_OPTIONS = tuple(flag[2:].replace("-", "_") for flag, *_ in _SAMPLING)
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,12 +27,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = command_parser("generate", description)
     add_model_flags(parser.add_argument_group("model"))
     _add_prompt_flags(parser.add_argument_group("prompts (several form a batch; default: a built-in one)"))
-    _add_sampling_flags(
-        parser.add_argument_group(
-            "sampling",
-            "What is not given is as in the checkpoint's generation_config.json, and greedy where it has none.",
-        )
-    )
+    add_sampling_flags(parser, max_new_tokens=128)
     _add_drafting_flags(
         parser.add_argument_group(
             "speculative decoding",
@@ -123,42 +108,8 @@ def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_sampling_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="largest number of new tokens for each prompt (default: 128)",
-    )
-    group.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help="tokens of prompt and continuation together (default: the model's context)",
-    )
-    for flag, kind, letter, meaning in _SAMPLING:
-        group.add_argument(flag, type=kind, metavar=letter, help=meaning)
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text, once it is generated; repeatable"
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of all random draws: the same seed gives the same text, with any draft and without (default: 0)",
-    )
-    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's stop ids")
-
-
 def _add_drafting_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--speculate",
-        choices=["auto"],
-        help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
-        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text",
-    )
+    add_speculate_flag(group)
     add_tree_flags(group)
     add_profile_flag(group)
     group.add_argument(
