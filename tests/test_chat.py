@@ -11,6 +11,7 @@ from chats import PLAIN, write_chat_model
 
 from moespec_jax.chat.__main__ import main
 from moespec_jax.checkpoint.tokenizer import render_chat
+from moespec_jax.errors import RequestError
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 
@@ -113,6 +114,15 @@ def test_an_interrupted_answer_is_kept(talk: Talk, monkeypatch: pytest.MonkeyPat
     out, err = talk("hello", "again")
     assert "interrupted" in err and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
     assert out == "".join(m["content"] + "\n" for m in talk.messages[1::2]) and len(out) > 2
+
+
+def test_messages_are_a_prompt_in_python(directory: Path) -> None:
+    model, turns = load(directory), [{"role": "system", "content": "brief"}, {"role": "user", "content": "hi"}]
+    ids = model.encode(render_chat(directory, turns, ask=True), special_tokens=False)
+    answers = [model.generate(prompt, max_new_tokens=5).prompts[0] for prompt in (turns, [ids])]
+    assert answers[0].token_ids == answers[1].token_ids and answers[0].prompt_tokens == len(ids)
+    with pytest.raises(RequestError, match="expected turns with a role of .*turn 2 of the messages has 'wizard'"):
+        model.generate([*turns[:1], {"role": "wizard", "content": "hi"}])
 
 
 def test_without_a_chat_template_nothing_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from moespec_jax.checkpoint.conversation import Conversation, text_arguments, with_arguments
+from moespec_jax.checkpoint.conversation import Conversation, read_conversation, text_arguments, with_arguments
 from moespec_jax.checkpoint.tokenizer import render_chat
 from moespec_jax.errors import UnusableConversation
 
@@ -41,6 +42,18 @@ def render(directory: Path, conversation: Conversation, *, ask: bool = False, th
             f"expected a chat template that renders all of {conversation.where}; it leaves out {missing}"
         )
     return found
+
+
+def render_messages(directory: Path, messages: Iterable[Mapping[str, Any]]) -> str:
+    """Render messages of a caller, followed by the start of the assistant's turn.
+
+    Raises:
+        RequestError: a message has no role or no text.
+        UnusableConversation, CheckpointError: as `render`.
+    """
+    conversation = read_conversation({"messages": [dict(message) for message in messages]}, "the messages")
+    assert conversation is not None
+    return render(directory, conversation, ask=True).text
 
 
 def attempt(directory: Path, conversation: Conversation, *, ask: bool = False, thinking: bool = True) -> str | None:

@@ -7,7 +7,7 @@ print(model.generate("def fibonacci(n):").prompts[0].text)
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from moespec_jax.checkpoint.chat import render_messages
 from moespec_jax.checkpoint.generation_config import PublishedSampling
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
@@ -32,7 +33,14 @@ from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.drafters import Draft, described, drafter_of
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.prompt_cache import PromptCache
-from moespec_jax.runtime.request import check_not_traced, check_types, known_ids, listed_prompts, sequence_limits
+from moespec_jax.runtime.request import (
+    are_messages,
+    check_not_traced,
+    check_types,
+    known_ids,
+    listed_prompts,
+    sequence_limits,
+)
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
 from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
 from moespec_jax.runtime.round_costs import Chooser, RoundCosts
@@ -40,6 +48,9 @@ from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.runtime.run_result import measurements, prompt_results
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
 from moespec_jax.runtime.stop_strings import StopStrings, listed_stops
+
+# Texts, token ids, or messages of one conversation.
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass
@@ -124,7 +135,7 @@ class Model:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts,
         *,
         max_new_tokens: int = 128,
         seed: int = 0,
@@ -144,7 +155,7 @@ class Model:
         """Continue one or several prompts as one batch.
 
         Args:
-            prompts: text, or lists of token ids.
+            prompts: text, or lists of token ids; or messages with `role` and `content`, one conversation.
             max_new_tokens: of each prompt.
             seed: of all random draws. The same seed gives the same text with any tree and without one.
             stop: texts; a continuation ends before the first of them that it has.
@@ -279,7 +290,9 @@ class Model:
         """Parameters of speculative decoding: the target's, and the head's if there is one."""
         return SpeculativeParams(self.params, () if self.draft is None else self.draft.head)
 
-    def _token_ids(self, prompts: str | Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]]:
+    def _token_ids(self, prompts: Prompts) -> list[list[int]]:
+        if are_messages(prompts):
+            return [self.encode(render_messages(self.directory, prompts), special_tokens=False)]
         return [self.encode(p) if isinstance(p, str) else p for p in listed_prompts(prompts)]
 
     def _costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,11 @@ def check_types(**arguments: object) -> None:
         fits, expected = _EXPECTED[name]
         if not (fits(value) or (value is None and name not in _REQUIRED)):
             raise wrong_type(name, expected, value)
+
+
+def are_messages(prompts: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Test whether prompts are messages of one conversation."""
+    return isinstance(prompts, list | tuple) and len(prompts) > 0 and all(isinstance(p, Mapping) for p in prompts)
 
 
 def listed_prompts(prompts: object) -> list[str | list[int]]:
