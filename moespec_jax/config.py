@@ -10,7 +10,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from moespec_jax.errors import wrong_type
 
-QkNorm = Literal["none", "head", "flat"]
+QkNorm = Literal["none", "head", "rotated", "flat"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,8 @@ class RopeConfig:
         truncate: whether `yarn` rounds the bounds of its ramp to whole dimensions.
         low_freq_factor: `llama3` divides frequencies of fewer rotations over the original context by `factor`.
         high_freq_factor: `llama3` keeps frequencies of more rotations over the original context.
+        partial_rotary_factor: share of each head, from its first dimension, that is rotated.
+        interleaved: whether the rotated pairs are of neighbouring dimensions instead of those half the width apart.
     """
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
@@ -45,6 +47,42 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    partial_rotary_factor: float = 1.0
+    interleaved: bool = False
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Number of dimensions of a head that are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How the experts of a token and their combine weights follow from the router's logits.
+
+    Fields:
+        score: weight of an expert before renormalisation: `softmax` over all experts, or `sigmoid` of its own logit.
+        correction: whether a learned number is added to the score of each expert for the choice, and not to its weight.
+        groups: number of equal groups of consecutive experts.
+        groups_per_tok: number of groups from which a token may choose; a group counts the sum of its two best scores.
+        scale: factor on combine weights.
+        norm_epsilon: number added to the sum by which combine weights are renormalised.
+        norm_min: least sum by which they are renormalised.
+        float32: whether router and correction are kept in float32 whatever the dtype of the other parameters is.
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    correction: bool = False
+    groups: int = 1
+    groups_per_tok: int = 1
+    scale: float = 1.0
+    norm_epsilon: float = 0.0
+    norm_min: float = 0.0
+    float32: bool = False
+
+    @property
+    def ranks_by_probability(self) -> bool:
+        """Whether experts are ranked and weighed by their probabilities alone."""
+        return dataclasses.replace(self, float32=False) == RouterConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +117,8 @@ class AttentionConfig(Protocol):
     def qk_norm(self) -> QkNorm: ...  # noqa: D102
     @property
     def clip_qkv(self) -> float | None: ...  # noqa: D102
+    @property
+    def rope(self) -> RopeConfig: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +133,17 @@ class DecoderConfig:
         sparse_layers: for each layer, whether it routes to experts.
         sliding_windows: attention window of each layer in tokens, 0 for full attention.
         norm_topk_prob: whether combine weights are renormalised over the k experts of a token.
-        qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), or `flat` over all heads (OLMoE).
+        qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), over each head after
+            it is `rotated` (HunYuan), or `flat` over all heads (OLMoE).
         clip_qkv: bound on the absolute value of queries, keys and values; None for none.
-        shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none.
+        shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none. Several are one of their
+            widths together.
         attention_sinks: whether every head has a sink: a learned score beside those of the tokens, without a value.
         router_bias: whether the router's logits have a bias.
         expert_bias: whether the matrices of routed experts have biases.
         clamped_swiglu: activation of routed experts in place of `hidden_act`; None for `hidden_act`.
+        shared_expert_gate: whether the shared expert's output is multiplied by a gate.
+        router: how experts are chosen and weighed.
     """
 
     model_type: str
@@ -130,6 +174,8 @@ class DecoderConfig:
     router_bias: bool = False
     expert_bias: bool = False
     clamped_swiglu: ClampedSwiglu | None = None
+    shared_expert_gate: bool = True
+    router: RouterConfig = RouterConfig()
 
     @property
     def expert_activation(self) -> Activation:

@@ -40,14 +40,42 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return masses / masses.sum(axis=1, keepdims=True)
 
 
-def restrict(rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: bool, rows: Rows) -> Outcome:
+@dataclasses.dataclass
+class Sigmoid:
+    """A sigmoid router: what is added to each expert's score for the choice, groups of which a token may use some, and
+    the factor on its weights."""
+
+    correction: Sequence[float]
+    groups: int = 1
+    groups_per_tok: int = 1
+    scale: float = 1.0
+
+
+def rank_scores(gates: np.ndarray, router: Sigmoid) -> np.ndarray:
+    """What experts are ranked by, row by row; those of groups that a token may not use come after all others."""
+    scores, size = gates + np.asarray(router.correction, np.float64), gates.shape[1] // router.groups
+    for row in scores:
+        strength = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(router.groups)]
+        lowest = min(row) - max(row) - 1.0
+        for g in sorted(range(router.groups), key=lambda g: (-strength[g], g))[router.groups_per_tok :]:
+            row[g * size : (g + 1) * size] += lowest
+    return scores
+
+
+def restrict(
+    rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: bool, rows: Rows, router: Sigmoid | None = None
+) -> Outcome:
     """One layer under `rule`, of which at most `bound` experts may be read."""
-    g = softmax(logits)
+    g = p = r = softmax(logits)
+    if router is not None:
+        g = 1.0 / (1.0 + np.exp(-np.asarray(logits, np.float64)))
+        p, r = g / g.sum(axis=1, keepdims=True), rank_scores(g, router)
+    scale = 1.0 if router is None else router.scale
     tokens, total = g.shape
-    own = [best(g[t], range(total), k) if rows.valid[t] else [] for t in range(tokens)]
-    natural = [normalised({e: g[t, e] for e in own[t]}, norm) for t in range(tokens)]
+    own = [best(r[t], range(total), k) if rows.valid[t] else [] for t in range(tokens)]
+    natural = [normalised({e: g[t, e] for e in own[t]}, norm, scale) for t in range(tokens)]
     scores = [
-        math.fsum(say(rule, rows, t) * credit(rule, g[t, e], natural[t].get(e)) for t in valid(rows))
+        math.fsum(say(rule, rows, t) * credit(rule, p[t, e], natural[t].get(e)) for t in valid(rows))
         for e in range(total)
     ]
     first = [precedence(rule, rows, own, e) for e in range(total)]
@@ -64,14 +92,14 @@ def restrict(rule: BudgetConfig, bound: int, logits: np.ndarray, k: int, norm: b
         stays = stays or (not lost if least == 1 else kept >= least * sum(natural[t].values()))
         live.append(rows.valid[t] and stays)
         replaced.append(lost)
-        goes = [e for e in own[t] if e in shortlist] if rule.coverage == "truncate" else best(g[t], shortlist, k)
-        weights.append(normalised({e: g[t, e] for e in goes}, norm) if norm else {e: g[t, e] for e in goes})
+        goes = [e for e in own[t] if e in shortlist] if rule.coverage == "truncate" else best(r[t], shortlist, k)
+        weights.append(normalised({e: g[t, e] for e in goes}, norm, scale))
     live = [all(live[a] for a in rows.ancestors[t]) for t in range(tokens)]
     weights = [weights[t] if live[t] else {} for t in range(tokens)]
     mass_kept = math.fsum(scores[e] for e in shortlist) / (math.fsum(scores) or 1.0)
     # In groups, ranks decide far below the number of experts used.
     deep = count if rule.groups == 1 else total
-    gaps = [gap(first, ranked, order, deep), *(token_gap(g[t], own[t], shortlist, k) for t in valid(rows))]
+    gaps = [gap(first, ranked, order, deep), *(token_gap(r[t], own[t], shortlist, k) for t in valid(rows))]
     return Outcome(shortlist, weights, mass_kept, replaced, live, min(gaps))
 
 
@@ -91,9 +119,9 @@ def best(row: np.ndarray, among: Sequence[int], k: int) -> list[int]:
     return sorted(among, key=lambda e: (-row[e], e))[:k]
 
 
-def normalised(weights: dict[int, float], norm: bool) -> dict[int, float]:
+def normalised(weights: dict[int, float], norm: bool, scale: float = 1.0) -> dict[int, float]:
     total = math.fsum(weights.values())
-    return {e: w / total for e, w in weights.items()} if norm and total > 0 else weights
+    return {e: scale * (w / total if norm and total > 0 else w) for e, w in weights.items()}
 
 
 def say(rule: BudgetConfig, rows: Rows, t: int) -> float:
@@ -151,5 +179,5 @@ def token_gap(row: np.ndarray, own: list[int], shortlist: list[int], k: int) -> 
     for among in (range(len(row)), shortlist):
         ranked = sorted((float(row[e]) for e in among), reverse=True)
         if len(ranked) > k and ranked[k - 1] != ranked[k]:
-            found.append((ranked[k - 1] - ranked[k]) / ranked[k - 1])
+            found.append((ranked[k - 1] - ranked[k]) / abs(ranked[k - 1] or 1.0))
     return min(found)

@@ -108,6 +108,9 @@ def write_checkpoint(directory: Path, fields: Fields, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _randomize(name, parameter, generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.empty(buffer.shape).normal_(generator=generator))
     model.eval().save_pretrained(directory)
     (directory / "generation_config.json").unlink(missing_ok=True)
     (directory / "config.json").write_text(text)

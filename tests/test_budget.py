@@ -1,5 +1,6 @@
 """Every rule of the budget against plain Python in float64, ties included; and what must hold for every rule."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,12 +14,12 @@ import pytest
 from driver import fast_jit
 
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, RouterConfig
 from moespec_jax.decoding.budget import restrict
 from moespec_jax.decoding.budget_config import BudgetConfig, budget_warning, is_exact, resolve
 from moespec_jax.decoding.budget_rules import ANCHORS, COVERAGES, EXPERT_WEIGHTS, SCORES, SIZES, Nodes
 from moespec_jax.decoding.tree import ancestors, depths
-from moespec_jax.nn.routing import Restricted, route
+from moespec_jax.nn.routing import Restricted, Routing, route
 
 # Numbers of experts and of those active, and whether weights are renormalised: as the families have them, and not.
 ROUTERS = {
@@ -28,7 +29,10 @@ ROUTERS = {
     "qwen2_moe renormalised": (60, 4, True),
     "mixtral": (8, 2, True),
     "few": (6, 3, False),
+    "sigmoid": (32, 4, True),
+    "sigmoid in groups": (24, 3, False),
 }
+SIGMOIDS = {"sigmoid": (1, 1, 2.5), "sigmoid in groups": (6, 2, 1.0)}
 # A third of all combinations, in which any three settings still meet in every way.
 TABLES = dict(score=SCORES, credit=EXPERT_WEIGHTS, anchor=ANCHORS, coverage=COVERAGES, size=SIZES)
 RULES = [
@@ -47,7 +51,20 @@ def config_of(router: str) -> DecoderConfig:
         num_hidden_layers=4, num_attention_heads=1, num_key_value_heads=1, head_dim=8, num_experts=total,
         num_experts_per_tok=k, norm_topk_prob=norm, max_position_embeddings=64, rms_norm_eps=1e-6, hidden_act="silu",
     )  # fmt: skip
-    return read_config(fields)
+    config = read_config(fields)
+    if router not in SIGMOIDS:
+        return config
+    groups, chosen, scale = SIGMOIDS[router]
+    form = RouterConfig("sigmoid", correction=True, groups=groups, groups_per_tok=chosen, scale=scale)
+    return dataclasses.replace(config, router=form)
+
+
+def sigmoid_of(router: str) -> budget_oracle.Sigmoid | None:
+    """The oracle's sigmoid router of that name; its correction decides often."""
+    if router not in SIGMOIDS:
+        return None
+    correction = np.random.default_rng(len(router)).normal(0, 0.3, ROUTERS[router][0]).astype(np.float32)
+    return budget_oracle.Sigmoid(correction.tolist(), *SIGMOIDS[router])
 
 
 def random_nodes(seed: int) -> tuple[Nodes, budget_oracle.Rows]:
@@ -88,13 +105,19 @@ def random_logits(seed: int, total: int) -> np.ndarray:
     return logits
 
 
+def routed(router: str, logits: jax.Array, valid: jax.Array) -> tuple[Routing, jax.Array]:
+    """`route` of given logits."""
+    form, identity = sigmoid_of(router), jnp.eye(logits.shape[1], dtype=jnp.float32)
+    correction = None if form is None else jnp.asarray(form.correction, jnp.float32)
+    return route(config_of(router), identity, logits, valid, None, correction)
+
+
 @cache
 def compiled(rule: BudgetConfig, router: str) -> Callable[..., Restricted]:
     config = config_of(router)
 
     def run(nodes: Nodes, logits: jax.Array, valid: jax.Array) -> Restricted:
-        identity = jnp.eye(config.num_experts, dtype=jnp.float32)
-        natural, probabilities = route(config, identity, logits, valid)
+        natural, probabilities = routed(router, logits, valid)
         return restrict(rule, nodes, config.norm_topk_prob, 1, probabilities, natural, valid)
 
     return fast_jit(run)
@@ -105,7 +128,7 @@ def check(rule: BudgetConfig, router: str, bound: int, seed: int) -> bool:
     total, k, norm = ROUTERS[router]
     nodes, rows = random_nodes(seed)
     logits = random_logits(seed, total)
-    expected = budget_oracle.restrict(rule, bound, logits, k, norm, rows)
+    expected = budget_oracle.restrict(rule, bound, logits, k, norm, rows, sigmoid_of(router))
     if expected.closest < 1e-5:
         return False
     got = compiled(rule, router)(nodes, jnp.asarray(logits), jnp.asarray(rows.valid))
@@ -166,14 +189,13 @@ def test_a_budget_of_all_experts_changes_no_bit_of_the_routing(router: str, cove
     for seed in range(DRAWS):
         nodes, rows = random_nodes(seed)
         logits, valid = jnp.asarray(random_logits(seed, config.num_experts)), jnp.asarray(rows.valid)
-        identity = jnp.eye(config.num_experts, dtype=jnp.float32)
-        natural, _ = fast_jit(partial(route, config))(identity, logits, valid)
+        natural, _ = fast_jit(partial(routed, router))(logits, valid)
         got = compiled(rule, router)(nodes, logits, valid)
         same((got.routing.experts, got.routing.weights), (natural.experts, natural.weights))
         assert not got.replaced.any() and got.kept.tolist() == rows.valid
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [router for router in ROUTERS if router not in SIGMOIDS])
 @pytest.mark.parametrize("coverage", COVERAGES)
 @pytest.mark.parametrize("anchor", ["root", "likely"])
 def test_rows_that_lose_everything_stay_finite(router: str, coverage: str, anchor: str) -> None:

@@ -176,7 +176,7 @@ class LeafStore:
 
     def _put(self, path: Path, array: np.ndarray, transpose: bool) -> None:
         place = self._place(path)
-        dtype = leaf_dtype(path, self._dtype, self._quantization)
+        dtype = leaf_dtype(self._config, path, self._dtype, self._quantization)
         if not transpose:
             array = repeat_heads(array, self._shapes[place.leaf][place.row is not None], self._config.head_dim)
         for device, index in self._parts[place.leaf].items():

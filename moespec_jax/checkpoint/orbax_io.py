@@ -192,7 +192,8 @@ def _dtype(source: Source, leaf: StoredLeaf, dtype: DTypeLike | None) -> np.dtyp
     """Dtype of an array on disk: `dtype`, else that of its tensors, or float32 where they differ."""
     kinds = {source.dtypes[name] for name in leaf.tensors}
     stored = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-    return stored if dtype is None else jnp.dtype(dtype)
+    wide = any(tensor.float32 for tensor in leaf.tensors.values())
+    return stored if dtype is None else jnp.dtype(jnp.float32 if wide else dtype)
 
 
 def _writer(out: np.ndarray, name: str, tensor: Tensor) -> Callable[[np.ndarray], None]:

@@ -87,9 +87,10 @@ def scale_path(path: Path) -> Path:
     return (*path[:-1], f"{path[-1]}_scale")
 
 
-def leaf_dtype(path: Path, dtype: DTypeLike, quantization: Quantization | None) -> jnp.dtype:
+def leaf_dtype(config: DecoderConfig, path: Path, dtype: DTypeLike, quantization: Quantization | None) -> jnp.dtype:
     """Dtype of a leaf of parameters in `dtype`."""
-    if str(path[-1]).endswith("_scale"):
+    name = str(path[-1])
+    if name.endswith("_scale") or name == "correction" or (name == "router" and config.router.float32):
         return jnp.dtype(jnp.float32)
     return jnp.dtype(jnp.int8 if is_quantized(path, quantization) else dtype)
 
@@ -127,7 +128,7 @@ def abstract_decoder(
 
     def leaf(path: Path, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = where.sharding(path, shape) if isinstance(where, Placement) else where
-        return jax.ShapeDtypeStruct(shape, leaf_dtype(path, dtype, quantization), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, leaf_dtype(config, path, dtype, quantization), sharding=sharding)
 
     leaves = {path: leaf(path, shape) for path, shape in leaf_shapes(config, backend, quantization).items()}
     return build_decoder(config, backend, leaves, where.plan if isinstance(where, Placement) else REPLICATED)
@@ -137,7 +138,10 @@ def random_decoder(config: DecoderConfig, backend: Backend, key: jax.Array, dtyp
     """Draw random parameters for timing and tests: norms are 1, biases small, matrices of unit gain."""
     shapes = leaf_shapes(config, backend)
     keys = jax.random.split(key, len(shapes))
-    leaves = {path: _random_leaf(path, shape, k, dtype) for (path, shape), k in zip(shapes.items(), keys, strict=True)}
+    leaves = {
+        path: _random_leaf(path, shape, k, leaf_dtype(config, path, dtype, None))
+        for (path, shape), k in zip(shapes.items(), keys, strict=True)
+    }
     return build_decoder(config, backend, leaves)
 
 
@@ -148,7 +152,8 @@ def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:
     attention = Attention(**{name: at("attention", name) for name in Attention.__dataclass_fields__})
     if sparse:
         shared = _build_mlp((*path, "mlp", "shared"), leaves) if at("mlp", "shared", "gate") is not None else None
-        mlp = SparseMlp(at("mlp", "router"), at("mlp", "router_bias"), shared, at("mlp", "shared_gate"))
+        names = ("router", "router_bias", "correction", "shared_gate")
+        mlp = SparseMlp(shared=shared, **{name: at("mlp", name) for name in names})
     else:
         mlp = _build_mlp((*path, "mlp"), leaves)
     return Layer(at("input_norm"), attention, at("post_attention_norm"), mlp)
@@ -184,5 +189,5 @@ def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTyp
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
     fan_in = shape[-1] if name in ("q", "k", "v", "embed", "lm_head", "router", "shared_gate") else shape[-2:][0]
-    scale = 0.1 if name.endswith("bias") or name == "sinks" else fan_in**-0.5
+    scale = 0.1 if name.endswith("bias") or name in ("sinks", "correction") else fan_in**-0.5
     return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)

@@ -90,7 +90,8 @@ _SPLIT: dict[str, tuple[str, int]] = {
 _REPLICATED = frozenset(
     {
         "embed", "norm", "input_norm", "post_attention_norm", "hidden_norm", "o_bias", "router", "router_bias",
-        "shared_gate", "gate_bias", "up_bias", "down_bias", "down_scale", "fc", "fc_bias", "fc_norms", "target_ids",
+        "correction", "shared_gate", "gate_bias", "up_bias", "down_bias", "down_scale", "fc", "fc_bias", "fc_norms",
+        "target_ids",
     }
 )  # fmt: skip
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from moespec_jax.checkpoint.config_fields import (
     Fields,
+    Places,
     as_count,
     as_number,
     read_flag,
+    read_number,
     section,
     shown,
 )
@@ -24,18 +26,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_factor": (1,),
     "extrapolation_factor": (1,),
 }
+_READ_APART = ("rope_type", "rope_theta", "partial_rotary_factor", "interleaved")
 
 
-def read_rope(fields: Fields, default_theta: float) -> RopeConfig:
+def read_rope(fields: Fields, default_theta: float, partial: float | None = None) -> RopeConfig:
     """Read the rotary settings of a config.json. Where it states them more than once, all statements must agree.
+
+    `partial` is the share of each head that a family rotates where the file does not state it; None for families that
+    always rotate whole heads.
 
     Raises:
         UnsupportedConfig: statements contradict each other; or a scaling other than default, linear, dynamic, yarn or
             llama3, an unknown parameter, or partial rotary heads.
     """
-    stated = [(name, _read(given, fields, default_theta)) for name, given in _statements(fields)]
+    stated = [(name, _read(given, fields, default_theta, partial)) for name, given in _statements(fields)]
     if not stated:
-        return _read({}, fields, default_theta)
+        return _read({}, fields, default_theta, partial)
     first, rope = stated[0]
     for name, other in stated[1:]:
         for field in dataclasses.fields(RopeConfig):
@@ -62,7 +68,7 @@ def _statements(fields: Fields) -> Iterator[tuple[str, Fields]]:
             yield f"{name}.{kind}", given[kind]
 
 
-def _read(given: Fields, fields: Fields, default_theta: float) -> RopeConfig:
+def _read(given: Fields, fields: Fields, default_theta: float, partial: float | None) -> RopeConfig:
     """Read one object; `fields` is the whole config.json, whose top level may hold further settings."""
     given = dict(given)
     rope_type = given.pop("rope_type", None) or given.pop("type", None) or "default"
@@ -72,16 +78,14 @@ def _read(given: Fields, fields: Fields, default_theta: float) -> RopeConfig:
         raise UnsupportedConfig(
             f"expected rope_type default, linear, dynamic, yarn or llama3; config.json has {shown(rope_type)}"
         )
-    for source in (given, fields):
-        if source.get("partial_rotary_factor", 1.0) not in (1.0, None):
-            raise UnsupportedConfig("partial_rotary_factor other than 1 is not supported")
+    share = _partial_factor((given, fields), partial)
     given.pop("partial_rotary_factor", None)
     given = {name: value for name, value in given.items() if value is not None}
     if rope_type == "default":
         given = {}
     if rope_type in ("yarn", "llama3") and (original := fields.get("original_max_position_embeddings")) is not None:
         given["original_max_position_embeddings"] = original  # has precedence, as in transformers
-    rope = RopeConfig(rope_type=rope_type, rope_theta=theta, **_scaling(given, rope_type))
+    rope = RopeConfig(rope_type=rope_type, rope_theta=theta, partial_rotary_factor=share, **_scaling(given, rope_type))
     if rope_type == "yarn" and theta == 1.0:
         raise UnsupportedConfig("expected rope_theta other than 1 for rope_type 'yarn'")
     if rope.low_freq_factor >= rope.high_freq_factor:
@@ -90,10 +94,19 @@ def _read(given: Fields, fields: Fields, default_theta: float) -> RopeConfig:
     return rope
 
 
+def _partial_factor(places: Places, partial: float | None) -> float:
+    """Read the share of each head that is rotated."""
+    share = read_number(places, "partial_rotary_factor", 1.0 if partial is None else partial)
+    if share > 1 or (partial is None and share != 1):
+        expected = "of at most 1" if partial is not None else "1"
+        raise UnsupportedConfig(f"expected partial_rotary_factor {expected}; config.json has {shown(share)}")
+    return share
+
+
 def _scaling(given: Fields, rope_type: str) -> dict[str, Any]:
     """Check the parameters of a rotary scaling. `truncate` is a flag, all others are numbers."""
     given = {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
-    known = {f for f in RopeConfig.__dataclass_fields__ if f not in ("rope_type", "rope_theta")}
+    known = {f for f in RopeConfig.__dataclass_fields__ if f not in _READ_APART}
     if unknown := set(given) - known:
         name = min(unknown)
         raise UnsupportedConfig(

@@ -15,7 +15,10 @@ from moespec_jax.checkpoint.shards import Headers
 from moespec_jax.config import DecoderConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_SPARSE_BLOCK = re.compile(r"(model\.layers\.[0-9]{1,4}\.)(?:mlp|block_sparse_moe)\.(gate\.weight|experts\..+)")
+_SPARSE_BLOCK = re.compile(
+    r"(model\.layers\.[0-9]{1,4}\.)(?:mlp|block_sparse_moe)\."
+    r"(gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias|(?:shared_)?experts\..+)"
+)
 
 
 def unify_names(config: DecoderConfig, headers: Headers) -> tuple[Headers, list[str]]:
@@ -41,7 +44,16 @@ def unify_names(config: DecoderConfig, headers: Headers) -> tuple[Headers, list[
 def _table_name(config: DecoderConfig, name: str) -> str:
     """Rename the sparse block as the family's original checkpoints do."""
     match = _SPARSE_BLOCK.fullmatch(name)
-    return name if match is None else match[1] + FAMILIES[config.model_type].names.sparse_block + match[2]
+    if match is None:
+        return name
+    (layer, rest), names = match.groups(), FAMILIES[config.model_type].names
+    if rest == "gate.weight":
+        return layer + names.router
+    if rest.endswith("e_score_correction_bias"):
+        return layer + names.correction if config.router.correction else name
+    if rest.startswith("shared_experts.") and config.shared_expert_intermediate_size:
+        return layer + names.shared + rest.removeprefix("shared_experts.")
+    return layer + names.sparse_block + rest
 
 
 def _fused(config: DecoderConfig, name: str) -> Fused | None:

@@ -6,6 +6,7 @@ published `[out, in]` and kept `[in, out]`.
 """
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from moespec_jax.errors import CheckpointError
 from moespec_jax.files import listing
 
 Path = tuple[str | int, ...]
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,4})\.")
 
 
 class Tensor(NamedTuple):
@@ -26,11 +28,13 @@ class Tensor(NamedTuple):
         path: place in the parameters.
         shape: published shape.
         transpose: whether it is kept transposed.
+        float32: whether it is kept in float32 whatever the dtype of the others.
     """
 
     path: Path
     shape: tuple[int, ...]
     transpose: bool = False
+    float32: bool = False
 
     def reorient(self, array: np.ndarray) -> np.ndarray:
         """Convert an array from the published orientation to the kept one, or back."""
@@ -59,7 +63,11 @@ def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
 
 
 def is_ignorable(config: DecoderConfig, name: str) -> bool:
-    """Test whether a tensor outside the table is redundant: a rotary table, or the copy of a tied embedding."""
+    """Test whether a tensor outside the table is redundant: a rotary table, the copy of a tied embedding, or of layers
+    that only predict further tokens (`Family.mtp`)."""
+    layer = _LAYER.match(name) if FAMILIES[config.model_type].mtp else None
+    if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+        return True
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
@@ -114,7 +122,7 @@ def attention_table(
     if o_bias:
         rows["self_attn.o_proj.bias"] = Tensor((*path, "o_bias"), (model,))
     if config.qk_norm != "none":
-        widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (q, kv)
+        widths = (q, kv) if config.qk_norm == "flat" else (config.head_dim, config.head_dim)
         for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
             rows[f"self_attn.{name}.weight"] = Tensor((*path, name), (width,))
     return rows
@@ -140,13 +148,14 @@ def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
     rows |= attention_table(config, (*path, "attention"), model=model, inputs=model, **bias)
     if config.attention_sinks:
         rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (config.num_attention_heads,))
-    return rows
+    names = FAMILIES[config.model_type].names.attention
+    return {names.get(name, name): tensor for name, tensor in rows.items()}
 
 
 def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[str, Tensor]:
     """List the tensors of a sparse MLP; its experts' places count sparse layers."""
     names, model, ffn = FAMILIES[config.model_type].names, config.hidden_size, config.moe_intermediate_size
-    rows = {names.router: Tensor((*path, "router"), (config.num_experts, model))}
+    rows = {names.router: Tensor((*path, "router"), (config.num_experts, model), float32=config.router.float32)}
     if config.router_bias:
         rows[names.router.removesuffix("weight") + "bias"] = Tensor((*path, "router_bias"), (config.num_experts,))
     for e in range(config.num_experts):
@@ -158,7 +167,11 @@ def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[
             for kind, name, out in (("gate", names.gate, ffn), ("up", names.up, ffn), ("down", names.down, model)):
                 bias = name.removesuffix("weight").format(expert=e) + "bias"
                 rows[bias] = Tensor((*expert, f"{kind}_bias"), (1, out))
+    if config.router.correction:
+        shape = (1, config.num_experts) if names.correction_row else (config.num_experts,)
+        rows[names.correction] = Tensor((*path, "correction"), shape, float32=True)
     if width := config.shared_expert_intermediate_size:
-        rows |= mlp_table("mlp.shared_expert.", (*path, "shared"), model, width)
-        rows["mlp.shared_expert_gate.weight"] = Tensor((*path, "shared_gate"), (1, model))
+        rows |= mlp_table(names.shared, (*path, "shared"), model, width)
+        if config.shared_expert_gate:
+            rows["mlp.shared_expert_gate.weight"] = Tensor((*path, "shared_gate"), (1, model))
     return rows

@@ -85,7 +85,10 @@ def write_safetensors(
         CheckpointError: the source is damaged, or a value does not fit `dtype`.
     """
     table = source.table
-    dtypes = {name: source.dtypes[name] if dtype is None else jnp.dtype(dtype) for name in table}
+    dtypes = {
+        name: source.dtypes[name] if dtype is None else jnp.dtype(jnp.float32 if tensor.float32 else dtype)
+        for name, tensor in table.items()
+    }
     shards = _plan({name: (tensor.shape, dtypes[name]) for name, tensor in table.items()}, max_shard_bytes)
     tensors = with_progress(_each(source, shards), len(table), "writing", progress)
     names = [_shard_name(i, len(shards)) for i in range(len(shards))]
@@ -167,6 +170,8 @@ def _rope_fields(config: DecoderConfig) -> dict[str, Any]:
     rope: RopeConfig = config.rope
     required, optional = _ROPE[rope.rope_type]
     fields = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *required)}
+    if rope.partial_rotary_factor != 1.0:
+        fields |= {"partial_rotary_factor": rope.partial_rotary_factor}
     return fields | {name: getattr(rope, name) for name in optional if getattr(rope, name) is not None}
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import Nodes
-from moespec_jax.nn.routing import Restricted, Routing, Shortlist, combine_weights, normalise
+from moespec_jax.nn.routing import Choice, Restricted, Routing, Shortlist, combine_weights, finish_weights
 from moespec_jax.parallel.collectives import data_axes, pmax, psum
 
 # `restrict`, or a function of its signature.
@@ -39,7 +39,7 @@ def restrict(
         nodes: the rows, tree by tree.
         norm_topk_prob: whether the model renormalises combine weights.
         layer: index among the sparse layers.
-        probabilities: the router's softmax.
+        probabilities: the router's probabilities of all experts.
         natural: routing without a budget.
         valid: rows that are still in the tree.
         shortlist: the back-end's form for rules that rank by score alone (`Backend.shortlist`).
@@ -63,7 +63,7 @@ def restrict_to(
     row_weight = jnp.where(valid, budget.rule("score")(nodes).reshape(-1), 0.0)
     rest = (row_weight, most, probabilities, natural, valid)
     plain = partial(_restrict_rows, budget, nodes, norm_topk_prob)
-    if shortlist is None or not budget.by_score_alone or data_axes():
+    if shortlist is None or natural.choice is not None or not budget.by_score_alone or data_axes():
         return plain(*rest)
     return shortlist(plain, budget.rule("credit"), norm_topk_prob, budget.slots, *rest)
 
@@ -94,7 +94,7 @@ def _restrict_rows(
     inside = jnp.any(shortlist[:, None] == every[None, :], axis=0)
     kept = valid & _keeps_weight(budget, nodes, weights, selected, inside)
     covered = budget.rule("coverage")(natural, probabilities, inside)
-    routing = _mask_pruned(covered, kept, num_experts, norm_topk_prob)
+    routing = _mask_pruned(covered, kept, num_experts, norm_topk_prob, natural.choice)
     total = jnp.sum(scores)
     return Restricted(
         routing=dataclasses.replace(routing, max_distinct=slots, groups=budget.groups),
@@ -155,8 +155,10 @@ def _keeps_weight(
     return jnp.all(enough[:, None, :] | ~nodes.ancestors, axis=2).reshape(-1)
 
 
-def _mask_pruned(routing: Routing, kept: Bool[Array, " rows"], no_expert: int, norm_topk_prob: bool) -> Routing:
-    """Mask pruned rows (expert `no_expert`, weight 0), and renormalise what is left where the model does."""
+def _mask_pruned(
+    routing: Routing, kept: Bool[Array, " rows"], no_expert: int, norm_topk_prob: bool, choice: Choice | None
+) -> Routing:
+    """Mask pruned rows (expert `no_expert`, weight 0), and renormalise and scale what is left as the model does."""
     experts = jnp.where(kept[:, None], routing.experts, no_expert)
     weights = jnp.where(experts < no_expert, routing.weights, 0.0)
-    return Routing(experts, normalise(weights) if norm_topk_prob else weights)
+    return Routing(experts, finish_weights(weights, norm_topk_prob, choice))

@@ -32,7 +32,7 @@ class Nodes(NamedTuple):
 
 # Weight of every row in the experts' scores: nodes -> [batch, nodes].
 Score = Callable[[Nodes], Array]
-# What a row contributes to every expert's score: (router's softmax, experts that the row selected, their combine
+# What a row contributes to every expert's score: (router's probabilities, experts that the row selected, their combine
 # weights, 0 elsewhere), each [rows, experts] -> [rows, experts].
 ExpertWeight = Callable[[Array, Array, Array], Array]
 # Rows whose own experts precede all others in the shortlist: (nodes, anchor_probability) -> [batch, nodes]. The
@@ -40,7 +40,7 @@ ExpertWeight = Callable[[Array, Array, Array], Array]
 Anchor = Callable[[Nodes, float], Array]
 # How many of the ranked experts are read: (scores in order of rank, mass) -> int32 scalar. It is clipped to the budget.
 Size = Callable[[Array, float], Array]
-# Where rows go that may use only experts `inside` the shortlist: (natural routing, router's softmax, inside) ->
+# Where rows go that may use only experts `inside` the shortlist: (natural routing, router's probabilities, inside) ->
 # routing of the same shape, whose weights are not renormalised.
 Coverage = Callable[[Routing, Array, Array], Routing]
 
@@ -83,8 +83,11 @@ def substitute(
     natural: Routing, probabilities: Float[Array, "rows experts"], inside: Bool[Array, " experts"]
 ) -> Routing:
     """Send every row to its k best experts inside the shortlist, with the router's probabilities as weights."""
-    k = natural.experts.shape[1]
-    weights, experts = jax.lax.top_k(jnp.where(inside[None, :], probabilities, -1.0), k)
+    k, choice = natural.experts.shape[1], natural.choice
+    ranking = probabilities if choice is None else choice.ranking
+    weights, experts = jax.lax.top_k(jnp.where(inside[None, :], ranking, -jnp.inf), k)
+    if choice is not None:
+        weights = jnp.take_along_axis(choice.gates, experts, axis=1)
     return Routing(experts.astype(jnp.int32), weights)
 
 
@@ -92,7 +95,8 @@ def truncate(natural: Routing, probabilities: Float[Array, "rows experts"], insi
     """Leave every row those of its own experts that are inside the shortlist."""
     no_expert = probabilities.shape[1]
     own = jnp.minimum(natural.experts, no_expert - 1)
-    weights = jnp.take_along_axis(probabilities, own, axis=1)
+    gates = probabilities if natural.choice is None else natural.choice.gates
+    weights = jnp.take_along_axis(gates, own, axis=1)
     every = jnp.arange(no_expert, dtype=own.dtype)
     kept = jnp.any((natural.experts[:, :, None] == every[None, None, :]) & inside[None, None, :], axis=2)
     return Routing(jnp.where(kept, own, no_expert).astype(jnp.int32), weights)

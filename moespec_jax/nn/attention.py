@@ -58,7 +58,8 @@ def project_qkv(
 ]:
     """Compute rotated queries, rotated keys and values; where heads are sharded over `axes`, those of this device.
 
-    Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate.
+    Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate,
+    norm per rotated head (HunYuan).
     """
     parts = []
     for weight, bias, norm in (
@@ -77,8 +78,11 @@ def project_qkv(
         if norm is not None and config.qk_norm == "head":
             y = rms_norm(y, norm, config.rms_norm_eps)
         parts.append(y)
-    q, k, v = parts
-    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+    q, k = (apply_rope(part, cos, sin, config.rope.interleaved) for part in parts[:2])
+    if config.qk_norm == "rotated":
+        assert weights.q_norm is not None and weights.k_norm is not None
+        q, k = (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps))
+    return q, k, parts[2]
 
 
 def _barrier_on_tpu(x: Array) -> Array:

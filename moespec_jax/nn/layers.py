@@ -92,11 +92,17 @@ def apply_rope(
     x: Float[Array, "batch tokens heads head"],
     cos: Float[Array, "batch tokens half"],
     sin: Float[Array, "batch tokens half"],
+    interleaved: bool = False,
 ) -> Float[Array, "batch tokens heads head"]:
-    """Rotate the pairs (x_i, x_{i + half}) of each head, in the dtype of `x` (RoPE, arXiv:2104.09864)."""
-    a, b = jnp.split(x, 2, axis=-1)
+    """Rotate pairs of each head, in the dtype of `x` (RoPE, arXiv:2104.09864): of its first 2 * half dimensions,
+    (x_i, x_{i + half}), or, interleaved, (x_{2i}, x_{2i + 1}), whose results are in the order of the former: products
+    of queries and keys do not depend on it."""
+    width = 2 * cos.shape[-1]
+    rest = [x[..., width:]] if width < x.shape[-1] else []
+    x = x[..., :width] if rest else x
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     c, s = cos[:, :, None, :].astype(x.dtype), sin[:, :, None, :].astype(x.dtype)
-    return jnp.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    return jnp.concatenate([a * c - b * s, b * c + a * s, *rest], axis=-1)
 
 
 def rope_angles(
@@ -106,12 +112,13 @@ def rope_angles(
     positions: Int[Array, "batch tokens"],
     length: Int[Array, ""] | Int[Array, "batch tokens"],
 ) -> tuple[Float[Array, "batch tokens half"], Float[Array, "batch tokens half"]]:
-    """Compute cosine and sine of the angles of every position, float32.
+    """Compute cosine and sine of the angles of every position, float32, for the rotated part of a head.
 
     `length` is the sequence length in tokens for `dynamic` scaling, whose base depends on it: that of the longest
     sequence, as in transformers, or one for each row. With one for each row, the angles of a sequence do not depend on
     the rest of the batch, and those of a node, which replaces a forward pass of plain decoding, not on its tree.
     """
+    head_dim = rope.rotary_dim(head_dim)
     if rope.rope_type == "dynamic":
         inverse = _dynamic_frequencies(rope, head_dim, max_position_embeddings, length)
         scale = 1.0

@@ -1,5 +1,6 @@
 """Mixture-of-Experts block over flattened tokens: route, run the chosen experts, combine."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, RouterConfig
 from moespec_jax.nn.layers import GatedMlp, gated_mlp
 from moespec_jax.nn.routing import Restricted, Route, Routing, shard_routing
 from moespec_jax.nn.routing import route as plain_route
@@ -19,11 +20,20 @@ from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 @struct.dataclass
 class SparseMlp:
-    """Parameters of a sparse layer besides its routed experts, whose layout depends on the back-end. The router's bias,
-    the shared expert and its gate are None where the family has none."""
+    """Parameters of a sparse layer besides its routed experts, whose layout depends on the back-end; None where the
+    family has none.
+
+    Fields:
+        router: weight of the router's logits.
+        router_bias: their bias.
+        correction: number added to the score of each expert for the choice.
+        shared: shared expert.
+        shared_gate: its gate.
+    """
 
     router: Float[Array, "*stack experts model"]
     router_bias: Float[Array, "*stack experts"] | None = None
+    correction: Float[Array, "*stack experts"] | Float[Array, "*stack 1 experts"] | None = None
     shared: GatedMlp | None = None
     shared_gate: Float[Array, "*stack 1 model"] | None = None
 
@@ -35,7 +45,7 @@ class RouterInfo(NamedTuple):
 
     Fields:
         inputs: rows that the router and the experts read.
-        probabilities: the router's softmax over all experts.
+        probabilities: the router's probabilities of all experts (`routing.route`).
         experts: expert ids before a budget.
         restricted: routing under a budget, None without one.
     """
@@ -48,7 +58,7 @@ class RouterInfo(NamedTuple):
 
 # Routed experts of one sparse layer: (experts, layer, x [tokens, model], routing) -> [tokens, model].
 ExpertCompute = Callable[[object, "int | Array", Array, Routing], Array]
-# Limit on the experts of one sparse layer: (layer, router's softmax, natural routing, valid) -> Restricted.
+# Limit on the experts of one sparse layer: (layer, router's probabilities, natural routing, valid) -> Restricted.
 Restrict = Callable[["int | Array", Array, Routing, Array], Restricted]
 
 
@@ -68,19 +78,20 @@ def sparse_mlp(
 
     On a mesh every device routes all tokens, runs the experts that it holds, and the outputs are summed.
     """
-    if mlp.router_bias is None:
+    if config.router == RouterConfig() and mlp.router_bias is None:
         natural, probabilities = route(config, mlp.router, x, valid)
-    else:  # the kernel has no bias
-        natural, probabilities = plain_route(config, mlp.router, x, valid, mlp.router_bias)
+    else:  # kernels have no other form
+        natural, probabilities = plain_route(config, mlp.router, x, valid, mlp.router_bias, mlp.correction)
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
-    routing = natural if restricted is None else restricted.routing
+    routing = dataclasses.replace(natural, choice=None) if restricted is None else restricted.routing
     local = shard_routing(routing, config.num_experts, sharding.experts)
     y = compute(experts, layer, x, local).astype(x.dtype)
-    if mlp.shared is None or mlp.shared_gate is None:
+    if mlp.shared is None:
         y = psum(y, sharding.routed)
     else:
-        gate = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate))
-        shared = gate * gated_mlp(x, mlp.shared, config.hidden_act)
+        shared = gated_mlp(x, mlp.shared, config.hidden_act)
+        if mlp.shared_gate is not None:
+            shared = jax.nn.sigmoid(jnp.einsum("td,od->to", x, mlp.shared_gate)) * shared
         # One all-reduce where routed and shared experts are split over the same axes.
         same_axes = sharding.routed == sharding.ffn
         y = psum(y + shared, sharding.ffn) if same_axes else psum(y, sharding.routed) + psum(shared, sharding.ffn)

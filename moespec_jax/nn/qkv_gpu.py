@@ -30,8 +30,8 @@ def write_qkv_gpu(
     layer: Int[Array, ""] | None = None,
     axes: Axes = (),
 ) -> tuple[Array, tuple[Array, Array]]:
-    """Compute `write_qkv`: on NVIDIA GPUs with the kernel where tokens are few, numbers have 16 bits, layers are apart
-    and heads are not sharded; elsewhere with plain operations."""
+    """Compute `write_qkv`: on NVIDIA GPUs with the kernel where tokens are few, numbers have 16 bits, layers are apart,
+    heads are not sharded, rotated whole and by halves; elsewhere with plain operations."""
 
     def plain(weights: Attention, x: Array, angles: tuple[Array, Array], kv: tuple[Array, Array], start: Array):
         return write_qkv(config, weights, x, angles, kv, start, layer, axes)
@@ -41,7 +41,9 @@ def write_qkv_gpu(
 
     few = layer is None and not axes and x.shape[1] <= MOST_TOKENS and weights.q.shape[0] <= WIDEST
     half = config.head_dim // 2
-    if not few or x.dtype not in DTYPES or not x.dtype == weights.q.dtype == kv[0].dtype or half & (half - 1):
+    usual = angles[0].shape[-1] == half and not config.rope.interleaved and config.qk_norm != "rotated"
+    dtypes = x.dtype in DTYPES and x.dtype == weights.q.dtype == kv[0].dtype
+    if not (few and usual and dtypes) or half & (half - 1):
         return plain(weights, x, angles, kv, start)
     return jax.lax.platform_dependent(weights, x, angles, kv, start, cuda=fused, default=plain)
 

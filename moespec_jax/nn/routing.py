@@ -8,9 +8,27 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, RouterConfig
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.mesh import EXPERT
+
+
+@struct.dataclass
+class Choice:
+    """What the experts of every token are chosen by, where it is not their probabilities alone; a budget chooses with
+    it among fewer experts.
+
+    Fields:
+        ranking: score by which experts are ranked.
+        gates: weight of every expert before renormalisation.
+        router: settings of the router.
+    """
+
+    ranking: Float[Array, "*stack tokens experts"]
+    gates: Float[Array, "*stack tokens experts"]
+    router: RouterConfig = struct.field(pytree_node=False)
+
+    __repr__ = summary
 
 
 @struct.dataclass
@@ -25,6 +43,7 @@ class Routing:
             experts allow; expert compute needs no more slots.
         groups: number of equal groups of consecutive experts among which `max_distinct` is divided evenly.
         sharded: whether other devices may hold some of the tokens' experts.
+        choice: what a budget chooses by, in place of the probabilities.
     """
 
     experts: Int[Array, "*stack tokens active"]
@@ -32,6 +51,7 @@ class Routing:
     max_distinct: int | None = struct.field(pytree_node=False, default=None)
     groups: int = struct.field(pytree_node=False, default=1)
     sharded: bool = struct.field(pytree_node=False, default=False)
+    choice: Choice | None = None
 
     __repr__ = summary
 
@@ -60,23 +80,62 @@ def route(
     x: Float[Array, "tokens model"],
     valid: Bool[Array, " tokens"],
     bias: Float[Array, " experts"] | None = None,
+    correction: Float[Array, "*row experts"] | None = None,
 ) -> tuple[Routing, Float[Array, "tokens experts"]]:
-    """Choose the k most probable experts of every token, renormalised if the model does (`norm_topk_prob`); also the
-    router's softmax. `bias` is that of the logits.
+    """Choose the k best experts of every token, renormalised if the model does (`norm_topk_prob`); also the router's
+    probabilities: its softmax, or its sigmoids scaled to a sum of 1. `bias` is that of the logits, and `correction`
+    that of scores for the choice.
 
     Tokens that are not `valid` (padding, finished sequences) get no expert, so that they cost no weight reads.
     """
+    x = x.astype(router.dtype) if config.router.float32 else x
     logits = jnp.einsum("td,nd->tn", x, router, preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias[None, :].astype(jnp.float32)
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        weights = normalise(weights)
+    gates = jax.nn.sigmoid(logits) if config.router.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    choice = None
+    if not config.router.ranks_by_probability:
+        choice = Choice(rank_scores(config.router, gates, correction), gates, config.router)
+    weights, experts = jax.lax.top_k(gates if choice is None else choice.ranking, config.num_experts_per_tok)
+    if choice is not None:
+        weights = jnp.take_along_axis(gates, experts, axis=1)
+    weights = finish_weights(weights, config.norm_topk_prob, choice)
     experts = jnp.where(valid[:, None], experts.astype(jnp.int32), jnp.int32(config.num_experts))
-    return Routing(experts, jnp.where(valid[:, None], weights, 0.0)), probabilities
+    routing = Routing(experts, jnp.where(valid[:, None], weights, 0.0), choice=choice)
+    return routing, gates if config.router.score == "softmax" else normalise(gates)
 
 
-# `route`, or a function of its signature.
+def rank_scores(
+    router: RouterConfig, gates: Float[Array, "tokens experts"], correction: Float[Array, "*row experts"] | None
+) -> Float[Array, "tokens experts"]:
+    """Compute the scores by which experts are ranked: those of groups from which a token does not choose are below all
+    others."""
+    scores = gates if correction is None else gates + correction.reshape(1, -1)
+    if router.groups_per_tok == router.groups:
+        return scores
+    grouped = scores.reshape(len(scores), router.groups, -1)
+    best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+    chosen = jax.lax.top_k(best, router.groups_per_tok)[1]
+    inside = jnp.any(chosen[:, :, None] == jnp.arange(router.groups)[None, None, :], axis=1)
+    inside = jnp.repeat(inside, grouped.shape[-1], axis=1)
+    span = jnp.max(scores, axis=1, keepdims=True) - jnp.min(scores, axis=1, keepdims=True)
+    return jnp.where(inside, scores, scores - span - 1.0)
+
+
+def finish_weights(
+    weights: Float[Array, "tokens active"], norm_topk_prob: bool, choice: Choice | None
+) -> Float[Array, "tokens active"]:
+    """Renormalise the weights of each token's experts where the model does, and scale them."""
+    if choice is None:
+        return normalise(weights) if norm_topk_prob else weights
+    router = choice.router
+    if norm_topk_prob:
+        total = jnp.sum(weights, axis=-1, keepdims=True) + router.norm_epsilon
+        total = jnp.maximum(total, router.norm_min)
+        weights = weights / jnp.where(total > 0, total, 1.0)
+    return weights if router.scale == 1.0 else weights * router.scale
+
+
+# `route` of a router of the default settings without a bias, or a function of that signature.
 Route = Callable[[DecoderConfig, Array, Array, Array], tuple[Routing, Array]]
 
 

@@ -4,6 +4,7 @@ Inputs are those of exact verifications, so that the error of a layer does not c
 Shared experts are read in any case, and left out.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import Activation
+from moespec_jax.config import Activation, DecoderConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.tree import ancestors, depths
 from moespec_jax.measure.teacher_forcing import restrict_each
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.routing import Routing, normalise
+from moespec_jax.nn.moe import SparseMlp
+from moespec_jax.nn.routing import Routing, normalise, route
 from moespec_jax.runtime.model import Model
 from moespec_jax.study.routing import TreeRouting
 
@@ -40,10 +42,10 @@ class Loss(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """Resolved budget, and whether the model renormalises combine weights."""
+    """Resolved budget, and the model's settings."""
 
     budget: BudgetConfig
-    norm_topk_prob: bool
+    config: DecoderConfig
 
 
 class _Compute(NamedTuple):
@@ -64,10 +66,10 @@ def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact
         exact: `outputs(model, trees)`, if it was computed before.
     """
     exact = outputs(model, trees) if exact is None else exact
-    settings = _Rule(resolve(rule, model.config), model.config.norm_topk_prob)
+    settings = _Rule(resolve(rule, model.config), model.config)
     inputs, probabilities, experts = _rows(trees)
     routing, kept = model.programs.run(
-        restricted, settings, model.params, _nodes(trees), probabilities, experts, jnp.int32(bound)
+        restricted, settings, model.params, _nodes(trees), inputs, probabilities, experts, jnp.int32(bound)
     )
     budgeted = model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
     sums = jax.tree.map(np.asarray, _sums(budgeted, exact, kept, jnp.asarray(trees.committed.reshape(-1))))
@@ -77,20 +79,38 @@ def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact
 def outputs(model: Model, trees: TreeRouting) -> Float[Array, "layers rows model"]:
     """Compute the routed experts' outputs without a budget, layer by layer."""
     inputs, probabilities, experts = _rows(trees)
-    routing = model.programs.run(natural, model.config.norm_topk_prob, model.params, probabilities, experts)
+    routing = model.programs.run(natural, model.config, model.params, inputs, probabilities, experts)
+    routing = dataclasses.replace(routing, choice=None)
     return model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
 
 
-def natural(norm_topk_prob: bool, params: Decoder, probabilities: Array, experts: Array) -> Routing:
-    """Rebuild the result of `routing.route` from each layer's probabilities and expert ids."""
-    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
-    return Routing(experts, normalise(weights) if norm_topk_prob else weights)
+def natural(config: DecoderConfig, params: Decoder, inputs: Array, probabilities: Array, experts: Array) -> Routing:
+    """Rebuild the result of `routing.route` from each layer's probabilities and expert ids, or, where it depends on
+    more, from the inputs."""
+    if config.router.ranks_by_probability:
+        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+        return Routing(experts, normalise(weights) if config.norm_topk_prob else weights)
+    valid = jnp.ones(inputs.shape[1], bool)
+    each = [
+        route(config, mlp.router, rows, valid, mlp.router_bias, mlp.correction)[0]
+        for mlp, rows in zip(_sparse_mlps(params), inputs, strict=True)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+def _sparse_mlps(params: Decoder) -> list[SparseMlp]:
+    """List the sparse layers' parameters in order of depth."""
+    mlps = [layer.mlp for layer in params.layers if isinstance(layer.mlp, SparseMlp)]
+    if not params.stacked:
+        return mlps
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], mlp) for mlp in mlps for i in range(len(mlp.router))]
 
 
 def restricted(
     settings: _Rule,
     params: Decoder,
     nodes: Nodes,
+    inputs: Float[Array, "layers rows model"],
     probabilities: Float[Array, "layers rows experts"],
     experts: Int[Array, "layers rows active"],
     bound: Int[Array, ""],
@@ -99,10 +119,11 @@ def restricted(
     valid = jnp.ones(probabilities.shape[1], bool)
 
     def one(probabilities: Array, free: Routing) -> tuple[Routing, Array]:
-        found = restrict_each(bound, settings.budget, nodes, settings.norm_topk_prob, 0, probabilities, free, valid)
+        norm = settings.config.norm_topk_prob
+        found = restrict_each(bound, settings.budget, nodes, norm, 0, probabilities, free, valid)
         return found.routing, found.kept
 
-    return jax.vmap(one)(probabilities, natural(settings.norm_topk_prob, params, probabilities, experts))
+    return jax.vmap(one)(probabilities, natural(settings.config, params, inputs, probabilities, experts))
 
 
 def expert_outputs(

@@ -32,7 +32,7 @@ class TreeRouting(NamedTuple):
         parents, scores: as in `tree.Tree`.
         committed: mask of the accepted nodes, the root included.
         acceptance_by_depth: share of earlier rounds that committed a node of each depth.
-        probabilities: softmax of the router.
+        probabilities: the router's probabilities of all experts.
         experts: expert ids.
         inputs: hidden states that router and experts read; width 0 where they were not kept.
     """

@@ -24,12 +24,24 @@ HONOURED: tuple[Any, ...] = _Everything()
 
 
 class TensorNames(NamedTuple):
-    """Names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index."""
+    """Names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index.
+
+    Fields:
+        router, gate, up, down: matrices.
+        correction: correction of the router's scores.
+        correction_row: whether it is stored as a row `[1, experts]`.
+        shared: prefix of the shared expert's matrices.
+        attention: names of a layer's other tensors that differ from the usual ones, by these.
+    """
 
     router: str = "mlp.gate.weight"
     gate: str = "mlp.experts.{expert}.gate_proj.weight"
     up: str = "mlp.experts.{expert}.up_proj.weight"
     down: str = "mlp.experts.{expert}.down_proj.weight"
+    correction: str = "mlp.gate.e_score_correction_bias"
+    correction_row: bool = False
+    shared: str = "mlp.shared_experts."
+    attention: Mapping[str, str] = MappingProxyType({})
 
     @property
     def sparse_block(self) -> str:
@@ -64,6 +76,8 @@ class Family(NamedTuple):
         write: the published fields of a config besides those that all families have.
         names: names of its expert tensors.
         fused: form of experts that are stored in one tensor.
+        mtp: whether published files have layers after the last one, which predict further tokens (multi-token
+            prediction); they are left out.
         neutral: fields that other families honour and this one does not have, with the values that change nothing.
     """
 
@@ -72,4 +86,5 @@ class Family(NamedTuple):
     write: Callable[[DecoderConfig], dict[str, Any]]
     names: TensorNames = TensorNames()
     fused: FusedForm = FusedForm()
+    mtp: bool = False
     neutral: Mapping[str, tuple[Any, ...]] = MappingProxyType({})

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moespec_jax.checkpoint.config_fields import Fields, read_flag, require_count
-from moespec_jax.checkpoint.families.family import Family
+from moespec_jax.checkpoint.families.family import Family, TensorNames
 from moespec_jax.checkpoint.families.parts import (
     layer_types,
     read_common,
@@ -73,5 +73,11 @@ def _write_windows(config: DecoderConfig) -> dict[str, Any]:
     return window_fields(config) | {"use_sliding_window": any(config.sliding_windows)}
 
 
-QWEN2_MOE = Family("Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen2_moe, neutral={"clip_qkv": ()})
+QWEN2_MOE = Family(
+    "Qwen2MoeForCausalLM",
+    _read_qwen2_moe,
+    _write_qwen2_moe,
+    TensorNames(shared="mlp.shared_expert."),
+    neutral={"clip_qkv": ()},
+)
 QWEN3_MOE = Family("Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, neutral={"clip_qkv": ()})

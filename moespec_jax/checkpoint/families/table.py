@@ -6,6 +6,7 @@ from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
+from moespec_jax.checkpoint.families.sigmoid import DOTS1, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from moespec_jax.checkpoint.quantized.detect import read_format
 from moespec_jax.checkpoint.unsupported import check_neutral
 from moespec_jax.config import DecoderConfig
@@ -18,6 +19,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
     "gpt_oss": GPT_OSS,
+    "glm4_moe": GLM4_MOE,
+    "dots1": DOTS1,
+    "solar_open": SOLAR_OPEN,
+    "minimax_m2": MINIMAX_M2,
+    "hy_v3": HY_V3,
 }
 _MOST_EXPERTS_IN_ALL = 1 << 18
 
@@ -68,8 +74,9 @@ def _check(config: DecoderConfig) -> None:
             f"expected num_attention_heads to be a multiple of num_key_value_heads {config.num_key_value_heads};"
             f" config.json has num_attention_heads {config.num_attention_heads}"
         )
-    if config.head_dim % 2 or config.head_dim < (4 if config.rope.rope_type == "dynamic" else 2):
+    rotated = config.rope.rotary_dim(config.head_dim)
+    if rotated % 2 or rotated < (4 if config.rope.rope_type == "dynamic" else 2):
         raise UnsupportedConfig(
             f"expected an even head_dim that rope_type {config.rope.rope_type!r} can rotate; config.json has"
-            f" {config.head_dim}"
+            f" {config.head_dim}" + ("" if rotated == config.head_dim else f", of which {rotated} are rotated")
         )

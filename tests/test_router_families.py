@@ -1,0 +1,147 @@
+"""Families that differ in router, shared experts and dense layers: against transformers, in every back-end, and under
+speculation and budgets."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from driver import build, cached_logits, continue_greedily
+from hf_models import hf_greedy, hf_logits, write_checkpoint
+from published import draw_tensors, write
+from router_models import ROUTER_FAMILIES, draw_fields
+from safetensors.numpy import load_file
+from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
+from test_parity import quiet, reference_logits  # noqa: F401, a fixture
+from test_speculate import SMALL
+
+from moespec_jax.checkpoint.families import FAMILIES, read_config
+from moespec_jax.checkpoint.orbax_io import write_orbax
+from moespec_jax.checkpoint.read import load_config, load_parameters, open_source
+from moespec_jax.checkpoint.tensor_table import tensor_table
+from moespec_jax.checkpoint.write import export
+from moespec_jax.errors import CheckpointError, UnsupportedConfig
+from moespec_jax.nn.backend import BACKENDS
+
+TOLERANCE = 5e-5  # on logits of standard deviation 1; the largest difference seen is 1e-5
+DRAWS = 20
+PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 6] * 5]
+every_family = pytest.mark.parametrize("family", ROUTER_FAMILIES)
+
+
+def random_ids(number: int, batch: int = 2) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 64, (batch, 14))
+
+
+@pytest.mark.torch
+@pytest.mark.slow_except(*(f"{family}-{number}" for family in ROUTER_FAMILIES for number in range(1)))
+@pytest.mark.parametrize("number", range(DRAWS))
+@every_family
+def test_logits(family: str, number: int, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    model = write_checkpoint(tmp_path, draw_fields(family, number), seed=number)
+    config = load_config(tmp_path)
+    params = load_parameters(tmp_path, config, BACKENDS["switch"], jnp.float32)
+    expected = hf_logits(model, random_ids(number))
+    assert 0.3 < expected.std() < 3
+    np.testing.assert_allclose(reference_logits(config, params, random_ids(number)), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.torch
+@pytest.mark.slow_except("glm4_moe")
+@every_family
+def test_greedy_tokens_of_a_batch_and_stacked_layers(family: str, tmp_path: Path) -> None:
+    """64 tokens after three prompts of different lengths, one layer after the other, and logits of stacked layers."""
+    pytest.importorskip("torch")
+    model = write_checkpoint(tmp_path, draw_fields(family, 1) | dict(tie_word_embeddings=False), seed=3)
+    config, prompts = load_config(tmp_path), [random_ids(7)[0, :length].tolist() for length in (9, 2, 6)]
+    params = load_parameters(tmp_path, config, BACKENDS["switch"], jnp.float32)
+    assert continue_greedily(config, params, BACKENDS["switch"], prompts, new=64) == hf_greedy(model, prompts, new=64)
+    stacked, ids = load_parameters(tmp_path, config, BACKENDS["slots"], jnp.float32), random_ids(5)
+    got = cached_logits(config, stacked, BACKENDS["slots"], ids)
+    np.testing.assert_allclose(got, hf_logits(model, ids), atol=TOLERANCE, rtol=0)
+
+
+def pair(family: str, backend: str = "switch") -> tuple[Any, ...]:
+    fields = draw_fields(family, 2) | dict(vocab_size=16, max_position_embeddings=512, tie_word_embeddings=False)
+    config = read_config(fields)
+    params = build(config, draw_tensors(fields), BACKENDS[backend])
+    draft = draft_config(config, draft_vocab_size=12, boundaries=(0, 1, 2))
+    return config, params, BACKENDS[backend], draft, small_head(draft, params)
+
+
+@pytest.mark.slow_except("slots-glm4_moe")
+@every_family
+@pytest.mark.parametrize("backend", ["switch", "slots"])
+def test_greedy_speculation_is_plain_decoding(backend: str, family: str) -> None:
+    parts = pair(family, backend)
+    plain = decode(plainly(*parts[:3]), FastPrograms(), PROMPTS, 60)
+    drafted = decode(speculating(*parts, SMALL), FastPrograms(), PROMPTS, 60)
+    assert drafted.sequences == plain.sequences
+    assert drafted.accepted.sum() > 5
+
+
+@every_family
+def test_written_and_read_again(family: str, tmp_path: Path) -> None:
+    """Through our writer in bfloat16, and through orbax: the same tensors under the same names; what the family keeps
+    in float32 stays so."""
+    for number in range(3):
+        fields = draw_fields(family, number)
+        tensors = draw_tensors(fields)
+        first = write(tmp_path / f"{number}", fields, tensors)
+        config, table = load_config(first), tensor_table(load_config(first))
+        params = load_parameters(first, config, BACKENDS["switch"], jnp.float32)
+        export(params, config, tmp_path / f"again{number}", jnp.bfloat16)
+        assert load_config(tmp_path / f"again{number}") == config
+        again = load_file(tmp_path / f"again{number}" / "model.safetensors")
+        assert again.keys() == tensors.keys() == table.keys()
+        for name, array in again.items():
+            wide = table[name].float32
+            assert array.dtype == (np.float32 if wide else jnp.bfloat16)
+            np.testing.assert_array_equal(array, tensors[name] if wide else tensors[name].astype(jnp.bfloat16))
+        write_orbax(open_source(first, config), config, tmp_path / f"orbax{number}")
+        for name, array in open_source(tmp_path / f"orbax{number}", config).read(table):
+            np.testing.assert_array_equal(array, tensors[name])
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
+    """GLM's files have one more layer; so would not a family without it."""
+    for family, refused in (("glm4_moe", False), ("dots1", True)):
+        fields = draw_fields(family, 0)
+        tensors = draw_tensors(fields)
+        more = {"model.layers.3.eh_proj.weight": np.ones((2, 2), np.float32)}
+        directory = write(tmp_path / family, fields, tensors | more)
+        if refused:
+            with pytest.raises(CheckpointError, match=r"1 unknown: model.layers.3.eh_proj"):
+                open_source(directory, load_config(directory))
+        else:
+            assert open_source(directory, load_config(directory)).dtypes.keys() == tensors.keys()
+
+
+REFUSED = [
+    ("glm4_moe", dict(topk_group=9), "topk_group"),
+    ("glm4_moe", dict(n_group=3), "n_group"),
+    ("glm4_moe", dict(partial_rotary_factor=1.5), "partial_rotary_factor"),
+    ("glm4_moe", dict(partial_rotary_factor=0.125), "rotated"),
+    ("glm4_moe", dict(first_k_dense_replace=-1), "first_k_dense_replace"),
+    ("glm4_moe", dict(scoring_func="softmax"), "scoring_func"),
+    ("dots1", dict(topk_method="greedy"), "topk_method"),
+    ("solar_open", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ("minimax_m2", dict(norm_topk_prob=False), "norm_topk_prob"),
+    ("minimax_m2", dict(routed_scaling_factor=2.0), "routed_scaling_factor"),
+    ("hy_v3", dict(mlp_layer_types=["dense"]), "mlp_layer_types"),
+    ("hy_v3", dict(mlp_bias=True), "mlp_bias"),
+    ("qwen3_moe", dict(scoring_func="sigmoid"), "scoring_func"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
+def test_what_would_be_computed_wrongly_is_refused_by_name(family: str, changes: Any, named: str) -> None:
+    known = family if family in ROUTER_FAMILIES else "hy_v3"
+    with pytest.raises(UnsupportedConfig, match=named):
+        read_config(draw_fields(known, 0) | dict(model_type=family) | changes)
+
+
+def test_every_family_is_drawn_somewhere() -> None:
+    assert set(ROUTER_FAMILIES) <= set(FAMILIES)
