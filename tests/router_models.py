@@ -86,10 +86,37 @@ def _hy_v3(rng: np.random.Generator) -> Fields:
     )
 
 
+def _ernie4_5_moe(rng: np.random.Generator) -> Fields:
+    return dict(
+        moe_intermediate_size=12,
+        moe_k=int(rng.integers(1, 4)),
+        num_experts_per_tok=ABSENT,
+        moe_num_experts=6,
+        moe_num_shared_experts=int(rng.integers(0, 3)),
+        moe_layer_start_index=int(rng.integers(0, 2)),
+        moe_layer_end_index=int(rng.choice([-1, 1, 2])),
+        moe_layer_interval=int(rng.integers(1, 3)),
+        moe_norm_min=float(rng.choice([1e-12, 0.7])),
+    )
+
+
+def _hunyuan_v1_moe(rng: np.random.Generator) -> Fields:
+    topk = int(rng.integers(1, 4))
+    alpha: Fields = dict(rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0}) if coin(rng) else {}
+    return alpha | dict(
+        num_experts=5,
+        moe_topk=[topk] * 3 if coin(rng) else topk,
+        num_experts_per_tok=ABSENT,
+        attention_bias=coin(rng),
+    )
+
+
 ROUTER_FAMILIES: dict[str, Draw] = {
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
     "solar_open": _solar_open,
     "minimax_m2": _minimax_m2,
     "hy_v3": _hy_v3,
+    "ernie4_5_moe": _ernie4_5_moe,
+    "hunyuan_v1_moe": _hunyuan_v1_moe,
 }

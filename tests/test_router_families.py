@@ -132,6 +132,14 @@ REFUSED = [
     ("minimax_m2", dict(routed_scaling_factor=2.0), "routed_scaling_factor"),
     ("hy_v3", dict(mlp_layer_types=["dense"]), "mlp_layer_types"),
     ("hy_v3", dict(mlp_bias=True), "mlp_bias"),
+    ("ernie4_5_moe", dict(use_bias=True), "use_bias"),
+    ("ernie4_5_moe", dict(moe_layer_start_index="1"), "moe_layer_start_index"),
+    ("hunyuan_v1_moe", dict(moe_topk=[1, 2, 1]), "moe_topk"),
+    ("hunyuan_v1_moe", dict(num_shared_expert=[2, 2, 2]), "num_shared_expert"),
+    ("hunyuan_v1_moe", dict(use_cla=True), "use_cla"),
+    ("deepseek_v3", {}, "latent attention"),
+    ("qwen3_next", {}, "linear attention"),
+    ("nemotron_h", {}, "state-space"),
     ("qwen3_moe", dict(scoring_func="sigmoid"), "scoring_func"),
 ]
 

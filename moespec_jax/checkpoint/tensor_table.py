@@ -65,9 +65,10 @@ def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
 def is_ignorable(config: DecoderConfig, name: str) -> bool:
     """Test whether a tensor outside the table is redundant: a rotary table, the copy of a tied embedding, or of layers
     that only predict further tokens (`Family.mtp`)."""
-    layer = _LAYER.match(name) if FAMILIES[config.model_type].mtp else None
-    if layer is not None and int(layer[1]) >= config.num_hidden_layers:
-        return True
+    if FAMILIES[config.model_type].mtp:
+        layer = _LAYER.match(name)
+        if name.startswith("model.mtp_") or (layer is not None and int(layer[1]) >= config.num_hidden_layers):
+            return True
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 

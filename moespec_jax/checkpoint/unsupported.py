@@ -10,6 +10,34 @@ from typing import Any
 from moespec_jax.checkpoint.config_fields import Fields, shown
 from moespec_jax.errors import UnsupportedConfig
 
+_LATENT, _LINEAR = "multi-head latent attention (MLA)", "layers of linear attention"
+_STATE_SPACE, _SPARSE = "state-space layers", "sparse attention by an indexer"
+# Model types of MoE families that are refused, and why.
+UNSUPPORTED_FAMILIES = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "kimi_k2": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "longcat_flash": _LATENT,
+    "mistral4": _LATENT,
+    "axk1": _LATENT,
+    "deepseek_v32": _SPARSE,
+    "deepseek_v4": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
+    "qwen3_next": _LINEAR,
+    "qwen3_5_moe": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "minimax": _LINEAR,
+    "kimi_linear": _LINEAR,
+    "bailing_hybrid": _LINEAR,
+    "nemotron_h": _STATE_SPACE,
+    "granitemoehybrid": _STATE_SPACE,
+    "jamba": _STATE_SPACE,
+    "lfm2_moe": "layers of convolutions",
+    "dbrx": "fused projections with layer norms of its own",
+    "llama4": "a vision tower: its text model is llama4_text",
+}
+
 # For each field the values that change nothing; null counts as absent.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     # attention

@@ -1,14 +1,16 @@
 """The table of families by `model_type`, and the reader that all of them share."""
 
 from moespec_jax.checkpoint.config_fields import Fields, shown
+from moespec_jax.checkpoint.families.ernie import ERNIE
 from moespec_jax.checkpoint.families.family import Family
 from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
+from moespec_jax.checkpoint.families.hunyuan import HUNYUAN
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moespec_jax.checkpoint.families.sigmoid import DOTS1, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from moespec_jax.checkpoint.quantized.detect import read_format
-from moespec_jax.checkpoint.unsupported import check_neutral
+from moespec_jax.checkpoint.unsupported import UNSUPPORTED_FAMILIES, check_neutral
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.nn.layers import ACTIVATIONS
@@ -24,6 +26,8 @@ FAMILIES: dict[str, Family] = {
     "solar_open": SOLAR_OPEN,
     "minimax_m2": MINIMAX_M2,
     "hy_v3": HY_V3,
+    "ernie4_5_moe": ERNIE,
+    "hunyuan_v1_moe": HUNYUAN,
 }
 _MOST_EXPERTS_IN_ALL = 1 << 18
 
@@ -38,7 +42,9 @@ def read_config(fields: Fields) -> DecoderConfig:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedConfig(f"expected a model_type among {known}; config.json has {shown(model_type)}")
+        reason = UNSUPPORTED_FAMILIES.get(model_type) if isinstance(model_type, str) else None
+        why = f", a family with {reason}" if reason else ""
+        raise UnsupportedConfig(f"expected a model_type among {known}; config.json has {shown(model_type)}{why}")
     read_format(fields)
     check_neutral(fields, FAMILIES[model_type].neutral)
     try:
