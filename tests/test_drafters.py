@@ -1,5 +1,6 @@
 """Drafters by name: the text of plain decoding, named in results, and refused in one line where they do not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,19 @@ def test_other_names_are_those_of_heads(target: Path, name: str) -> None:
 
 
 REFUSED = {
-    "ngram:4": ("ngram:4", "ngram without an argument"),
+    "ngram:4": "ngram without an argument",
+    "self:0": "1 to 2 experts a token",
+    "self:3": "1 to 2 experts a token",
+    "self:x": "got self:x",
+    "self:-1": "got self:-1",
+    "self:1.5": "got self:1.5",
+    "self:": "got self:",
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_arguments_that_do_not_fit_are_refused(target: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name, expected = REFUSED[case]
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_do_not_fit_are_refused(target: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = REFUSED[name]
     with pytest.raises(RequestError, match=expected):
         load(target, name)
     assert main(["--model", str(target), "--draft-model", name, *IDS]) == 2
@@ -49,7 +56,7 @@ def test_a_name_has_no_files(target: Path, flags: list[str], capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("name", ["ngram"])
+@pytest.mark.parametrize("name", ["ngram", pytest.param("self:1", marks=pytest.mark.slow)])
 def test_the_command_drafts_by_name(target: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--model", str(target), "--max-new-tokens", "20", "--ignore-eos", *IDS]
     plain = run_json(capsys, *flags)
@@ -72,3 +79,12 @@ def test_a_name_stands_in_place_of_a_head(target: Path) -> None:
     ]
     with pytest.raises(RequestError, match=NAMES):
         load(target).generate([[1]], tree=TreeConfig())
+
+
+def test_a_target_without_experts_does_not_draft_itself(target: Path) -> None:
+    dense = dataclasses.replace(load_config(target), sparse_layers=(False, False))
+    assert named_draft("ngram", dense) is not None
+    with pytest.raises(RequestError, match="a target with experts"):
+        named_draft("self", dense)
+    drafts = named_draft("self", load_config(target))
+    assert drafts is not None and drafts.name == "self:1"

@@ -8,6 +8,7 @@ from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.drafter import Drafter
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.ngram_drafter import NgramDrafter
+from moespec_jax.decoding.self_drafter import SelfDrafter
 from moespec_jax.decoding.tree import check_draft_vocabulary
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
@@ -21,6 +22,8 @@ MENU = (TreeConfig(1, 1, 3), TreeConfig(3, 1, 5), TreeConfig(4, 4, 16), TreeConf
 # wider tree.
 NGRAM_TREE = TreeConfig(depth=6, top_k=4, size=8)
 NGRAM_MENU = (TreeConfig(2, 2, 4), NGRAM_TREE, TreeConfig(14, 4, 16))
+# The same of a target that drafts itself, whose every level is a pass of its own.
+SELF_MENU = (TreeConfig(0, 1, 2), TreeConfig(1, 1, 3), TreeConfig(3, 1, 5))
 
 
 class NamedDraft(NamedTuple):
@@ -108,6 +111,18 @@ def _ngram(argument: str | None, config: DecoderConfig) -> NamedDraft:
     return NamedDraft("ngram", lambda config, backend: NgramDrafter(), NGRAM_TREE, NGRAM_MENU)
 
 
-_NAMED: dict[str, Callable[[str | None, DecoderConfig], NamedDraft]] = {"ngram": _ngram}
+def _self(argument: str | None, config: DecoderConfig) -> NamedDraft:
+    if not config.num_sparse_layers:
+        raise RequestError("expected a target with experts, to draft itself with fewer of them; this one has none")
+    most, text = config.num_experts_per_tok, "1" if argument is None else argument
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
+        raise RequestError(
+            f"expected self:K with 1 to {most} experts a token, as many as the target's; got self:{text}"
+        )
+    experts = int(text)
+    return NamedDraft(f"self:{experts}", lambda config, backend: SelfDrafter(config, backend, experts), menu=SELF_MENU)
+
+
+_NAMED: dict[str, Callable[[str | None, DecoderConfig], NamedDraft]] = {"ngram": _ngram, "self": _self}
 # How help texts and errors list the names.
-NAMES = "ngram"
+NAMES = "ngram, self:K"

@@ -59,8 +59,9 @@ def load(
 
     Args:
         model: target: a directory (Hugging Face, or converted to orbax) or a Hugging Face Hub id.
-        draft_model: EAGLE-3 head: a directory or a hub id. "ngram" drafts without one, from the text so far; "none"
-            loads none; None loads the embedded head for the embedded target, and none for any other.
+        draft_model: EAGLE-3 head: a directory or a hub id. Without one, "ngram" drafts from the text so far, and
+            "self:K" with the target and K experts a token. "none" loads none; None loads the embedded head for the
+            embedded target, and none for any other.
         revision: branch, tag or commit of the target's hub repository.
         draft_revision: the same of the head's.
         draft_boundaries: boundaries of the target whose hidden states the head reads, in place of those in its files.
