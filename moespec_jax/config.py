@@ -6,99 +6,10 @@ Fields that a published `config.json` has too bear its names. `checkpoint/famili
 
 import dataclasses
 from numbers import Integral
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from moespec_jax.errors import wrong_type
-
-QkNorm = Literal["none", "head", "rotated", "flat"]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding (RoPE) and its scalings, as transformers' `rope_parameters`.
-
-    Fields:
-        rope_type: kind of scaling.
-        rope_theta: base of the frequencies.
-        factor: ratio of the extended to the original context.
-        original_max_position_embeddings: context of pre-training in tokens, for `yarn` and `llama3` (default, and
-            always for `dynamic`: the model's `max_position_embeddings`).
-        attention_factor: factor on cosine and sine for `yarn` (default: computed from `factor` and the mscales).
-        beta_fast: rotations over the original context above which `yarn` keeps a frequency.
-        beta_slow: rotations over the original context below which `yarn` divides a frequency by `factor`.
-        mscale: weight in the numerator of the default attention factor of `yarn`.
-        mscale_all_dim: weight in its denominator.
-        truncate: whether `yarn` rounds the bounds of its ramp to whole dimensions.
-        low_freq_factor: `llama3` divides frequencies of fewer rotations over the original context by `factor`.
-        high_freq_factor: `llama3` keeps frequencies of more rotations over the original context.
-        partial_rotary_factor: share of each head, from its first dimension, that is rotated.
-        interleaved: whether the rotated pairs are of neighbouring dimensions instead of those half the width apart.
-    """
-
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    rope_theta: float = 10_000.0
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    partial_rotary_factor: float = 1.0
-    interleaved: bool = False
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """Number of dimensions of a head that are rotated."""
-        return int(head_dim * self.partial_rotary_factor)
-
-
-@dataclasses.dataclass(frozen=True)
-class RouterConfig:
-    """How the experts of a token and their combine weights follow from the router's logits.
-
-    Fields:
-        score: weight of an expert before renormalisation: `softmax` over all experts, or `sigmoid` of its own logit.
-        correction: whether a learned number is added to the score of each expert for the choice, and not to its weight.
-        groups: number of equal groups of consecutive experts.
-        groups_per_tok: number of groups from which a token may choose; a group counts the sum of its two best scores.
-        scale: factor on combine weights.
-        norm_epsilon: number added to the sum by which combine weights are renormalised.
-        norm_min: least sum by which they are renormalised.
-        float32: whether router and correction are kept in float32 whatever the dtype of the other parameters is.
-    """
-
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    correction: bool = False
-    groups: int = 1
-    groups_per_tok: int = 1
-    scale: float = 1.0
-    norm_epsilon: float = 0.0
-    norm_min: float = 0.0
-    float32: bool = False
-
-    @property
-    def ranks_by_probability(self) -> bool:
-        """Whether experts are ranked and weighed by their probabilities alone."""
-        return dataclasses.replace(self, float32=False) == RouterConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class ClampedSwiglu:
-    """Activation of gpt-oss's experts: (up + 1) · g · sigmoid(alpha · g), with g = min(gate, limit) and `up` clamped to
-    ± `limit`."""
-
-    alpha: float = 1.702
-    limit: float = 7.0
-
-    def __str__(self) -> str:
-        return "clamped SwiGLU"
-
-
-# Activation of gated MLPs: a name in `nn.layers.ACTIVATIONS` of a function of the gate, or a function of both products.
-Activation = str | ClampedSwiglu
+from moespec_jax.forms import Activation, ClampedSwiglu, OutputGate, QkNorm, QueryScale, RopeConfig, RouterConfig
 
 
 @runtime_checkable
@@ -134,13 +45,23 @@ class DecoderConfig:
         sliding_windows: attention window of each layer in tokens, 0 for full attention.
         norm_topk_prob: whether combine weights are renormalised over the k experts of a token.
         qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), over each head after
-            it is `rotated` (HunYuan), or `flat` over all heads (OLMoE).
+            it is `rotated` (HunYuan), `flat` over all heads (OLMoE), or of `unit` weight over each head of layers with
+            rotary embedding (Llama-4).
         clip_qkv: bound on the absolute value of queries, keys and values; None for none.
         shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none. Several are one of their
             widths together.
+        sliding_rope: rotary embedding of layers with a window, where it is not `rope`.
+        rope_layers: for each layer, whether it has rotary embedding; empty where all have.
+        attention_chunks: for each layer, the tokens of a chunk, within which it attends, 0 for all; empty for none.
+        layer_heads: for each layer, its number of query heads; empty where all have `num_attention_heads`.
+        query_scale: factor on the queries of layers without rotary embedding.
+        output_gate: function of a projection of a layer's input, by which the heads' outputs are multiplied.
+        output_gate_per_head: whether a head has one gate, instead of one for each number.
+        output_norms: whether the outputs of both blocks of a layer are normed before they are added (AFMoE).
         attention_sinks: whether every head has a sink: a learned score beside those of the tokens, without a value.
         router_bias: whether the router's logits have a bias.
         expert_bias: whether the matrices of routed experts have biases.
+        embedding_multiplier: factor on the embedding of every token.
         clamped_swiglu: activation of routed experts in place of `hidden_act`; None for `hidden_act`.
         shared_expert_gate: whether the shared expert's output is multiplied by a gate.
         router: how experts are chosen and weighed.
@@ -170,12 +91,33 @@ class DecoderConfig:
     qk_norm: QkNorm = "none"
     clip_qkv: float | None = None
     shared_expert_intermediate_size: int = 0
+    sliding_rope: RopeConfig | None = None
+    rope_layers: tuple[bool, ...] = ()
+    attention_chunks: tuple[int, ...] = ()
+    layer_heads: tuple[int, ...] = ()
+    query_scale: QueryScale | None = None
+    output_gate: OutputGate = "none"
+    output_gate_per_head: bool = False
+    output_norms: bool = False
     attention_sinks: bool = False
     router_bias: bool = False
     expert_bias: bool = False
     clamped_swiglu: ClampedSwiglu | None = None
+    embedding_multiplier: float = 1.0
     shared_expert_gate: bool = True
     router: RouterConfig = RouterConfig()
+
+    @property
+    def layer_ropes(self) -> tuple[RopeConfig | None, ...]:
+        """Rotary embedding of every layer."""
+        rotates = self.rope_layers or (True,) * self.num_hidden_layers
+        local = self.rope if self.sliding_rope is None else self.sliding_rope
+        pairs = zip(rotates, self.sliding_windows, strict=True)
+        return tuple((local if window else self.rope) if rotated else None for rotated, window in pairs)
+
+    def heads_of(self, layer: int) -> int:
+        """Number of a layer's query heads."""
+        return self.layer_heads[layer] if self.layer_heads else self.num_attention_heads
 
     @property
     def expert_activation(self) -> Activation:

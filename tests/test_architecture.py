@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "moespec_jax"
 # From the bottom of the stack to its top; what shares a line does not import from each other. "" is the package itself.
 ORDER = [
     {"errors", "status_line"},
-    {"config", "files"},
+    {"files", "forms"},
+    {"config"},
     {"parallel"},
     {"nn"},
     {"checkpoint", "decoding"},

@@ -23,7 +23,7 @@ from moespec_jax.nn.backend import BACKENDS
 TOLERANCE = 5e-5  # on logits of standard deviation 1
 TOKENS = 24  # longer than every window, and than the context
 DRAWS = 20
-QUICK = [f"{family}-{number}" for family in FAMILIES for number in (0, 1, 2)]
+QUICK = ["gpt_oss-0", "gpt_oss-1", *(f"{family}-{1 + number}" for number, family in enumerate(FAMILIES[1:]))]
 
 
 def random_ids(number: int, batch: int = 2) -> np.ndarray:
@@ -50,6 +50,7 @@ def test_logits(family: str, number: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.torch
+@pytest.mark.slow_except("gpt_oss")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_and_there_and_back(family: str, tmp_path: Path) -> None:
     """Three prompts of different lengths as one batch; and through orbax to a directory equal to the bytes."""
@@ -73,11 +74,11 @@ def test_greedy_tokens_and_there_and_back(family: str, tmp_path: Path) -> None:
         assert (back[name].shape, back[name].tobytes()) == (value.shape, value.tobytes()), name
 
 
-@pytest.mark.slow_except(*(f"{family}-slots" for family in FAMILIES))
+@pytest.mark.slow_except("gpt_oss-slots", "laguna-slots")
 @pytest.mark.parametrize("backend", ["slots", "switch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculation_gives_the_tokens_of_plain_decoding(family: str, backend: str) -> None:
-    fields = draw_fields(family, 0) | dict(vocab_size=16, num_experts_per_tok=2, num_hidden_layers=3)
+    fields = draw_fields(family, 0) | dict(vocab_size=16, num_experts_per_tok=2)
     config = read_config(fields)
     params = build(config, random_tensors(config, 3), BACKENDS[backend])
     draft = draft_config(config, draft_vocab_size=16)

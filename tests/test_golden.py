@@ -17,10 +17,10 @@ DIRECTORIES = sorted(path.parent for path in (Path(__file__).parent / "golden").
 
 
 def test_every_family_is_there() -> None:
-    assert [path.name for path in DIRECTORIES] == ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+    assert [path.name for path in DIRECTORIES] == ["gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 
 
-@pytest.mark.slow_except("olmoe-slots", "mixtral-switch")
+@pytest.mark.slow_except("olmoe-slots", "mixtral-switch", "gpt_oss-slots")
 @pytest.mark.parametrize("name", ["switch", "slots"])
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
 def test_golden(directory: Path, name: str) -> None:

@@ -156,7 +156,8 @@ def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:
         mlp = SparseMlp(shared=shared, **{name: at("mlp", name) for name in names})
     else:
         mlp = _build_mlp((*path, "mlp"), leaves)
-    return Layer(at("input_norm"), attention, at("post_attention_norm"), mlp)
+    output_norms = at("attention_output_norm"), at("mlp_output_norm")
+    return Layer(at("input_norm"), attention, at("post_attention_norm"), mlp, *output_norms)
 
 
 def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
@@ -188,6 +189,7 @@ def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTyp
     name = str(path[-1])
     if name.endswith("norm"):
         return jnp.ones(shape, dtype)
-    fan_in = shape[-1] if name in ("q", "k", "v", "embed", "lm_head", "router", "shared_gate") else shape[-2:][0]
+    by_row = ("q", "k", "v", "embed", "lm_head", "router", "shared_gate", "output_gate")
+    fan_in = shape[-1] if name in by_row else shape[-2:][0]
     scale = 0.1 if name.endswith("bias") or name in ("sinks", "correction") else fan_in**-0.5
     return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)

@@ -82,16 +82,16 @@ def leaf_spec(plan: ShardingPlan, flat_norms: bool, path: Path, ndim: int) -> Pa
 _SPLIT: dict[str, tuple[str, int]] = {
     "q": ("heads", 2), "k": ("heads", 2), "v": ("heads", 2), "o": ("heads", 2),
     "q_bias": ("heads", 1), "k_bias": ("heads", 1), "v_bias": ("heads", 1),
-    "sinks": ("heads", 1),
+    "sinks": ("heads", 1), "output_gate": ("heads", 2),
     "q_norm": ("norm over heads", 1), "k_norm": ("norm over heads", 1),
     "lm_head": ("vocabulary", 2),
     "gate": ("ffn", 1), "up": ("ffn", 1), "down": ("ffn", 2), "gate_scale": ("ffn", 1), "up_scale": ("ffn", 1),
 }  # fmt: skip
 _REPLICATED = frozenset(
     {
-        "embed", "norm", "input_norm", "post_attention_norm", "hidden_norm", "o_bias", "router", "router_bias",
-        "correction", "shared_gate", "gate_bias", "up_bias", "down_bias", "down_scale", "fc", "fc_bias", "fc_norms",
-        "target_ids",
+        "embed", "norm", "input_norm", "post_attention_norm", "attention_output_norm", "mlp_output_norm", "hidden_norm",
+        "o_bias", "router", "router_bias", "correction", "shared_gate", "gate_bias", "up_bias", "down_bias",
+        "down_scale", "fc", "fc_bias", "fc_norms", "target_ids",
     }
 )  # fmt: skip
 

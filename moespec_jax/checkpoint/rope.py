@@ -54,6 +54,16 @@ def read_rope(fields: Fields, default_theta: float, partial: float | None = None
     return rope
 
 
+def rope_of_layers(fields: Fields, kind: str) -> Fields:
+    """Return the fields with the rotary settings of one type of layer in place of those of all types."""
+    own = dict(fields)
+    for name in ("rope_parameters", "rope_scaling"):
+        given = section(fields, name)
+        if any(isinstance(value, dict) for value in given.values()):
+            own[name] = given.get(kind)
+    return own
+
+
 def _statements(fields: Fields) -> Iterator[tuple[str, Fields]]:
     """Yield each object with rotary settings, with its name."""
     for name in ("rope_parameters", "rope_scaling"):

@@ -111,10 +111,11 @@ def raise_problems(expected: str, problems: Mapping[str, Sequence[str]], where: 
 
 
 def attention_table(
-    config: AttentionConfig, path: Path, *, model: int, inputs: int, qkv_bias: bool, o_bias: bool
+    config: AttentionConfig, path: Path, *, heads: int, model: int, inputs: int, qkv_bias: bool, o_bias: bool
 ) -> dict[str, Tensor]:
-    """List the tensors of an attention block at `path` that reads `inputs` features and writes `model`."""
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    """List the tensors of an attention block at `path`, of so many query heads, that reads `inputs` features and writes
+    `model`."""
+    q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows = {"self_attn.o_proj.weight": Tensor((*path, "o"), (model, q), transpose=True)}
     for name, width in (("q", q), ("k", kv), ("v", kv)):
         rows[f"self_attn.{name}_proj.weight"] = Tensor((*path, name), (width, inputs))
@@ -122,7 +123,7 @@ def attention_table(
             rows[f"self_attn.{name}_proj.bias"] = Tensor((*path, f"{name}_bias"), (width,))
     if o_bias:
         rows["self_attn.o_proj.bias"] = Tensor((*path, "o_bias"), (model,))
-    if config.qk_norm != "none":
+    if config.qk_norm not in ("none", "unit"):
         widths = (q, kv) if config.qk_norm == "flat" else (config.head_dim, config.head_dim)
         for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
             rows[f"self_attn.{name}.weight"] = Tensor((*path, name), (width,))
@@ -140,15 +141,19 @@ def mlp_table(prefix: str, path: Path, model: int, ffn: int) -> dict[str, Tensor
 
 def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
     """List the tensors of a layer outside its MLP."""
-    model = config.hidden_size
-    rows = {
-        "input_layernorm.weight": Tensor((*path, "input_norm"), (model,)),
-        "post_attention_layernorm.weight": Tensor((*path, "post_attention_norm"), (model,)),
-    }
+    model, heads = config.hidden_size, config.heads_of(int(path[1]))
     bias = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
-    rows |= attention_table(config, (*path, "attention"), model=model, inputs=model, **bias)
+    rows = attention_table(config, (*path, "attention"), heads=heads, model=model, inputs=model, **bias)
+    norms = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+    if config.output_norms:
+        norms |= {"attention_output_norm": "post_attention_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
+        norms |= {"mlp_output_norm": "post_mlp_layernorm"}
+    rows |= {f"{name}.weight": Tensor((*path, place), (model,)) for place, name in norms.items()}
     if config.attention_sinks:
-        rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (config.num_attention_heads,))
+        rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (heads,))
+    if config.output_gate != "none":
+        gates = heads if config.output_gate_per_head else heads * config.head_dim
+        rows["self_attn.gate_proj.weight"] = Tensor((*path, "attention", "output_gate"), (gates, model))
     names = FAMILIES[config.model_type].names.attention
     return {names.get(name, name): tensor for name, tensor in rows.items()}
 

@@ -134,7 +134,7 @@ def published_fields(config: DecoderConfig) -> dict[str, Any]:
     family = FAMILIES[config.model_type]
     fields: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.model_type}
     fields |= {name: getattr(config, name) for name in _SAME}
-    fields |= {"rope_theta": config.rope.rope_theta, "rope_parameters": _rope_fields(config)}
+    fields |= {"rope_theta": config.rope.rope_theta, "rope_parameters": _all_rope_fields(config)}
     fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return fields | family.write(config)
 
@@ -166,8 +166,14 @@ _ROPE = {
 }
 
 
-def _rope_fields(config: DecoderConfig) -> dict[str, Any]:
-    rope: RopeConfig = config.rope
+def _all_rope_fields(config: DecoderConfig) -> dict[str, Any]:
+    """Published rotary settings: for each type of layer, where they have their own."""
+    if config.sliding_rope is None:
+        return _rope_fields(config.rope)
+    return {"full_attention": _rope_fields(config.rope), "sliding_attention": _rope_fields(config.sliding_rope)}
+
+
+def _rope_fields(rope: RopeConfig) -> dict[str, Any]:
     required, optional = _ROPE[rope.rope_type]
     fields = {name: getattr(rope, name) for name in ("rope_type", "rope_theta", *required)}
     if rope.partial_rotary_factor != 1.0:

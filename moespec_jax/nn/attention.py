@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import AttentionConfig
+from moespec_jax.config import AttentionConfig, OutputGate, QueryScale
 from moespec_jax.nn.cache import write_rows
 from moespec_jax.nn.layers import apply_rope, rms_norm
 from moespec_jax.nn.summary import summary
@@ -27,6 +27,7 @@ class Attention:
         q_bias, k_bias, v_bias, o_bias: None where the family has none.
         q_norm, k_norm: RMS norm weights, over each head or over all heads (`qk_norm`); None where there is none.
         sinks: score of every head's sink; None where the family has none.
+        output_gate: projection to the gates of the heads' outputs, `[out, in]`; None where the family has none.
     """
 
     q: Float[Array, "*stack q_out inputs"]
@@ -40,6 +41,7 @@ class Attention:
     q_norm: Float[Array, "*stack q_norm"] | None = None
     k_norm: Float[Array, "*stack k_norm"] | None = None
     sinks: Float[Array, "*stack heads"] | None = None
+    output_gate: Float[Array, "*stack gates inputs"] | None = None
 
     __repr__ = summary
 
@@ -78,11 +80,31 @@ def project_qkv(
         if norm is not None and config.qk_norm == "head":
             y = rms_norm(y, norm, config.rms_norm_eps)
         parts.append(y)
+    if config.qk_norm == "unit":  # before the rotation, which keeps lengths
+        one = jnp.ones(config.head_dim, x.dtype)
+        parts[:2] = (rms_norm(y, one, config.rms_norm_eps) for y in parts[:2])
     q, k = (apply_rope(part, cos, sin, config.rope.interleaved) for part in parts[:2])
     if config.qk_norm == "rotated":
         assert weights.q_norm is not None and weights.k_norm is not None
         q, k = (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps))
     return q, k, parts[2]
+
+
+def gate_output(
+    mixed: Float[Array, "batch tokens q_out"],
+    weight: Float[Array, "gates inputs"],
+    x: Float[Array, "batch tokens inputs"],
+    kind: OutputGate,
+) -> Float[Array, "batch tokens q_out"]:
+    """Multiply the heads' outputs by a sigmoid or softplus (in float32) of a projection of the layer's input, one gate
+    for each number or for each head."""
+    gates = jnp.einsum("btm,om->bto", x, weight)
+    if kind == "softplus":
+        gates = jax.nn.softplus(gates.astype(jnp.float32)).astype(mixed.dtype)
+    else:
+        gates = jax.nn.sigmoid(gates)
+    gated = mixed.reshape(*gates.shape, -1) * gates[..., None]
+    return gated.reshape(mixed.shape)
 
 
 def _barrier_on_tpu(x: Array) -> Array:
@@ -203,6 +225,20 @@ def _ancestor_slots_by_index(ancestors: Array, slot: Array) -> Array:
     """Compute the same as a gather, which is one launch."""
     node, nodes = slot[:, None, :], ancestors.shape[-1]
     return jnp.take_along_axis(ancestors, jnp.clip(node, 0, nodes - 1), axis=2) & (node >= 0) & (node < nodes)
+
+
+def within_chunk(
+    positions: Int[Array, "batch tokens"], slot_positions: Int[Array, "batch slots"], chunk: int | Array
+) -> Bool[Array, "batch tokens slots"]:
+    """Build the mask of chunked attention, true where a slot's token is in the same chunk of so many positions; a chunk
+    of 0 masks nothing."""
+    size = jnp.maximum(jnp.asarray(chunk, jnp.int32), 1)
+    return (positions[:, :, None] // size == slot_positions[:, None, :] // size) | (jnp.asarray(chunk) == 0)
+
+
+def query_factor(form: QueryScale, positions: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens"]:
+    """Compute the factor on the query of every token, float32."""
+    return 1.0 + form.scale * jnp.log1p(jnp.floor((positions.astype(jnp.float32) + 1.0) / form.step))
 
 
 def within_window(

@@ -6,18 +6,19 @@ family, which differ in `DecoderConfig`. Layers run in a Python loop where `Deco
 """
 
 import dataclasses
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, RopeConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache
-from moespec_jax.nn.layer_blocks import Context, Layer, attention_block, mlp_block
+from moespec_jax.nn.layer_blocks import Angles, Context, Layer, LayerForm, attention_block, mlp_block
 from moespec_jax.nn.layers import rope_angles
 from moespec_jax.nn.moe import Restrict, RouterInfo
 from moespec_jax.nn.summary import summary
@@ -102,13 +103,14 @@ def forward(
         RequestError: layers are stacked and there is no cache. In a derivative: the back-end has none.
     """
     x = params.embed[tokens]
+    x = x if config.embedding_multiplier == 1.0 else x * jnp.asarray(config.embedding_multiplier, x.dtype)
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     rope_length = jnp.max(jnp.where(valid, positions, 0)) + 1 if rope_length is None else rope_length
     start = jnp.zeros((len(tokens),), jnp.int32) if cache is None else cache.length
-    cos, sin = rope_angles(config.rope, config.head_dim, config.max_position_embeddings, positions, rope_length)
+    angles = tuple(_angles(config, rope, positions, rope_length) for rope in _rope_kinds(config))
     slot_positions = _slot_positions(positions, start, mask.shape[-1])
     context = Context(
-        positions, slot_positions, mask, start, cos, sin, boundaries,
+        positions, slot_positions, mask, start, angles, boundaries,
         backend.compute(config.expert_activation), backend, restrict, params.sharding,
     )  # fmt: skip
     run = _scanned_layers if params.stacked else _unrolled_layers
@@ -126,14 +128,49 @@ def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Arra
 
 
 def layer_runs(config: DecoderConfig) -> list[range]:
-    """List maximal runs of consecutive layers of the same kind (dense or sparse): one `lax.scan` covers a run."""
+    """List maximal runs of consecutive layers of the same kind: dense or sparse, and of shapes and operations that
+    cannot be traced. One `lax.scan` covers a run."""
     runs: list[range] = []
-    for i, sparse in enumerate(config.sparse_layers):
-        if runs and config.sparse_layers[runs[-1].start] == sparse:
+    kinds = [_kind(config, i) for i in range(config.num_hidden_layers)]
+    for i, kind in enumerate(kinds):
+        if runs and kinds[runs[-1].start] == kind:
             runs[-1] = range(runs[-1].start, i + 1)
         else:
             runs.append(range(i, i + 1))
     return runs
+
+
+def _kind(config: DecoderConfig, layer: int) -> tuple[Any, ...]:
+    """What layers of one run have in common."""
+    rope = config.layer_ropes[layer]
+    rotated = config.head_dim if rope is None else rope.rotary_dim(config.head_dim)
+    return config.sparse_layers[layer], config.heads_of(layer), rotated, config.qk_norm == "unit" and rope is not None
+
+
+def _rope_kinds(config: DecoderConfig) -> list[RopeConfig | None]:
+    """List the distinct rotary embeddings of layers; None is that of layers without."""
+    return list(dict.fromkeys(config.layer_ropes))
+
+
+def _angles(config: DecoderConfig, rope: RopeConfig | None, positions: Array, length: Array) -> Angles:
+    """Compute cosine and sine; those of no rotation without `rope`."""
+    if rope is None:
+        one = jnp.ones((*positions.shape, config.head_dim // 2), jnp.float32)
+        return one, jnp.zeros_like(one)
+    return rope_angles(rope, config.head_dim, config.max_position_embeddings, positions, length)
+
+
+def _layer_form(config: DecoderConfig, layer: int) -> LayerForm:
+    """What the attention of a layer has of its own."""
+    rope = config.layer_ropes[layer]
+    chunk = config.attention_chunks[layer] if config.attention_chunks else 0
+    return LayerForm(config.sliding_windows[layer], chunk, _rope_kinds(config).index(rope), rope is not None)
+
+
+def _of_layer(config: DecoderConfig, layer: int) -> DecoderConfig:
+    """Settings of a layer's attention: layers without rotary embedding have no norm of unit weight."""
+    plain = config.qk_norm == "unit" and config.layer_ropes[layer] is None
+    return dataclasses.replace(config, qk_norm="none") if plain else config
 
 
 def _slot_positions(
@@ -162,7 +199,7 @@ def _unrolled_layers(
         x, h = add_norm(x, y, layer.input_norm, eps)
         entering.append(x)
         kv = None if cache is None else (cache.k[i], cache.v[i])
-        mixed, kv = attention_block(config, layer, h, context, config.sliding_windows[i], kv)
+        mixed, kv = attention_block(_of_layer(config, i), layer, h, context, _layer_form(config, i), kv)
         x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
         y, valid, info = mlp_block(config, params.experts, layer, len(routers), h, valid, context)
         if info is not None:
@@ -193,34 +230,44 @@ def _scanned_layers(
             "expected a cache (nn.cache.empty_cache) for a model whose layers are stacked; without one, load it with"
             " backend=moespec_jax.BACKENDS['dense']"
         )
-    windows = jnp.asarray(config.sliding_windows, jnp.int32)
     routers: list[RouterInfo] = []
-    add_norm, eps = context.backend.add_norm, config.rms_norm_eps
-
-    def step(carry, xs):
-        x, valid, k, v, aux = carry
-        layer, index, sparse_index, window = xs
-        aux = _take_aux(context.boundaries, index, x, aux)
-        x, h = add_norm(x, None, layer.input_norm, eps)
-        mixed, kv = attention_block(config, layer, h, context, window, (k, v), index)
-        assert kv is not None
-        x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
-        y, valid, info = mlp_block(config, params.experts, layer, sparse_index, h, valid, context)
-        return (x + y, valid, *kv, aux), info
-
     carry = (x, valid, cache.k, cache.v, tuple(jnp.zeros_like(x) for _ in context.boundaries))
     for run, layers in zip(layer_runs(config), params.layers, strict=True):
         first = sum(config.sparse_layers[: run.start])
         count = jnp.arange(len(run), dtype=jnp.int32)
-        carry, info = jax.lax.scan(
-            step, carry, (layers, run.start + count, first + count, windows[run.start : run.stop])
-        )
+        forms, of_run = _forms(config, run, context)
+        step = partial(_scan_step, _of_layer(config, run.start), params.experts, of_run)
+        carry, info = jax.lax.scan(step, carry, (layers, run.start + count, first + count, forms))
         if info is not None:
             routers += [jax.tree.map(lambda a, i=i: a[i], info) for i in range(len(run))]
     x, _, k, v, aux = carry
     aux = _take_aux(context.boundaries, jnp.int32(config.num_hidden_layers), x, aux)
-    h, cache = add_norm(x, None, params.norm, eps)[1], Cache(k, v, cache.length)
+    h = context.backend.add_norm(x, None, params.norm, config.rms_norm_eps)[1]
+    cache = Cache(k, v, cache.length)
     return h, cache, ForwardInfo(tuple(routers), jnp.concatenate(aux, axis=-1) if aux else None)
+
+
+def _forms(config: DecoderConfig, run: range, context: Context) -> tuple[LayerForm, Context]:
+    """Stack the forms of a run's layers, whose angles are all in the context that is returned."""
+    forms = [_layer_form(config, i) for i in run]
+    ropes = sorted({int(form.rope) for form in forms})
+    forms = [form._replace(rope=ropes.index(int(form.rope))) for form in forms]
+    of_run = context._replace(angles=tuple(context.angles[rope] for rope in ropes))
+    return LayerForm(*(jnp.asarray(values) for values in zip(*forms, strict=True))), of_run
+
+
+def _scan_step(config: DecoderConfig, experts: object, context: Context, carry: Any, xs: Any) -> tuple[Any, Any]:
+    """Run one layer of a scan."""
+    x, valid, k, v, aux = carry
+    layer, index, sparse_index, form = xs
+    add_norm, eps = context.backend.add_norm, config.rms_norm_eps
+    aux = _take_aux(context.boundaries, index, x, aux)
+    x, h = add_norm(x, None, layer.input_norm, eps)
+    mixed, kv = attention_block(config, layer, h, context, form, (k, v), index)
+    assert kv is not None
+    x, h = add_norm(x, mixed, layer.post_attention_norm, eps)
+    y, valid, info = mlp_block(config, experts, layer, sparse_index, h, valid, context)
+    return (x + y, valid, *kv, aux), info
 
 
 def _take_aux(boundaries: tuple[int, ...], layer: Array, x: Array, aux: tuple[Array, ...]) -> tuple[Array, ...]:

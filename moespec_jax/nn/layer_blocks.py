@@ -2,13 +2,23 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig
-from moespec_jax.nn.attention import Attention, attend, attend_layer, project_qkv, within_window
+from moespec_jax.nn.attention import (
+    Attention,
+    attend,
+    attend_layer,
+    gate_output,
+    project_qkv,
+    query_factor,
+    within_chunk,
+    within_window,
+)
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.layers import GatedMlp, gated_mlp
+from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm
 from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
@@ -17,14 +27,44 @@ from moespec_jax.parallel.mesh import ShardingPlan
 
 @struct.dataclass
 class Layer:
-    """One pre-norm transformer layer without its routed experts; stacked layers have a leading axis."""
+    """One pre-norm transformer layer without its routed experts; stacked layers have a leading axis.
+
+    Fields:
+        input_norm: norm before attention.
+        attention: weights of attention.
+        post_attention_norm: norm before the feed-forward block.
+        mlp: weights of that block.
+        attention_output_norm, mlp_output_norm: norms of the blocks' outputs; None where the family has none.
+    """
 
     input_norm: Float[Array, "*stack model"]
     attention: Attention
     post_attention_norm: Float[Array, "*stack model"]
     mlp: GatedMlp | SparseMlp
+    attention_output_norm: Float[Array, "*stack model"] | None = None
+    mlp_output_norm: Float[Array, "*stack model"] | None = None
 
     __repr__ = summary
+
+
+# Cosine and sine, `[batch, tokens, half]`.
+Angles = tuple[Array, Array]
+
+
+class LayerForm(NamedTuple):
+    """What the attention of one layer has of its own; numbers are traced where layers are scanned.
+
+    Fields:
+        window: attention window in tokens, 0 for none.
+        chunk: tokens of a chunk, 0 for none.
+        rope: index of its angles in those of the context.
+        rotates: whether it has rotary embedding.
+    """
+
+    window: int | Array
+    chunk: int | Array
+    rope: int | Array
+    rotates: bool | Array
 
 
 class Context(NamedTuple):
@@ -35,7 +75,7 @@ class Context(NamedTuple):
         slot_positions: position of the token in every cache slot.
         mask: whether a token attends to a slot.
         start: cache slot of each sequence's first token.
-        cos, sin: rotary embedding of every token.
+        angles: cosine and sine of every token's rotary embedding, for each kind of it.
         boundaries: layers whose entering hidden state is returned.
         compute: expert compute.
         backend: forms of the other parts of a layer.
@@ -47,8 +87,7 @@ class Context(NamedTuple):
     slot_positions: Int[Array, "batch slots"]
     mask: Bool[Array, "batch tokens slots"]
     start: Int[Array, " batch"]
-    cos: Float[Array, "*batch tokens half"]
-    sin: Float[Array, "*batch tokens half"]
+    angles: tuple[Angles, ...]
     boundaries: tuple[int, ...]
     compute: ExpertCompute
     backend: Backend
@@ -61,7 +100,7 @@ def attention_block(
     layer: Layer,
     h: Array,
     context: Context,
-    window: int | Array,
+    form: LayerForm,
     kv: tuple[Array, Array] | None,
     index: Array | None = None,
 ) -> tuple[Array, tuple[Array, Array] | None]:
@@ -69,20 +108,49 @@ def attention_block(
 
     `kv` is the cache of this layer, or, with `index`, of all layers, of which layer `index` is written and read.
     """
-    angles, heads, mask = (context.cos, context.sin), context.sharding.heads, context.mask
+    weights, heads, mask, angles = layer.attention, context.sharding.heads, context.mask, _angles(context, form)
     if any(config.sliding_windows):
-        mask = mask & within_window(context.positions, context.slot_positions, window)
+        mask = mask & within_window(context.positions, context.slot_positions, form.window)
+    if any(config.attention_chunks):
+        mask = mask & within_chunk(context.positions, context.slot_positions, form.chunk)
     if kv is None:
-        q, k, v = project_qkv(config, layer.attention, h, *angles, heads)
-        mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, layer.attention.sinks)
+        q, k, v = project_qkv(config, weights, h, *angles, heads)
+        q = _scaled(config, q, context, form)
+        mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, weights.sinks)
     else:
         # Written into the whole cache first and read after: the other order copies the layer's cache twice.
-        q, kv = context.backend.write_qkv(config, layer.attention, h, angles, kv, context.start, index, heads)
-        if layer.attention.sinks is None:
+        q, kv = context.backend.write_qkv(config, weights, h, angles, kv, context.start, index, heads)
+        q = _scaled(config, q, context, form)
+        if weights.sinks is None:
             mixed = context.backend.attention(q, *kv, index, mask)
         else:  # the kernels have no sinks
-            mixed = attend_layer(q, *kv, index, mask, layer.attention.sinks)
-    return context.backend.output_projection(layer.attention, mixed, heads), kv
+            mixed = attend_layer(q, *kv, index, mask, weights.sinks)
+    if weights.output_gate is not None:
+        mixed = gate_output(mixed, weights.output_gate, h, config.output_gate)
+    out = context.backend.output_projection(weights, mixed, heads)
+    return _output_norm(config, out, layer.attention_output_norm), kv
+
+
+def _angles(context: Context, form: LayerForm) -> Angles:
+    """Choose the layer's cosine and sine."""
+    if len(context.angles) == 1:
+        return context.angles[0]
+    if isinstance(form.rope, int):
+        return context.angles[form.rope]
+    cos, sin = (jnp.stack(side)[form.rope] for side in zip(*context.angles, strict=True))
+    return cos, sin
+
+
+def _scaled(config: DecoderConfig, q: Array, context: Context, form: LayerForm) -> Array:
+    """Scale the queries of a layer without rotary embedding."""
+    if config.query_scale is None:
+        return q
+    factor = jnp.where(form.rotates, 1.0, query_factor(config.query_scale, context.positions))
+    return q * factor[:, :, None, None].astype(q.dtype)
+
+
+def _output_norm(config: DecoderConfig, y: Array, weight: Array | None) -> Array:
+    return y if weight is None else rms_norm(y, weight, config.rms_norm_eps)
 
 
 def mlp_block(
@@ -107,4 +175,4 @@ def mlp_block(
         valid = valid if info.restricted is None else info.restricted.kept
     else:
         y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
-    return y.reshape(h.shape), valid, info
+    return _output_norm(config, y.reshape(h.shape), layer.mlp_output_norm), valid, info

@@ -217,7 +217,8 @@ def _heads(config: AttentionConfig, mesh: MeshConfig) -> Axes:
 
     def divides(shards: int) -> bool:
         kv = config.num_key_value_heads
-        return config.num_attention_heads % shards == 0 and (kv % shards == 0 or shards % kv == 0)
+        counts = (config.num_attention_heads, *(config.layer_heads if isinstance(config, DecoderConfig) else ()))
+        return not any(count % shards for count in counts) and (kv % shards == 0 or shards % kv == 0)
 
     return _first(mesh, divides)
 

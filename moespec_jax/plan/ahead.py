@@ -101,7 +101,8 @@ def placed(tree: Any, sharding: Any) -> Any:
 
 def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
     """Truncate a decoder to its first `layers` layers."""
-    kept = {"sparse_layers": config.sparse_layers[:layers], "sliding_windows": config.sliding_windows[:layers]}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    kept = {name: value[:layers] for name, value in values.items() if isinstance(value, tuple)}
     return dataclasses.replace(config, num_hidden_layers=layers, **kept)
 
 

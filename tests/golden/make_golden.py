@@ -34,8 +34,9 @@ FAMILIES: dict[str, Fields] = {
     "mixtral": dict(num_local_experts=4, sliding_window=6, head_dim=4),
     "qwen2_moe": QWEN
     | dict(mlp_only_layers=[0], shared_expert_intermediate_size=8, use_sliding_window=True, sliding_window=5),
+    "gpt_oss": dict(num_local_experts=4, sliding_window=6, head_dim=4, swiglu_limit=0.8),
 }
-ROPES = {"olmoe": "default", "qwen3_moe": "yarn", "mixtral": "llama3", "qwen2_moe": "linear"}
+ROPES = {"olmoe": "default", "qwen3_moe": "yarn", "mixtral": "llama3", "qwen2_moe": "linear", "gpt_oss": "yarn"}
 
 
 def make(family: str, seed: int) -> None:

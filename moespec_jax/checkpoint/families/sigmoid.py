@@ -19,7 +19,7 @@ from moespec_jax.errors import UnsupportedConfig
 _EPSILON = 1e-20
 
 
-def _deepseek(fields: Fields, shared: int, norm_topk_prob: bool) -> dict[str, Any]:
+def read_deepseek(fields: Fields, shared: int, norm_topk_prob: bool) -> dict[str, Any]:
     """Read the router and the experts of DeepSeek-V3's fields; `shared` is the default number of shared experts."""
     width = require_count([fields], "moe_intermediate_size")
     # 0 stands for none, as null does.
@@ -69,7 +69,8 @@ def _routed_experts(fields: Fields) -> int:
     return read_experts({"num_local_experts": fields["n_routed_experts"]} if "n_routed_experts" in fields else fields)
 
 
-def _first_dense(fields: Fields, layers: int, default: int) -> tuple[bool, ...]:
+def read_first_dense(fields: Fields, layers: int, default: int) -> tuple[bool, ...]:
+    """Read which layers route to experts, all but the first `first_k_dense_replace`."""
     dense = fields.get("first_k_dense_replace", default)
     if type(dense) is not int or dense < 0:
         raise UnsupportedConfig(f"expected first_k_dense_replace of at least 0; config.json has {shown(dense)}")
@@ -86,9 +87,9 @@ def _read_glm4_moe(fields: Fields) -> DecoderConfig:
     qk_norm: QkNorm = "head" if read_flag([fields], "use_qk_norm", False) else "none"
     return DecoderConfig(
         **read_common(fields, partial_rotary=0.5),
-        **_deepseek(fields, shared=1, norm_topk_prob=True),
+        **read_deepseek(fields, shared=1, norm_topk_prob=True),
         intermediate_size=require_count([fields], "intermediate_size"),
-        sparse_layers=_first_dense(fields, layers, 1),
+        sparse_layers=read_first_dense(fields, layers, 1),
         sliding_windows=read_uniform_windows(fields, layers, 0),
         qkv_bias=read_flag([fields], "attention_bias", False),
         qk_norm=qk_norm,
@@ -108,9 +109,9 @@ def _read_dots1(fields: Fields) -> DecoderConfig:
     bias = read_flag([fields], "attention_bias", False)
     return DecoderConfig(
         **read_common(fields),
-        **_deepseek(fields, shared=0, norm_topk_prob=False),
+        **read_deepseek(fields, shared=0, norm_topk_prob=False),
         intermediate_size=require_count([fields], "intermediate_size"),
-        sparse_layers=_first_dense(fields, layers, 0),
+        sparse_layers=read_first_dense(fields, layers, 0),
         sliding_windows=read_windows(fields, layers, window) if fields.get("layer_types") else by_rule,
         qkv_bias=bias,
         o_bias=bias,
@@ -125,7 +126,7 @@ def _write_dots1(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_solar_open(fields: Fields) -> DecoderConfig:
     layers = require_count([fields], "num_hidden_layers")
-    experts = _deepseek(fields, shared=1, norm_topk_prob=True)
+    experts = read_deepseek(fields, shared=1, norm_topk_prob=True)
     return DecoderConfig(
         **read_common({"head_dim": 128, **fields}, rope_theta=1_000_000.0),
         **experts,

@@ -5,6 +5,7 @@ from moespec_jax.checkpoint.families.ernie import ERNIE
 from moespec_jax.checkpoint.families.family import Family
 from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
 from moespec_jax.checkpoint.families.hunyuan import HUNYUAN
+from moespec_jax.checkpoint.families.mixed_attention import AFMOE, EXAONE_MOE, LAGUNA, MELLUM
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -28,6 +29,10 @@ FAMILIES: dict[str, Family] = {
     "hy_v3": HY_V3,
     "ernie4_5_moe": ERNIE,
     "hunyuan_v1_moe": HUNYUAN,
+    "mellum": MELLUM,
+    "exaone_moe": EXAONE_MOE,
+    "afmoe": AFMOE,
+    "laguna": LAGUNA,
 }
 _MOST_EXPERTS_IN_ALL = 1 << 18
 
@@ -80,7 +85,7 @@ def _check(config: DecoderConfig) -> None:
             f"expected num_attention_heads to be a multiple of num_key_value_heads {config.num_key_value_heads};"
             f" config.json has num_attention_heads {config.num_attention_heads}"
         )
-    rotated = config.rope.rotary_dim(config.head_dim)
+    rotated = min(rope.rotary_dim(config.head_dim) for rope in (config.rope, config.sliding_rope or config.rope))
     if rotated % 2 or rotated < (4 if config.rope.rope_type == "dynamic" else 2):
         raise UnsupportedConfig(
             f"expected an even head_dim that rope_type {config.rope.rope_type!r} can rotate; config.json has"

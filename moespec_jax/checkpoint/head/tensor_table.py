@@ -166,6 +166,7 @@ def _layer_table(config: DraftConfig, layer: int, o_bias: bool) -> dict[str, Ten
     attention = attention_table(
         config,
         (*at, "attention"),
+        heads=config.num_attention_heads,
         model=model,
         inputs=2 * model if first else model,
         qkv_bias=config.attention_bias,
