@@ -59,7 +59,7 @@ def with_static_activations(write: Any) -> Any:
     return both
 
 
-def group(strategy: str, **more: Any) -> dict[str, Any]:
+def group(strategy: str | None = None, **more: Any) -> dict[str, Any]:
     """A `quantization_config` of compressed-tensors with one group."""
     form = more.pop("format", "float-quantized")
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy} | more

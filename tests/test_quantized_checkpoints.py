@@ -1,6 +1,7 @@
 """Checkpoints with quantized weights load as the weights that their format stands for, or are refused by name."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,26 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from packed_writer import AWQ, FORM, GPTQ, PACKED, ints
 from published import Tensors, same
 from quantized_writer import BLOCKS, FP8, SHARD, Case, group, modelopt, write_quantized
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny import CONFIG
 
 from convert import check, to_hf, to_orbax
 from moespec_jax.checkpoint.families.table import read_config
+from moespec_jax.checkpoint.quantized.detect import read_format
 from moespec_jax.checkpoint.quantized.fp8 import fp8_scheme
+from moespec_jax.checkpoint.quantized.join import join_components
 from moespec_jax.checkpoint.read import load_config, load_parameters
+from moespec_jax.checkpoint.shards import read_headers, read_tensors
+from moespec_jax.checkpoint.tensor_table import Tensor
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.nn.backend import BACKENDS
 
-CASES: dict[str, Case] = FP8
+GOLDEN = Path(__file__).parent / "golden" / "quantized"
+CASES: dict[str, Case] = FP8 | PACKED
 SLOTS = BACKENDS["slots"]
 GATE = "model.layers.1.mlp.experts.2.gate_proj"
 
@@ -43,8 +51,8 @@ def test_every_code_of_fp8_is_the_number_that_torch_reads(dtype: str) -> None:
     torch = pytest.importorskip("torch")
     codes = np.arange(256, dtype=np.uint8).reshape(2, 128)
     got = np.empty((2, 128), np.float32)
-    parts = {"weight": codes.view(getattr(ml_dtypes, dtype)), "scale": np.float32([1.0, 2.0])}
-    fp8_scheme("scale", (1, 0)).dequantize(parts, got)
+    stored = {"weight": codes.view(getattr(ml_dtypes, dtype)), "scale": np.array([1, 2], np.float32)}
+    fp8_scheme("scale", (1, 0)).dequantize(stored, got)
     expected = torch.from_numpy(codes).view(getattr(torch, dtype)).float() * torch.tensor([[1.0], [2.0]])
     np.testing.assert_array_equal(got, expected.numpy())
 
@@ -53,8 +61,8 @@ def test_every_scale_of_e8m0_is_the_number_that_torch_reads() -> None:
     torch = pytest.importorskip("torch")
     exponents = np.arange(255, dtype=np.uint8).reshape(255, 1)
     got = np.empty((255, 1), np.float32)
-    parts = {"weight": np.ones((255, 1), ml_dtypes.float8_e4m3fn), "scale": exponents}
-    fp8_scheme("scale", (1, 32)).dequantize(parts, got)
+    stored = {"weight": np.ones((255, 1), ml_dtypes.float8_e4m3fn), "scale": exponents}
+    fp8_scheme("scale", (1, 32)).dequantize(stored, got)
     np.testing.assert_array_equal(got, torch.from_numpy(exponents).view(torch.float8_e8m0fnu).float().numpy())
 
 
@@ -75,6 +83,24 @@ def test_blocks_are_dequantized_as_in_transformers(number: int) -> None:
     np.testing.assert_array_equal(got, expected.numpy())
 
 
+@pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.safetensors")), ids=lambda file: file.stem)
+def test_weights_are_those_that_compressed_tensors_reads(file: Path, tmp_path: Path) -> None:
+    """Of weights that the library itself compressed (tests/golden/make_quantized.py); it rounds some to bfloat16."""
+    with safe_open(file, framework="numpy") as about:
+        made = about.metadata()
+    shutil.copy(file, tmp_path)
+    entries = {f"m.{name}": entry for name, entry in read_headers(tmp_path).entries.items()}
+    [(_, expected)] = read_tensors({"expected": entries.pop("m.expected")})
+    section = group(format=made["format"], **json.loads(made["weights"]))
+    form = read_format({"quantization_config": section})
+    assert form is not None
+    problems = join_components(form, entries, {"m.weight": Tensor(("m",), expected.shape)})
+    assert problems == {} and entries.keys() == {"m.weight"}
+    expected = expected.copy()
+    [(_, got)] = read_tensors(entries)
+    np.testing.assert_array_equal(got.astype(made["dtype"]).astype(np.float32), expected)
+
+
 def test_which_weights_are_quantized_the_tensors_say(tmp_path: Path) -> None:
     """Embedding, output matrix and routers too, some experts not, whatever lists of left-out modules may match."""
 
@@ -83,6 +109,22 @@ def test_which_weights_are_quantized_the_tensors_say(tmp_path: Path) -> None:
 
     config = BLOCKS | {"modules_to_not_convert": ["lm_head", "model.layers.0", "re:.*gate"]}
     quantized, plain, _ = write_quantized(tmp_path, Case(config, FP8["blocks"].write), some)
+    assert same(load(quantized), load(plain))
+
+
+def test_groups_of_modules_have_formats_of_their_own(tmp_path: Path) -> None:
+    """A name comes before a regular expression, which comes before the class of a module."""
+    eight, four = FP8["rows, compressed-tensors"], PACKED["4 bits, groups"]
+    groups = {
+        "group_0": {**eight.config["config_groups"]["group_0"], "format": "float-quantized"},
+        "group_1": {**four.config["config_groups"]["group_0"], "format": FORM, "targets": ["re:.*experts.*", "x"]},
+    }
+
+    def write(module: str, weight: np.ndarray, random: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        return (four if "experts" in module else eight).write(module, weight, random)
+
+    config = eight.config | {"format": "mixed-precision", "config_groups": groups}
+    quantized, plain, _ = write_quantized(tmp_path, Case(config, write))
     assert same(load(quantized), load(plain))
 
 
@@ -137,7 +179,8 @@ def test_a_format_that_transformers_would_misread_is_not_compared(tmp_path: Path
 
 def changed(tensors: Tensors, name: str, value: np.ndarray | None) -> Tensors:
     rest = {key: kept for key, kept in tensors.items() if key != name}
-    return rest if value is None else rest | {name: value}
+    kept = rest if value is None else rest | {name: value}
+    return {key: np.asarray(one) for key, one in kept.items()}
 
 
 BAD_PARTS: dict[str, tuple[str, np.ndarray | None, str]] = {
@@ -156,9 +199,37 @@ BAD_PARTS: dict[str, tuple[str, np.ndarray | None, str]] = {
     "codes of integers": ("weight", np.ones((16, 32), np.uint8), f"not F32, F16 or BF16: {GATE}.weight .U8"),
     "scale is NaN": (
         "weight_scale_inv",
-        np.float32([[1, 1], [np.nan, 1]]),
+        np.array([[1, 1], [np.nan, 1]], np.float32),
         f"expected finite scales in {GATE}.weight_scale_inv; got NaN or infinity in .*{SHARD}",
     ),
+    "NVFP4, compressed-tensors: scale of 0": (
+        "weight_global_scale",
+        np.zeros(1, np.float32),
+        f"expected a scale other than 0 in {GATE}.weight_global_scale; got 0 in .*{SHARD}",
+    ),
+    "NVFP4, ModelOpt: a scale for two": (
+        "weight_scale_2",
+        np.ones(2, np.float32),
+        r"weight_scale_2 .expected \[\], got",
+    ),
+    "4 bits, groups: another shape": (
+        "weight_shape",
+        np.array([16, 31]),
+        rf"expected the shape \[16, 32\] in {GATE}.weight_shape; got \[16, 31\] in .*{SHARD}",
+    ),
+    "4 bits, groups: no shape": ("weight_shape", None, f"1 missing beside quantized weights: {GATE}.weight_shape"),
+    "4 bits, groups, not symmetric: no zero points": (
+        "weight_zero_point",
+        None,
+        f"missing .*: {GATE}.weight_zero_point",
+    ),
+    "4 bits, columns in another order: a group too many": (
+        "weight_g_idx",
+        np.full(32, 4, np.int32),
+        f"expected groups from 0 to 3 in {GATE}.weight_g_idx; got 4 to 4",
+    ),
+    "AWQ: misshapen words": ("qweight", np.ones((32, 16), np.int32), r"qweight .expected \[32, 2\], got \[32, 16\]"),
+    "GPTQ: no zero points": ("qzeros", None, f"missing .*: {GATE}.qzeros"),
     "scale is infinite": ("weight_scale_inv", np.full((2, 2), np.inf, np.float32), "expected finite scales"),
 }
 
@@ -166,7 +237,8 @@ BAD_PARTS: dict[str, tuple[str, np.ndarray | None, str]] = {
 @pytest.mark.parametrize("name", BAD_PARTS)
 def test_a_bad_part_is_named_with_its_file(name: str, tmp_path: Path) -> None:
     suffix, value, message = BAD_PARTS[name]
-    quantized, _, stored = write_quantized(tmp_path, FP8["blocks"])
+    case = FP8["blocks"] if suffix in ("weight", "weight_scale_inv") else PACKED[name.partition(": ")[0]]
+    quantized, _, stored = write_quantized(tmp_path, case)
     save_file(changed(stored, f"{GATE}.{suffix}", value), quantized / SHARD)
     with pytest.raises(CheckpointError, match=message) as found:
         load(quantized)
@@ -199,7 +271,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "strategy": (group("token"), "expected the strategy tensor"),
     "group of a text": (group("group", group_size="8"), "expected the strategy tensor"),
     "strategy of a text": (group(None, group_size="8"), "has a field of the wrong type"),  # pyright: ignore
-    "bits": (group("tensor", num_bits=6), "expected weights as symmetric 8-bit floats"),
+    "bits": (
+        group("tensor", num_bits=6),
+        "expected weights of type symmetric float and 8 bits; config.json has 6 bits",
+    ),
+    "3 bits packed": (
+        ints("channel", FORM, 3),
+        "expected weights of type int and 2, 4, 8 bits; config.json has 3 bits",
+    ),
+    "GPTQ of 3 bits": (GPTQ | {"bits": 3}, "expected bits among"),
+    "GPTQ for Marlin": (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format gptq or gptq_v2"),
+    "GPTQ with rules": (GPTQ | {"dynamic": {"+:.*down.*": {"bits": 8}}}, "dynamic of quant_method gptq"),
+    "GPTQ of no group": (GPTQ | {"group_size": 0}, "expected group_size as a positive number or -1"),
+    "AWQ for GEMV": (AWQ | {"version": "gemv"}, "version gemm and zero_point true"),
     "no groups": (group("tensor") | {"config_groups": None}, "expected config_groups"),
     "transform": (group("tensor") | {"transform_config": {"config_groups": {"a": {}}}}, "transform_config is not supp"),
     "sparsity": (group("tensor") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is not su"),

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from moespec_jax.checkpoint.dtypes import CODES, PART_CODES
+from moespec_jax.checkpoint.dtypes import CODES, COMPONENT_CODES
 from moespec_jax.checkpoint.leaves import HostBuffer
-from moespec_jax.checkpoint.quantized.scheme import BadPart
+from moespec_jax.checkpoint.quantized.scheme import BadComponent
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import listing, read_json
 
@@ -50,9 +50,9 @@ class Entry(NamedTuple):
         start: offset of its first byte in the file.
         size: number of its bytes.
         part: part of the stored matrix, where the tensor is not stored alone.
-        parts: of a quantized weight, its stored parts by suffix of their names. The fields above are then those of the
-            weight that they stand for, but for the place, which is that of its codes.
-        combine: of a quantized weight, function that computes it from its parts; it may raise `BadPart`.
+        components: of a quantized weight, its stored components by suffix of their names. The fields above are then
+            those of the weight that they stand for, but for the place, which is that of its codes.
+        combine: of a quantized weight, function that computes it from its components; it may raise `BadComponent`.
     """
 
     file: Path
@@ -61,7 +61,7 @@ class Entry(NamedTuple):
     start: int
     size: int
     part: Part | None = None
-    parts: Mapping[str, "Entry"] = {}
+    components: Mapping[str, "Entry"] = {}
     combine: Callable[[Mapping[str, np.ndarray], np.ndarray], None] | None = None
 
 
@@ -120,10 +120,10 @@ def read_headers(directory: Path) -> Headers:
 def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield every tensor, shard by shard, in the order of its bytes; an array is valid until the next one is requested.
     Files are read, not mapped: touched pages of a mapped file count as memory of the process. A quantized weight is
-    computed from its parts as they are read.
+    computed from its components as they are read.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends early, or a part has values that it cannot have.
+        CheckpointError: a file cannot be read, or ends early, or a component has values that it cannot have.
     """
     by_file: dict[Path, list[str]] = {}
     for name, entry in entries.items():
@@ -149,10 +149,10 @@ def is_same(one: Entry, other: Entry) -> bool:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    if (one.shape, one.dtype, one.parts.keys()) != (other.shape, other.dtype, other.parts.keys()):
+    if (one.shape, one.dtype, one.components.keys()) != (other.shape, other.dtype, other.components.keys()):
         return False
-    if one.parts:
-        return all(is_same(part, other.parts[suffix]) for suffix, part in one.parts.items())
+    if one.components:
+        return all(is_same(stored, other.components[suffix]) for suffix, stored in one.components.items())
     left = one.size
     try:
         with one.file.open("rb") as first, other.file.open("rb") as second:
@@ -204,26 +204,26 @@ def _read_header(file: Path) -> dict[str, Entry]:
 
 
 def _read(name: str, entry: Entry, data: RawIOBase, buffers: Mapping[str, HostBuffer]) -> np.ndarray:
-    """Read a tensor, or the whole matrix that it is part of, from its open file, or compute it from its parts. There is
-    a buffer for each suffix of parts, and one for the result."""
+    """Read a tensor, or the whole matrix that it is part of, from its open file, or compute it from its components.
+    There is a buffer for each suffix of components, and one for the result."""
     shape = entry.shape if entry.part is None else entry.part.block
     array = buffers[""].array(shape, jnp.dtype(CODES[entry.dtype]))
     if entry.combine is None:
         _fill(array, data, entry.start)
         return array
-    parts: dict[str, np.ndarray] = {}
-    for suffix, part in entry.parts.items():
-        parts[suffix] = buffers[suffix].array(part.shape, jnp.dtype(PART_CODES[part.dtype]))
-        if part.file == entry.file:
-            _fill(parts[suffix], data, part.start)
+    components: dict[str, np.ndarray] = {}
+    for suffix, stored in entry.components.items():
+        components[suffix] = buffers[suffix].array(stored.shape, jnp.dtype(COMPONENT_CODES[stored.dtype]))
+        if stored.file == entry.file:
+            _fill(components[suffix], data, stored.start)
         else:
-            with part.file.open("rb", buffering=0) as other:
-                _fill(parts[suffix], other, part.start)
+            with stored.file.open("rb", buffering=0) as other:
+                _fill(components[suffix], other, stored.start)
     try:
-        entry.combine(parts, array)
-    except BadPart as bad:
+        entry.combine(components, array)
+    except BadComponent as bad:
         where = f"{name.removesuffix('weight')}{bad.suffix}"
-        file = entry.parts[bad.suffix].file
+        file = entry.components[bad.suffix].file
         raise CheckpointError(f"expected {bad.expected} in {where}; got {bad.got} in {file}") from None
     return array
 

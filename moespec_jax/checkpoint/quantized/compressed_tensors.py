@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable
 
 from moespec_jax.checkpoint.config_fields import Fields, section, shown
+from moespec_jax.checkpoint.quantized.fp4 import mxfp4_scheme, nvfp4_scheme
 from moespec_jax.checkpoint.quantized.fp8 import fp8_scheme
+from moespec_jax.checkpoint.quantized.integers import PACKED_BITS, int8_scheme, packed_scheme
 from moespec_jax.checkpoint.quantized.scheme import ROW, WHOLE, Format, Scheme, Tile, read_block
 from moespec_jax.errors import UnsupportedConfig
 
@@ -72,11 +74,49 @@ def _scheme(form: str, weights: Fields) -> Scheme:
     return _FORMATS[form](weights)
 
 
-def _float(weights: Fields) -> Scheme:
-    kind = (weights.get("type"), weights.get("num_bits", 8))
-    if kind != ("float", 8) or not weights.get("symmetric", True):
-        raise UnsupportedConfig(f"expected weights as symmetric 8-bit floats; config.json has {shown(weights)}")
-    return fp8_scheme("weight_scale", _tile(weights))
+def _float8(weights: Fields) -> Scheme:
+    _expect(weights, "float", (8,))
+    return fp8_scheme(_SCALE, _tile(weights))
+
+
+def _int8(weights: Fields) -> Scheme:
+    _expect(weights, "int", tuple(range(1, 9)))
+    return int8_scheme(_tile(weights), weights.get("symmetric", True) is not False)
+
+
+def _naive(weights: Fields) -> Scheme:
+    return (_float8 if weights.get("type") == "float" else _int8)(weights)
+
+
+def _packed(weights: Fields) -> Scheme:
+    _expect(weights, "int", PACKED_BITS)
+    return packed_scheme(weights.get("num_bits", 8), _tile(weights), weights.get("symmetric", True) is not False)
+
+
+def _mxfp8(weights: Fields) -> Scheme:
+    _expect(weights, "float", (8,))
+    return fp8_scheme(_SCALE, (1, 32))
+
+
+def _mxfp4(weights: Fields) -> Scheme:
+    _expect(weights, "float", (4,))
+    return mxfp4_scheme("weight_packed", _SCALE)
+
+
+def _nvfp4(weights: Fields) -> Scheme:
+    _expect(weights, "float", (4,))
+    return nvfp4_scheme("weight_packed", _SCALE, "weight_global_scale", divides=True)
+
+
+def _expect(weights: Fields, kind: str, bits: tuple[int, ...]) -> None:
+    """Check the type of codes and their bits; floats are symmetric."""
+    found = (weights.get("num_bits", 8), weights.get("type", "int"), weights.get("symmetric", True))
+    if found[0] not in bits or found[1] != kind or (kind == "float" and found[2] is not True):
+        form, sizes = "symmetric float" if kind == "float" else "int", ", ".join(map(str, bits))
+        raise UnsupportedConfig(
+            f"expected weights of type {form} and {sizes} bits; config.json has {shown(found[0])} bits, type"
+            f" {shown(found[1])} and symmetric {shown(found[2])}"
+        )
 
 
 def _tile(weights: Fields) -> Tile:
@@ -98,4 +138,13 @@ def _tile(weights: Fields) -> Tile:
 
 
 _TILES = {"tensor": WHOLE, "channel": ROW}
-_FORMATS: dict[str, Callable[[Fields], Scheme]] = {"float-quantized": _float, "naive-quantized": _float}
+_SCALE = "weight_scale"
+_FORMATS: dict[str, Callable[[Fields], Scheme]] = {
+    "float-quantized": _float8,
+    "int-quantized": _int8,
+    "naive-quantized": _naive,
+    "pack-quantized": _packed,
+    "mxfp8-quantized": _mxfp8,
+    "mxfp4-pack-quantized": _mxfp4,
+    "nvfp4-pack-quantized": _nvfp4,
+}

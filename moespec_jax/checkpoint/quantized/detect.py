@@ -7,6 +7,7 @@ from moespec_jax.checkpoint.config_fields import Fields, section, shown
 from moespec_jax.checkpoint.quantized.compressed_tensors import read_compressed_tensors
 from moespec_jax.checkpoint.quantized.fp8 import read_fbgemm, read_fp8
 from moespec_jax.checkpoint.quantized.modelopt import read_modelopt
+from moespec_jax.checkpoint.quantized.packed_words import read_awq, read_gptq
 from moespec_jax.checkpoint.quantized.scheme import Format
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import read_json
@@ -17,6 +18,8 @@ METHODS: dict[str, Callable[[Fields], Format]] = {
     "fbgemm_fp8": read_fbgemm,
     "compressed-tensors": read_compressed_tensors,
     "modelopt": read_modelopt,
+    "gptq": read_gptq,
+    "awq": read_awq,
 }
 # Fields of config.json with a description of quantized weights; the second is that of old compressed-tensors.
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")

@@ -12,9 +12,9 @@ from moespec_jax.checkpoint.config_fields import Fields, shown
 from moespec_jax.checkpoint.quantized.scheme import (
     ROW,
     WHOLE,
+    Component,
+    Components,
     Format,
-    Part,
-    Parts,
     Scheme,
     Shape,
     Tile,
@@ -35,18 +35,18 @@ _DEFAULT_BLOCK = [128, 128]
 def fp8_scheme(scale: str, *tiles: Tile) -> Scheme:
     """Make the scheme of FP8 codes in `weight` and scales in the suffix `scale`, for tiles of one of these sizes."""
 
-    def parts(shape: Shape) -> dict[str, Part]:
+    def components(shape: Shape) -> dict[str, Component]:
         stored = tuple(one for tile in tiles for one in grid_shapes(shape, tile))
-        return {"weight": Part(tuple(CODES), (shape,)), scale: Part(SCALES, stored)}
+        return {"weight": Component(tuple(CODES), (shape,)), scale: Component(SCALES, stored)}
 
-    def dequantize(stored: Parts, out: np.ndarray) -> None:
+    def dequantize(stored: Components, out: np.ndarray) -> None:
         scales = finite_scales(stored, scale)
         tile = next(one for one in tiles if scales.shape in grid_shapes(out.shape, one))
         codes = stored["weight"]
         look_up_codes(codes.view(np.uint8), _table(codes.dtype), out)
         multiply_tiles(out, scales, tile)
 
-    return Scheme("weight", parts, dequantize)
+    return Scheme("weight", components, dequantize)
 
 
 def read_fp8(section: Fields) -> Format:
@@ -77,5 +77,5 @@ def read_fbgemm(section: Fields) -> Format:
 
 @functools.cache
 def _table(dtype: np.dtype) -> np.ndarray:
-    """Numbers of all codes of an 8-bit dtype."""
-    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    """Number of each code of an 8-bit dtype `[256, 1]`."""
+    return np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)[:, None]

@@ -1,16 +1,20 @@
 """NVIDIA ModelOpt's checkpoints: `quant_algo` in `quantization_config`, or in a `hf_quant_config.json` beside it."""
 
 from moespec_jax.checkpoint.config_fields import Fields, section, shown
+from moespec_jax.checkpoint.quantized.fp4 import nvfp4_scheme
 from moespec_jax.checkpoint.quantized.fp8 import fp8_scheme
 from moespec_jax.checkpoint.quantized.scheme import ROW, WHOLE, Format, Scheme
 from moespec_jax.errors import UnsupportedConfig
 
 _SCALE = "weight_scale"
+_NVFP4 = nvfp4_scheme("weight", _SCALE, "weight_scale_2", divides=False)
 _SCHEMES: dict[str, Scheme] = {
     "FP8": fp8_scheme(_SCALE, WHOLE),
     "FP8_PER_CHANNEL_PER_TOKEN": fp8_scheme(_SCALE, ROW),
     "FP8_PB_WO": fp8_scheme(_SCALE, (128, 128)),
     "MXFP8": fp8_scheme(_SCALE, (1, 32)),
+    "NVFP4": _NVFP4,
+    "W4A16_NVFP4": _NVFP4,
 }
 
 

@@ -4,15 +4,15 @@ Every scheme here stores codes, which stand for numbers, and a grid of scales, e
 weight: a block, a group of columns, a row or the whole. Weights are `[out, in]`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 Shape = tuple[int, ...]
-# Arrays of a weight's parts, by the suffix of their names.
-Parts = Mapping[str, np.ndarray]
+# Arrays of a weight's components, by the suffix of their names.
+Components = Mapping[str, np.ndarray]
 # Rows and columns of a tile; 0 stands for all of the weight's.
 Tile = tuple[int, int]
 
@@ -21,7 +21,7 @@ ROW: Tile = (1, 0)
 _STRIP = 256
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """One stored tensor of a weight.
 
     Fields:
@@ -40,14 +40,14 @@ class Scheme(NamedTuple):
 
     Fields:
         codes: suffix of the tensor of codes, in place of `weight` in the name of the weight. A weight is quantized
-            where this tensor is stored in one of the dtypes of its part.
-        parts: function from the shape of a weight to its parts, by suffix.
-        dequantize: function that writes the weight into a float32 array. It raises `BadPart`.
+            where this tensor is stored in one of the dtypes of its component.
+        components: function from the shape of a weight to its components, by suffix.
+        dequantize: function that writes the weight into a float32 array. It raises `BadComponent`.
     """
 
     codes: str
-    parts: Callable[[Shape], dict[str, Part]]
-    dequantize: Callable[[Parts, np.ndarray], None]
+    components: Callable[[Shape], dict[str, Component]]
+    dequantize: Callable[[Components, np.ndarray], None]
 
 
 class Format(NamedTuple):
@@ -56,15 +56,15 @@ class Format(NamedTuple):
     Fields:
         name: name for messages.
         schemes: function from the name of a module, such as `model.layers.0.self_attn.q_proj`, to the schemes that its
-            weight may have: the first whose parts are stored counts.
+            weight may have: the first whose components are stored counts.
     """
 
     name: str
     schemes: Callable[[str], tuple[Scheme, ...]]
 
 
-class BadPart(ValueError):
-    """A part of a weight with values that it cannot have.
+class BadComponent(ValueError):
+    """A component of a weight with values that it cannot have.
 
     Args:
         suffix: suffix of its name.
@@ -100,31 +100,50 @@ def grid_shapes(shape: Shape, tile: Tile) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def finite_scales(parts: Parts, suffix: str) -> np.ndarray:
+def finite_scales(components: Components, suffix: str) -> np.ndarray:
     """Convert scales to float32; bytes are exponents of e8m0.
 
     Raises:
-        BadPart: some are NaN or infinite.
+        BadComponent: some are NaN or infinite.
     """
-    stored = parts[suffix]
+    stored = components[suffix]
     scales = (stored.view(ml_dtypes.float8_e8m0fnu) if stored.dtype == np.uint8 else stored).astype(np.float32)
     if not np.isfinite(scales).all():
-        raise BadPart(suffix, "finite scales", "NaN or infinity")
+        raise BadComponent(suffix, "finite scales", "NaN or infinity")
     return scales
 
 
 def look_up_codes(codes: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
-    """Write `table[codes]` to `out`, in strips of rows: an index of the whole matrix would add to peak memory."""
+    """Write the numbers of codes `[rows, bytes]` to `out`; `table` has for each byte the numbers of its codes. Columns
+    beyond those of `out` fill the last byte. In strips of rows: an index of the whole matrix would add to peak
+    memory."""
     for start in range(0, len(out), _STRIP):
-        out[start : start + _STRIP] = table[codes[start : start + _STRIP]]
+        rows = out[start : start + _STRIP]
+        rows[...] = table[codes[start : start + _STRIP]].reshape(len(rows), -1)[:, : out.shape[1]]
 
 
-def multiply_tiles(out: np.ndarray, scales: np.ndarray, tile: Tile) -> None:
-    """Multiply each tile of a matrix by its scale, in place."""
-    height, width = (step or size for size, step in zip(out.shape, tile, strict=True))
-    grid = scales.reshape(grid_of(out.shape, tile))
+def spread(
+    grid: np.ndarray, shape: Shape, tile: Tile, groups: np.ndarray | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield the values of a grid for every element of a matrix, in strips of rows. `groups` are the columns of the grid
+    for each column of the matrix (default: in order)."""
+    height, width = (step or size for size, step in zip(shape, tile, strict=True))
+    grid = grid.reshape(grid_of(shape, tile))
     step = max(1, _STRIP // height)
     for start in range(0, len(grid), step):
-        rows = out[start * height : (start + step) * height]
-        spread = np.repeat(grid[start : start + step], width, axis=1)[:, : out.shape[1]]
-        rows *= np.repeat(spread, height, axis=0)[: len(rows)]
+        rows = slice(start * height, min((start + step) * height, shape[0]))
+        part = grid[start : start + step]
+        wide = np.repeat(part, width, axis=1)[:, : shape[1]] if groups is None else part[:, groups]
+        yield rows, np.repeat(wide, height, axis=0)[: rows.stop - rows.start]
+
+
+def multiply_tiles(out: np.ndarray, scales: np.ndarray, tile: Tile, groups: np.ndarray | None = None) -> None:
+    """Multiply each tile of a matrix by its scale, in place."""
+    for rows, values in spread(scales, out.shape, tile, groups):
+        out[rows] *= values
+
+
+def subtract_tiles(out: np.ndarray, zeros: np.ndarray, tile: Tile, groups: np.ndarray | None = None) -> None:
+    """Subtract from each tile of a matrix its zero point, in place."""
+    for rows, values in spread(zeros, out.shape, tile, groups):
+        out[rows] -= values
