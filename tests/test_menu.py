@@ -15,13 +15,19 @@ from speculation import GREEDY, FastPrograms, speculating
 from test_speculate import PROMPTS, every_family, pair, plain_tokens
 from tiny_pair import run_json, write_pair
 
+from moespec_jax.bench.rows import case_columns
+from moespec_jax.cli.compare import compare
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
 from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.generate import main
+from moespec_jax.measure.timing import TimingCase, decode_once
 from moespec_jax.nn.cache import Cache
+from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.results import PromptResult, RunResult
 from moespec_jax.runtime.round_costs import Chooser, RoundCosts, kept_costs
 from moespec_jax.runtime.run import Batch, Run
 
@@ -164,6 +170,42 @@ def test_costs_are_measured_once_and_kept() -> None:
     assert kept_costs(identity) is None
 
 
+def chosen_result(tokens_per_s: float, choice: dict[str, Any] | None = None) -> RunResult:
+    prompt = PromptResult(None, [1, 2, 3, 4], 1, 4, 3, 1.5, [0.5], "length")
+    return RunResult(
+        [prompt], 1.0, 1.0, 1.0, 1.0, 0.0, True, "", True, None, None, None, None, 0.0, 0.0, 4 / tokens_per_s,
+        tokens_per_s, None, "cpu", "float32", None, "dense", {}, choice,
+    )  # fmt: skip
+
+
+CHOICE = {
+    "rounds": {"plain": 1, "5/3/1": 2, "16/4/4": 1}, "round_s": {"plain": 1.0, "5/3/1": 1.5, "16/4/4": 4.0},
+    "gains": {"plain": 1.0, "5/3/1": 2.4, "16/4/4": 3.6}, "predicted_s": 8.0,
+}  # fmt: skip
+
+
+def test_a_comparison_is_also_with_the_tree_that_pays_most_by_the_costs() -> None:
+    speeds = {"auto": 10.0, None: 5.0, TreeConfig(3, 1, 5): 8.0}
+    generate = lambda tree, **_: chosen_result(speeds[tree], CHOICE if tree == "auto" else None)  # noqa: E731
+    found = compare(generate, DecodingSpec("auto"), repeats=2)
+    assert found.fixed == "5/3/1" and found.fixed_tokens_per_s == 8.0
+    assert found.over_fixed is not None and found.over_fixed.median == 1.25 and found.over_plain.median == 2.0
+    unmeasured = lambda tree, **_: chosen_result(5.0, CHOICE | {"round_s": None} if tree == "auto" else None)  # noqa: E731
+    assert compare(unmeasured, DecodingSpec("auto"), repeats=2).fixed is None
+
+
+def test_bench_reports_shares_of_rounds_and_the_error_of_the_prediction() -> None:
+    model = object.__new__(Model)
+    model.generate = lambda *_, **__: chosen_result(1.0, CHOICE)
+    stats = decode_once(model, [[1], [2]], TimingCase(DecodingSpec("auto")), 4)
+    assert stats["choice"] == {
+        "share_of_rounds": {"plain": 0.25, "5/3/1": 0.5, "16/4/4": 0.25},
+        "predicted_over_measured": 2.0,
+    }
+    row = case_columns(TimingCase(DecodingSpec("auto")))
+    assert row["tree"] == "auto" and row["steps"] is None and row["num_draft_tokens"] is None
+
+
 @pytest.mark.slow
 def test_the_command_reports_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*write_pair(tmp_path, 40), "--prompt-ids", "5,6,7", "--compilation-cache", "none"]
@@ -176,7 +218,7 @@ def test_the_command_reports_the_choice(tmp_path: Path, capsys: pytest.CaptureFi
     records = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     sizes = [len(record["tokens"]) for record in records]
     assert len(records) == sum(rounds.values()) and sizes.count(1) == rounds["plain"]
-    assert main([*flags, "--speculate", "auto"]) == 0
+    assert main([*flags, "--speculate", "auto", "--compare"]) == 0
     assert "chosen each round" in capsys.readouterr().err
 
 

@@ -75,10 +75,13 @@ def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) ->
 
 
 def case_columns(case: TimingCase) -> dict[str, Any]:
-    """Columns of a case under SpecForge's names (zeros for plain decoding) and ours."""
+    """Columns of a case under SpecForge's names (zeros for plain decoding, none where every round chooses) and ours."""
     tree, budget = case.spec.tree, case.spec.budget
-    assert tree != "default" and tree != "auto"
-    steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
+    assert tree != "default"
+    if tree == "auto":
+        steps = top_k = size = None  # every round has its own
+    else:
+        steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
     return {
         "batch_size": case.batch, "steps": steps, "topk": top_k, "num_draft_tokens": size,
         "tree": case.spec.tree_name, "expert_budget": None if budget is None else budget.name,
@@ -104,4 +107,5 @@ def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], 
         "verify_share_of_copy_bandwidth": None if shares is None else spread(shares),
         "exact": all(stats["exact"] for stats in own),
         "simulated_accept_length": own[-1]["simulated"],
+        "choice": own[-1].get("choice"),
     }

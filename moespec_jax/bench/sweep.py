@@ -24,7 +24,8 @@ def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         metavar="SIZE/DEPTH/TOP-K",
         help="draft trees, each as --tree-size, --tree-depth and --tree-top-k of moespec_jax.generate, with one prompt"
-        f" at a time; plain decoding is always measured too (default: {' '.join(TREES)})",
+        " at a time; auto: every round chooses, as --speculate auto; plain decoding is always measured too (default:"
+        f" {' '.join(TREES)})",
     )
     which.add_argument(
         "--config-list",
@@ -55,12 +56,14 @@ def sweep(
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
     else:
-        shapes = [(1, parse_tree(text)) for text in arguments.trees or TREES]
+        shapes = [(1, "auto" if text == "auto" else parse_tree(text)) for text in arguments.trees or TREES]
+        if simulate is not None and (1, "auto") in shapes:
+            raise RequestError("expected trees whose acceptance is simulated with --random; got auto")
     batches = list(dict.fromkeys(batch for batch, _ in shapes))
     drafted = [(batch, tree) for batch, tree in shapes if tree is not None]
     cases = [TimingCase(batch=batch) for batch in batches]
     for batch, tree in drafted:
-        length = None if simulate is None else simulate(tree)
+        length = None if simulate is None or tree == "auto" else simulate(tree)
         cases += [TimingCase(DecodingSpec(tree, b, length), batch) for b in (None, *budgets_of(arguments))]
     named = {case_name(case): case for case in cases}
     if len(named) < len(cases):
@@ -108,7 +111,7 @@ def check_sweep(cases: Sequence[TimingCase], model: Model, count: int) -> None:
         RequestError: there is no draft head, its vocabulary is too small, or a batch size does not divide `count`.
     """
     trees = {case.spec.tree for case in cases if isinstance(case.spec.tree, TreeConfig)}
-    if model.draft is None and trees:
+    if model.draft is None and any(case.spec.tree is not None for case in cases):
         raise RequestError("expected a draft head (--draft-model) to draft trees with, or --config-list 1,0,0,0 alone")
     for tree in trees:
         check_drafted(model.draft, tree)

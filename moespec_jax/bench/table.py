@@ -66,7 +66,7 @@ def cells_of(row: dict[str, Any]) -> list[str]:
     same, verify = row["same_tokens_as_plain"], row["verify_share_of_copy_bandwidth"]
     shares = f"{row['round_share_of_copy_bandwidth']['median']:.0%}"
     return [
-        row["tree"],
+        _shape(row),
         row["expert_budget"] or "none",
         output_word(row),
         spread_text(row["output_throughput"], "{:.1f}"),
@@ -78,6 +78,14 @@ def cells_of(row: dict[str, Any]) -> list[str]:
         shares if verify is None else f"{shares}, {verify['median']:.0%}",
         f"{row['compile_s']:.1f}",
     ]
+
+
+def _shape(row: dict[str, Any]) -> str:
+    """Tree of a row or, where every round chose one, the share of each."""
+    if row["choice"] is None:
+        return row["tree"]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row["choice"]["share_of_rounds"].items() if share)
+    return f"{row['tree']} ({shares})"
 
 
 def spread_text(values: dict[str, float], form: str) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetWarning
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.round_info import experts_read, mean_distinct_experts
@@ -32,14 +33,14 @@ _ROUNDS, _LOOP_SECONDS = 8, 0.2
 def decode_and_verify(
     model: Model, prompts: Sequence[Sequence[int]], case: TimingCase, new_tokens: int
 ) -> dict[str, Any]:
-    """Measure as `decode_once`, and also one verification; both new stats are None in plain decoding.
+    """Measure as `decode_once`, and also one verification; both new stats are None without a fixed tree.
 
     Returns:
         Stats of `decode_once`; `verify_s`, seconds of a verification; `verify_experts`, the mean number of experts that
         a layer reads in it.
     """
     stats = decode_once(model, prompts, case, new_tokens)
-    if case.spec.tree is None:
+    if not isinstance(case.spec.tree, TreeConfig):
         return stats | {"verify_s": None, "verify_experts": None}
     return stats | time_verification(model, prompts[: case.batch], case, new_tokens)
 

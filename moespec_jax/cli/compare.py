@@ -1,4 +1,5 @@
-"""Speed of the requested decoding over plain decoding and, under a budget, over exact speculation.
+"""Speed of the requested decoding over plain decoding, under a budget over exact speculation and, where every round
+chooses its shape, over the tree that is fastest by the costs.
 
 All are run in turn in one process on the same prompts.
 """
@@ -7,8 +8,10 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.runtime.results import RunResult
+from moespec_jax.runtime.specs import MENU
 
 REPEATS = 5
 
@@ -33,6 +36,8 @@ class Comparison:
         tokens_per_s: median of the requested spec.
         over_plain: speed-up of the requested spec over plain decoding.
         over_exact: the same over exact speculation; None without a budget.
+        fixed: tree that gains most tokens a second by the costs, where every round chooses its shape; else None.
+        fixed_tokens_per_s, over_fixed: of that tree in every round.
         same_tokens: share of plain decoding's tokens before the first difference; None where they are simulated.
     """
 
@@ -43,6 +48,9 @@ class Comparison:
     over_plain: SpeedUp
     over_exact: SpeedUp | None
     same_tokens: float | None
+    fixed: str | None = None
+    fixed_tokens_per_s: float | None = None
+    over_fixed: SpeedUp | None = None
 
 
 def compare(
@@ -51,12 +59,15 @@ def compare(
     repeats: int = REPEATS,
 ) -> Comparison:
     """Decode plainly, exactly and as requested, in turn; the first turn warms up and is not counted."""
-    plain, exact, requested = [], [], []
+    plain, exact, requested, every_round = [], [], [], []
+    fixed = _best_tree(generate(tree="auto", budget=spec.budget)) if spec.tree == "auto" else None
     for _ in range(repeats + 1):
         plain.append(generate(tree=None, budget=None, simulate_accept_length=None))
         if spec.budget is not None:
             exact.append(generate(tree=spec.tree, budget=None))
         requested.append(generate(tree=spec.tree, budget=spec.budget))
+        if fixed is not None:
+            every_round.append(generate(tree=fixed, budget=spec.budget))
     comparable = requested[-1].simulated_accept_length is None
     return Comparison(
         repeats=repeats,
@@ -66,7 +77,19 @@ def compare(
         over_plain=_speed_up(requested, plain),
         over_exact=_speed_up(requested, exact) if exact else None,
         same_tokens=agreement(*(_tokens(runs[-1]) for runs in (plain, requested))) if comparable else None,
+        fixed=None if fixed is None else fixed.name,
+        fixed_tokens_per_s=_median(every_round) if every_round else None,
+        over_fixed=_speed_up(requested, every_round) if every_round else None,
     )
+
+
+def _best_tree(run: RunResult) -> TreeConfig | None:
+    """Find the tree of a menu that gains most tokens a second by the costs; None without costs."""
+    if run.choice is None or run.choice["round_s"] is None:
+        return None
+    costs, gains = run.choice["round_s"], run.choice["gains"]
+    trees = [tree for tree in MENU if tree.name in costs]
+    return max(trees, key=lambda tree: gains[tree.name] / costs[tree.name])
 
 
 def agreement(plain: list[list[int]], other: list[list[int]]) -> float:

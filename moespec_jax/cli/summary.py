@@ -107,7 +107,9 @@ def _shape(result: RunResult) -> str:
         rounds = result.choice["rounds"]
         total = max(sum(rounds.values()), 1)
         shares = ", ".join(f"{name} {count / total:.0%}" for name, count in rounds.items() if count)
-        return f"chosen each round ({shares}); costs: {result.choice['source']}"
+        predicted = result.choice["predicted_s"]
+        times = "" if predicted is None else f"; predicted {predicted:.2f} s, measured {result.decode_s:.2f} s"
+        return f"chosen each round ({shares}){times}; costs: {result.choice['source']}"
     tree = result.tree
     shape = "chain" if tree["top_k"] == 1 else f"tree of top-k {tree['top_k']}"
     return f"{shape}, depth {tree['depth']}, {tree['size']} tokens a pass"
@@ -118,6 +120,8 @@ def _compared(comparison: Comparison) -> str:
     text = f"{_ratio(comparison.over_plain)} of plain decoding's {comparison.plain_tokens_per_s:.1f} tokens/s"
     if comparison.over_exact is not None:
         text += f", {_ratio(comparison.over_exact)} of exact speculation's {comparison.exact_tokens_per_s:.1f}"
+    if comparison.over_fixed is not None:
+        text += f", {_ratio(comparison.over_fixed)} of {comparison.fixed}'s {comparison.fixed_tokens_per_s:.1f}"
     return f"{text}; median and range of {comparison.repeats} runs{same}"
 
 

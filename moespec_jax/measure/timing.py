@@ -13,6 +13,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.requested_sampling import GREEDY
+from moespec_jax.runtime.results import RunResult
 
 
 class TimingCase(NamedTuple):
@@ -94,7 +95,8 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase
 
     Returns:
         Seconds of decoding, prefill and compilation; `tokens`, those after the first of each prompt; `rounds`, the
-        target's forward passes; means over rounds of tokens gained and experts; and `token_ids`.
+        target's forward passes; means over rounds of tokens gained and experts; `token_ids`; and `choice`, None unless
+        every round chooses its shape.
     """
     batches = [prompts[i : i + case.batch] for i in range(0, len(prompts), case.batch)]
     spec = case.spec
@@ -125,6 +127,21 @@ def decode_once(model: Model, prompts: Sequence[Sequence[int]], case: TimingCase
         "exact": all(r.exact for r in results),
         "simulated": results[0].simulated_accept_length,
         "token_ids": [p.token_ids for p in sequences],
+        "choice": _choice(results),
+    }
+
+
+def _choice(results: Sequence[RunResult]) -> dict[str, Any] | None:
+    """Share of rounds by shape, and seconds by the costs over measured ones; None where no round chooses."""
+    choices = [(result.choice, result.decode_s) for result in results if result.choice is not None]
+    if not choices:
+        return None
+    shapes = choices[0][0]["rounds"]
+    rounds = {name: sum(choice["rounds"][name] for choice, _ in choices) for name in shapes}
+    known = [(choice["predicted_s"], seconds) for choice, seconds in choices if choice["predicted_s"] is not None]
+    return {
+        "share_of_rounds": {name: count / max(sum(rounds.values()), 1) for name, count in rounds.items()},
+        "predicted_over_measured": sum(p for p, _ in known) / sum(s for _, s in known) if known else None,
     }
 
 

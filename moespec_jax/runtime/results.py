@@ -72,7 +72,8 @@ class RunResult:
         device, dtype, quantization, versions: where and how it ran.
         backend: expert compute that ran; a back-end's kernels do not run with everything.
         choice: where every round chose its shape: `rounds` of each shape, and the seconds and gained tokens of a round
-            of each that decided (`round_s`, `gains`), measured in this run or read from a file (`source`).
+            of each that decided (`round_s`, `gains`), measured in this run or read from a file (`source`);
+            `predicted_s`, the seconds of all rounds by these costs, is to be compared with `decode_s`.
     """
 
     prompts: list[PromptResult]

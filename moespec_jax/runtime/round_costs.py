@@ -85,9 +85,18 @@ class Chooser:
         names, costs = self._menu.names, self._costs
         report: dict[str, Any] = {"rounds": dict(zip(names, self._run.rounds_of, strict=True))}
         if not costs.complete:
-            return report | {"round_s": None, "gains": None, "source": "not yet measured: the texts were too short"}
+            missing = "not yet measured: the texts were too short"
+            return report | {"round_s": None, "gains": None, "predicted_s": None, "source": missing}
+        predicted = float(np.dot(self._run.rounds_of, costs.round_s))
         by_name = {"round_s": costs.round_s, "gains": costs.gains}
-        return report | {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()} | {"source": costs.source}
+        return (
+            report
+            | {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()}
+            | {
+                "predicted_s": predicted,
+                "source": costs.source,
+            }
+        )
 
     def _measure(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
         """Run the shape that was measured least, until all are measured or every sequence is done."""
