@@ -19,6 +19,7 @@ from moespec_jax.bench.rows import case_columns
 from moespec_jax.cli.compare import compare
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
+from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
 from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.decoding.sampling import SamplingConfig
@@ -28,7 +29,7 @@ from moespec_jax.measure.timing import TimingCase, decode_once
 from moespec_jax.nn.cache import Cache
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import PromptResult, RunResult
-from moespec_jax.runtime.round_costs import Chooser, RoundCosts, kept_costs
+from moespec_jax.runtime.round_costs import Chooser, RoundCosts, keep_costs, kept_costs
 from moespec_jax.runtime.run import Batch, Run
 
 TREES = (TreeConfig(2, 1, 4), TreeConfig(1, 3, 7))
@@ -147,12 +148,14 @@ def test_costs_are_measured_once_and_kept() -> None:
     identity: dict[str, Any] = {"model": "a", "batch": 1}
     method, params = menu()
     known: dict[str, RoundCosts] = {}
+    steps: list[int] = []
 
     def decode(known: dict[str, RoundCosts], new: int) -> tuple[dict[str, Any], list[list[int]]]:
         programs = FastPrograms()
         run = Run(programs, method, params, Batch(PROMPTS[:1], [len(PROMPTS[0]) + new], (), 0))
         chooser = Chooser(method, params, run, programs, identity, known)
-        run.execute(prepare=chooser.prepare)
+        run.execute(prepare=chooser.prepare, first_parts=chooser.first_parts)
+        steps.append(programs.traces["Shape.step"])
         return chooser.report(), run.sequences
 
     short, _ = decode({}, 40)
@@ -165,6 +168,8 @@ def test_costs_are_measured_once_and_kept() -> None:
     assert kept.round_s == list(first["round_s"].values()) and kept.gains == list(first["gains"].values())
     again, same = decode({}, 240)
     assert again["source"] == kept.source and again["round_s"] == first["round_s"] and same == text
+    chosen = [name for name, count in again["rounds"].items() if count]
+    assert steps[-1] <= len(chosen) + 1, "only programs of shapes that are chosen, or may be first, are compiled"
     assert kept_costs(identity | {"batch": 2}) is None
     Path(kept.source).write_text("{")
     assert kept_costs(identity) is None
@@ -173,7 +178,7 @@ def test_costs_are_measured_once_and_kept() -> None:
 def chosen_result(tokens_per_s: float, choice: dict[str, Any] | None = None) -> RunResult:
     prompt = PromptResult(None, [1, 2, 3, 4], 1, 4, 3, 1.5, [0.5], "length")
     return RunResult(
-        [prompt], 1.0, 1.0, 1.0, 1.0, 0.0, True, "", True, None, None, None, None, 0.0, 0.0, 4 / tokens_per_s,
+        [prompt], 1.0, 1.0, 1.0, 1.0, 0.0, True, "", True, {}, None, None, None, None, 0.0, 0.0, 4 / tokens_per_s,
         tokens_per_s, None, "cpu", "float32", None, "dense", {}, choice,
     )  # fmt: skip
 
@@ -204,6 +209,24 @@ def test_bench_reports_shares_of_rounds_and_the_error_of_the_prediction() -> Non
     }
     row = case_columns(TimingCase(DecodingSpec("auto")))
     assert row["tree"] == "auto" and row["steps"] is None and row["num_draft_tokens"] is None
+
+
+@pytest.mark.usefixtures("kept_programs")
+def test_every_round_chooses_by_default_where_the_costs_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the batch at hand, for exact output, and where all shapes were measured."""
+    monkeypatch.setattr(Model, "_costs_identity", lambda self, spec, batch: {"batch": batch})
+    model, default = object.__new__(Model), DecodingSpec("default")
+    model.draft, model.round_costs = pair()[3], {}  # pyright: ignore[reportAttributeAccessIssue]
+    names = ("plain", "3/1/1")
+    assert model._chosen_by_default(default, 1) == default
+    keep_costs({"batch": 1}, names, RoundCosts([[1.0] * 3, [2.0]], [[1.0] * 3, [2.0]]))
+    assert model._chosen_by_default(default, 1) == default
+    keep_costs({"batch": 1}, names, RoundCosts([[1.0] * 3, [2.0] * 3], [[1.0] * 3, [2.0] * 3]))
+    assert model._chosen_by_default(default, 1).tree == "auto" and model._chosen_by_default(default, 2) == default
+    for other in (DecodingSpec(), DecodingSpec(TREES[0]), DecodingSpec("default", BudgetConfig(4))):
+        assert model._chosen_by_default(other, 1) == other
+    model.draft = None
+    assert model._chosen_by_default(default, 1) == default
 
 
 @pytest.mark.slow

@@ -197,7 +197,8 @@ def add_speculate_flag(group: argparse._ArgumentGroup) -> None:
         "--speculate",
         choices=["auto"],
         help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
-        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text",
+        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text;"
+        " the default where they were measured before and there is no budget",
     )
 
 

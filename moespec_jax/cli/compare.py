@@ -11,7 +11,6 @@ from collections.abc import Callable
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.runtime.results import RunResult
-from moespec_jax.runtime.specs import MENU
 
 REPEATS = 5
 
@@ -88,8 +87,9 @@ def _best_tree(run: RunResult) -> TreeConfig | None:
     if run.choice is None or run.choice["round_s"] is None:
         return None
     costs, gains = run.choice["round_s"], run.choice["gains"]
-    trees = [tree for tree in MENU if tree.name in costs]
-    return max(trees, key=lambda tree: gains[tree.name] / costs[tree.name])
+    best = max((name for name in costs if name != "plain"), key=lambda name: gains[name] / costs[name])
+    size, depth, top_k = map(int, best.split("/"))
+    return TreeConfig(depth, top_k, size)
 
 
 def agreement(plain: list[list[int]], other: list[list[int]]) -> float:

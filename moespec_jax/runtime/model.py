@@ -43,7 +43,7 @@ from moespec_jax.runtime.request import (
 )
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
 from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
-from moespec_jax.runtime.round_costs import Chooser, RoundCosts
+from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.runtime.run_result import measurements, prompt_results
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
@@ -162,13 +162,14 @@ class Model:
             ignore_eos: generate beyond the model's stop ids.
             max_length: longest sequence in tokens (default: the model's context).
             tree: shape of the draft tree; None decodes plainly, and with "auto" every round is plain or drafts the tree
-                that pays most by the costs measured on this device. Models without a draft head decode plainly by
-                default.
+                that pays most by the costs measured on this device. The default is "auto" where those were measured
+                before and there is no budget, else a chain; models without a draft head decode plainly.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
             drafter: in place of the draft head.
-            prompt_cache: keeps the state for the next call, whose prompt may begin with this one and its continuation.
+            prompt_cache: keeps the state for the next call, whose prompt may begin with this one and its continuation;
+                unused with dynamic rotary scaling, where a prompt's rows depend on the length of the later text.
             adapt: replaces functions of the round (`speculative.Speculative`); the result is then not called exact.
             on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.
             on_round: called with the measurements of every round.
@@ -201,17 +202,20 @@ class Model:
         ids = self._token_ids(prompts)
         limit = sequence_limits(self.config, ids, max_new_tokens, max_length)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
-        spec = self.resolve(DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt))
+        spec = DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt)
+        spec = self.resolve(self._chosen_by_default(spec, len(ids)))
         if spec.tree is None and on_round is not None:
             raise RequestError(NOTHING_DRAFTED)
         texts = listed_stops(stop, self.tokenizer)
         stops = StopStrings(texts, self.tokenizer, ids) if texts and self.tokenizer is not None else None
-        run, chooser = self._run(spec, sampling, batch, self._usable(prompt_cache))
+        cache = None if self.config.rope.rope_type == "dynamic" else prompt_cache
+        run, chooser = self._run(spec, sampling, batch, cache)
         run.execute(
             on_tokens if stops is None else stops.before(on_tokens),
             on_round,
             None if chooser is None else chooser.prepare,
             (lambda: False) if stops is None else stops.all_stopped,
+            None if chooser is None else chooser.first_parts,
         )
         exact = self.is_exact(spec, len(ids))
         return RunResult(
@@ -248,10 +252,6 @@ class Model:
         run = Run(self.programs, menu, params, batch, cache)
         identity = self._costs_identity(spec, len(batch.prompts))
         return run, Chooser(menu, params, run, self.programs, identity, self.round_costs)
-
-    def _usable(self, cache: PromptCache | None) -> PromptCache | None:
-        """The cache; None where the rows of a prompt depend on the length of the text that follows."""
-        return None if self.config.rope.rope_type == "dynamic" else cache
 
     def resolve(self, spec: DecodingSpec) -> DecodingSpec:
         """Check a spec against this model, and complete it: the default tree, and the budget of each layer.
@@ -295,13 +295,17 @@ class Model:
             return [self.encode(render_messages(self.directory, prompts), special_tokens=False)]
         return [self.encode(p) if isinstance(p, str) else p for p in listed_prompts(prompts)]
 
+    def _chosen_by_default(self, spec: DecodingSpec, batch: int) -> DecodingSpec:
+        """Let every round choose its shape where no tree is asked for and the costs of rounds are known."""
+        auto, free = DecodingSpec("auto"), spec == DecodingSpec("default") and self.draft is not None
+        return auto if free and are_known(self._costs_identity(auto, batch), self.round_costs) else spec
+
     def _costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:
         """List what the costs of rounds depend on."""
         return {
             "model": str(self.directory.resolve()), "config": repr(self.config),
             "draft_model": self.drafter_name(spec), "precision": self.precision, "backend": self.expert_form,
-            "batch": batch,
-            "shapes": [tree.name for tree in menu_trees(self.draft, spec)],
+            "batch": batch, "shapes": [tree.name for tree in menu_trees(self.draft, spec)],
             "budget": None if spec.budget is None else spec.budget.as_dict(),
             "mesh": None if self.programs.mesh is None else dict(self.programs.mesh.shape),
             "device": device_name(), "cores": os.cpu_count(), "versions": versions(),

@@ -47,6 +47,11 @@ class RoundCosts:
         return min(map(len, self.seconds)) >= TURNS
 
     @property
+    def best(self) -> int:
+        """Shape that gains most tokens a second."""
+        return int(np.argmax(np.divide(self.gains, self.round_s)))
+
+    @property
     def round_s(self) -> list[float]:
         """Seconds of a round of each shape: the least that was measured, since other work only adds to it."""
         return [min(of_shape) for of_shape in self.seconds]
@@ -69,6 +74,13 @@ class Chooser:
         kept = known.get(_digest(identity)) or kept_costs(identity)
         self._costs = kept or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
         known[_digest(identity)] = self._costs
+
+    @property
+    def first_parts(self) -> Sequence[int] | None:
+        """Shapes that rounds begin with; None, all of them, where costs are measured first."""
+        complete = self._costs.complete
+        best = broadcast_from_first(self._costs.best if complete else 0)
+        return [best] if broadcast_from_first(int(complete)) else None
 
     def prepare(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
         """Begin to choose: by kept costs or else, after measurements of every shape, by measured ones."""
@@ -119,6 +131,12 @@ class Chooser:
         costs, gained = (self._programs.put(np.asarray(values, np.float32)) for values in (seconds, gains))
         specs = None if self._programs.mesh is None else self._menu.specs(self._params)[0]
         return self._programs.run(Menu.price, self._menu, self._params, state, costs, gained, donate=True, specs=specs)
+
+
+def are_known(identity: dict[str, Any], known: dict[str, RoundCosts]) -> bool:
+    """Test whether all costs of this model, device, batch and menu were measured before."""
+    costs = known.get(_digest(identity)) or kept_costs(identity)
+    return bool(broadcast_from_first(int(costs is not None and costs.complete)))
 
 
 def kept_costs(identity: dict[str, Any]) -> RoundCosts | None:

@@ -136,16 +136,18 @@ class Run(Generic[Params, PrefillState, State]):
         on_round: OnRound | None = None,
         prepare: Callable[[Advance[State], State], State] | None = None,
         is_ended: Callable[[], bool] = lambda: False,
+        first_parts: Sequence[int] | None = None,
     ) -> None:
         """Prefill, then decode until every sequence is done; with `on_round`, one round a call.
 
         `prepare(advance, state)` may change the state before the first round, and run rounds itself. Where `is_ended()`
-        is true after a call, no further one is made.
+        is true after a call, no further one is made. Programs of `first_parts` (default: of all parts of the method)
+        are compiled and executed before the clocks start, others when they are first chosen.
 
         Raises:
             CheckpointError: logits are not finite.
         """
-        self._rehearse()
+        self._rehearse(range(len(self._parts)) if first_parts is None else first_parts)
         state = self._prefill(self._chunks, self._resumed)
         self._collect(state, on_tokens)
 
@@ -197,39 +199,39 @@ class Run(Generic[Params, PrefillState, State]):
             state, _ = self._step(state, 1, self._part(state))
         return state
 
-    def _rehearse(self) -> None:
-        """Execute every new program once before the clocks start, since a first execution is slower; the state is freed
-        before that of the run is made. A chunk of each length is read."""
+    def _rehearse(self, parts: Sequence[int]) -> None:
+        """Execute every new program of these parts once before the clocks start, since a first execution is slower; the
+        state is freed before that of the run is made. A chunk of each length is read."""
         chunks = list(dict.fromkeys(self._chunks))
         decodes = max(map(operator.sub, self._limit, map(len, self._prompts))) > 1
         shapes = (len(self._prompts), self._slots)
         keys: set[Hashable] = {(self._method.prefill, chunk, shapes) for chunk in chunks}
         keys |= {(self._method, "begin", shapes)}
-        keys |= {(part, "step", shapes) for part in self._parts if decodes}
+        keys |= {(part, "step", shapes) for part in (self._parts[i] for i in parts if decodes)}
         # Processes agree, although each frees programs by itself.
         if broadcast_from_first(int(self._programs.all_executed(keys))):
             return
         compiled, started = self._programs.compile_s, time.perf_counter()
         with self._programs.rehearsal():
             if self._programs.mesh is None:
-                self._prepare(chunks, decodes)
+                self._prepare(chunks, parts if decodes else ())
             state = self._prefill(chunks)
             if decodes:
-                self._settle(state)
+                self._settle(state, parts)
         self._rehearsal_s = time.perf_counter() - started - (self._programs.compile_s - compiled)
         self.prefill_s = self.decode_s = 0.0
 
-    def _prepare(self, chunks: Sequence[int], decodes: bool) -> None:
+    def _prepare(self, chunks: Sequence[int], parts: Sequence[int]) -> None:
         """Begin to compile every program: while XLA compiles one, or loads it from a cache, the next one is traced."""
         self._call = self._programs.prepare
         state = self._prefill(chunks)
-        for part in range(len(self._parts) if decodes else 0):
+        for part in parts:
             state, _ = self._step(state, 1, part)
         self._call = self._programs.run
 
-    def _settle(self, state: State) -> None:
+    def _settle(self, state: State, parts: Sequence[int]) -> None:
         """Decode a few rounds: on CPU each expert of a layer has its own first execution, and a round reads few."""
-        for part in range(len(self._parts)):
+        for part in parts:
             state, _ = self._step(state, 1, part)
             end = time.perf_counter() + _SETTLING_S
             for _ in range(_SETTLING_ROUNDS):
