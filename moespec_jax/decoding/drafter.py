@@ -126,6 +126,16 @@ class ResumableDrafter(Protocol[DraftState]):
         ...
 
 
+@runtime_checkable
+class BlockDrafter(Protocol):
+    """A drafter whose round may write more rows of its cache than its tree has nodes."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that a round may write behind those of the committed tokens."""
+        ...
+
+
 class StatelessDrafter:
     """A drafter without parameters and state; `propose` is left to the subclass."""
 

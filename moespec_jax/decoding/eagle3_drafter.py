@@ -23,6 +23,7 @@ from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import sequence_keys, token_noise
 from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
 from moespec_jax.decoding.tree import Beam, Level, Tree, check_draft_vocabulary, first_level, next_level, prune
+from moespec_jax.decoding.waiting import append_row, keep_path
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache, in_rows
@@ -121,23 +122,16 @@ class Eagle3Drafter:
     ) -> Eagle3State:
         """Keep the target's hidden states of the accepted path."""
         assert aux_hidden_states is not None
-        aux = jnp.take_along_axis(aux_hidden_states, accepted.path[:, :, None], axis=1)
-        # Longer where other shapes of a menu have longer paths.
-        aux = jnp.pad(aux, ((0, 0), (0, state.aux.shape[1] - aux.shape[1]), (0, 0)))
-        return Eagle3State(state.cache, aux, state.skipped)
+        return Eagle3State(state.cache, keep_path(state.aux, accepted, aux_hidden_states), state.skipped)
 
     def skip(
         self, state: Eagle3State, position: Int[Array, " batch"], aux_hidden_states: Float[Array, "batch 1 aux"] | None
     ) -> Eagle3State:
         """Append the hidden states to those that wait; where there is no room, the oldest are dropped."""
         assert aux_hidden_states is not None
-        width = state.aux.shape[1]
         waiting = position - state.skipped - state.cache.length
-        is_full = waiting >= width
-        aux = jnp.where(is_full[:, None, None], jnp.roll(state.aux, -1, axis=1), state.aux)
-        is_new = jnp.arange(width, dtype=jnp.int32)[None, :] == jnp.minimum(waiting, width - 1)[:, None]
-        aux = jnp.where(is_new[:, :, None], aux_hidden_states, aux)
-        return Eagle3State(state.cache, aux, state.skipped + is_full.astype(jnp.int32))
+        aux, dropped = append_row(state.aux, waiting, aux_hidden_states)
+        return Eagle3State(state.cache, aux, state.skipped + dropped)
 
     def kept(self, state: Eagle3State) -> Int[Array, " batch"]:
         """Confirmed pairs; none where some are missing."""

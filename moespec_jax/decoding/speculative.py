@@ -20,6 +20,7 @@ from moespec_jax.decoding.budget import RestrictTree, restrict
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.drafter import (
+    BlockDrafter,
     Drafter,
     DraftState,
     ResumableDrafter,
@@ -121,7 +122,8 @@ class Speculative(Generic[Weights, DraftState]):
     @property
     def margin(self) -> int:
         """Cache slots that a round may write behind a sequence's last token: in the target's or the drafter's cache."""
-        return max(self.tree.size, self.tree.depth * self.tree.top_k, self.tree.longest_path) + 1
+        rows = self.drafter.rows if isinstance(self.drafter, BlockDrafter) else 0
+        return max(self.tree.size, self.tree.depth * self.tree.top_k, self.tree.longest_path, rows) + 1
 
     def begin(
         self, params: SpeculativeParams[Weights], state: SpeculationPrefill[DraftState], prompts: Prompts

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.attention import Attention, output_projection
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache
@@ -153,7 +154,7 @@ def layer_input(
 
 
 def finish_layer(
-    config: DraftConfig,
+    config: DraftConfig | DFlashConfig,
     layer: DraftLayer,
     x: Float[Array, "batch tokens model"],
     attended: Float[Array, "batch tokens q_out"],
