@@ -97,6 +97,7 @@ class DFlashConfig:
         """
         if tree.top_k > 1 or tree.longest_path > self.drafted + 1:
             raise ValueError(
-                f"expected a chain (top-k 1) of at most {self.drafted + 1} tokens, the root included, which is what this"
-                f" head's block of {self.block_size} drafts; got size {tree.size}, depth {tree.depth}, top-k {tree.top_k}"
+                f"expected a chain (top-k 1) of at most {self.drafted + 1} tokens, the root included, which is what"
+                f" this head's block of {self.block_size} drafts; got size {tree.size}, depth {tree.depth}, top-k"
+                f" {tree.top_k}"
             )

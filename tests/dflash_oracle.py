@@ -88,7 +88,7 @@ def head_of(config: DFlashConfig, seed: int = 0, gain: float = 1.0) -> DFlashHea
         target_ids=jnp.asarray(ids, jnp.int32),
         embed=draw(config.vocab_size, d, size=1.0) if config.own_embedding else None,
         markov=markov,
-        confidence=ConfidenceHead(draw(width), jnp.float32(0.4)) if width else None,
+        confidence=ConfidenceHead(draw(1, width), jnp.full((1,), 0.4)) if width else None,
     )
 
 
@@ -138,7 +138,9 @@ def chain(
             previous = head.markov.previous[before]
             mixed = previous
             if config.markov == "gated":
-                mixed = previous * _sigmoid(np.concatenate([row, previous]) @ head.markov.mixer + head.markov.mixer_bias)
+                mixed = previous * _sigmoid(
+                    np.concatenate([row, previous]) @ head.markov.mixer + head.markov.mixer_bias
+                )
             if config.markov == "rnn":
                 z = np.concatenate([state, previous, row]) @ head.markov.mixer + head.markov.mixer_bias
                 gate, candidate, output = z.reshape(3, -1)
@@ -150,7 +152,7 @@ def chain(
         gain = logits[best] - np.log(np.exp(logits).sum())
         if config.confidence != "none":
             read = np.concatenate([row, head.markov.previous[before]]) if "markov" in config.confidence else row
-            gain = np.log(_sigmoid(read @ head.confidence.weight + head.confidence.bias))
+            gain = np.log(_sigmoid(read @ head.confidence.weight[0] + head.confidence.bias[0]))
         before = int(ids[best])
         tokens.append(before)
         scores.append((scores[-1] if scores else 0.0) + float(gain))

@@ -15,6 +15,7 @@ ORDER = [
     {"errors", "status_line"},
     {"files", "forms"},
     {"config"},
+    {"dflash_config"},
     {"parallel"},
     {"nn"},
     {"checkpoint", "decoding"},

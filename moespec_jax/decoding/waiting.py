@@ -19,7 +19,7 @@ def keep_path(
 def append_row(
     waiting: Float[Array, "batch rows aux"], count: Int[Array, " batch"], row: Float[Array, "batch 1 aux"]
 ) -> tuple[Float[Array, "batch rows aux"], Int[Array, " batch"]]:
-    """Append a row to the first `count[b]`; where there is no room, the oldest is dropped. Also returns how many were."""
+    """Append a row to the first `count[b]`; where there is no room, the oldest is dropped, which is counted too."""
     width = waiting.shape[1]
     is_full = count >= width
     waiting = jnp.where(is_full[:, None, None], jnp.roll(waiting, -1, axis=1), waiting)

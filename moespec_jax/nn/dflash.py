@@ -50,8 +50,8 @@ class MarkovBias:
 class ConfidenceHead:
     """Estimate of the probability that a drafted token is accepted where all before it were: a logistic regression."""
 
-    weight: Float[Array, " inputs"]
-    bias: Float[Array, ""]
+    weight: Float[Array, "1 inputs"]
+    bias: Float[Array, "1"]
 
     __repr__ = summary
 
@@ -115,7 +115,9 @@ def extend_context(
     angles, keys, values = _angles(config, positions), [], []
     for layer, *kv in zip(head.layers, cache.k, cache.v, strict=True):
         # Queries are not used, and so are not computed.
-        _, (k, v) = write_qkv(config, layer.attention, features, angles, (kv[0], kv[1]), cache.length, None, head.sharding.heads)
+        _, (k, v) = write_qkv(
+            config, layer.attention, features, angles, (kv[0], kv[1]), cache.length, None, head.sharding.heads
+        )
         keys.append(k)
         values.append(v)
     return dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
@@ -211,8 +213,8 @@ def log_confidence(
     if config.confidence == "hidden and markov":
         assert head.markov is not None
         hidden = jnp.concatenate([hidden, head.markov.previous[tokens]], axis=-1)
-    logits = jnp.einsum("btd,d->bt", hidden, head.confidence.weight, preferred_element_type=jnp.float32)
-    return jax.nn.log_sigmoid(logits + head.confidence.bias.astype(jnp.float32))
+    logits = jnp.einsum("btd,cd->btc", hidden, head.confidence.weight, preferred_element_type=jnp.float32)[..., 0]
+    return jax.nn.log_sigmoid(logits + head.confidence.bias[0].astype(jnp.float32))
 
 
 def _kinds(config: DFlashConfig) -> list[tuple[int, bool]]:

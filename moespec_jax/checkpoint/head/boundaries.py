@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from moespec_jax.checkpoint.config_fields import Fields, section, shown
+from moespec_jax.checkpoint.config_fields import Fields, Places, look_up, section, shown
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
 
@@ -18,7 +18,7 @@ Format = Literal["eagle", "specforge", "speculators"]
 # A published id is either a boundary (vLLM) or the layer whose output the head reads (SpecForge, ModelOpt).
 Convention = Literal["boundary", "layer output"]
 
-IDS = "eagle_aux_hidden_state_layer_ids"
+IDS, TAPS = "eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids"
 
 
 class Boundaries(NamedTuple):
@@ -91,6 +91,55 @@ def resolve_boundaries(
     return _checked(Boundaries(values, f"{place} {_listed(ids)}, {_MEANING[convention]}{doubt}"), target)
 
 
+def resolve_taps(
+    places: Places,
+    speculators: bool,
+    target: DecoderConfig,
+    layers: int,
+    name: str = "",
+    explicit: Sequence[int] | None = None,
+) -> Boundaries:
+    """Determine the boundaries of a DFlash head: those requested, else a known correction, else its ids, else z-lab's
+    formula for a head of so many `layers`.
+
+    Args:
+        places: config.json and its sections that hold the head's settings.
+        speculators: whether the files are of speculators, whose ids are boundaries; others' are outputs of layers.
+        target: settings of the target.
+        layers: number of the head's layers.
+        name: hub id or directory of the head, to find corrections.
+        explicit: requested boundaries.
+
+    Raises:
+        UnsupportedConfig: the boundaries are not strictly increasing within the target, the ids are not integers, or
+            files of speculators have none.
+    """
+    if explicit is not None:
+        return _checked(Boundaries(_integers(explicit, "the requested boundaries"), "as requested"), target)
+    override, place = _override(name), TAPS if speculators else "target_layer_ids"
+    if override.boundaries is not None:
+        return _checked(Boundaries(override.boundaries, f"known for {name}, in place of its config.json"), target)
+    ids, formula = _integers(look_up(places, place) or (), place), _even_taps(target.num_hidden_layers, layers)
+    if not ids and speculators:
+        raise UnsupportedConfig(f"config.json of a draft head lacks the field {TAPS!r}")
+    if not ids:
+        stated = f"config.json states none: outputs of layers 1 to L-3, with L = {target.num_hidden_layers}"
+        return _checked(Boundaries(tuple(i + 1 for i in formula), stated), target)
+    convention = override.convention or ("boundary" if speculators else "layer output")
+    values = tuple(i + (convention == "layer output") for i in ids)
+    doubt = _DOUBTED_TAPS if speculators and ids == formula and override.convention is None else ""
+    if not speculators and values[-1] == target.num_hidden_layers:
+        doubt = "; the last is read before the target's last norm, and z-lab's code reads it after"
+    return _checked(Boundaries(values, f"{place} {_listed(ids)}, {_MEANING[convention]}{doubt}"), target)
+
+
+def _even_taps(target_layers: int, taps: int) -> tuple[int, ...]:
+    """Layers whose outputs z-lab's code reads by default, evenly from 1 to L - 3."""
+    if taps == 1:
+        return (target_layers // 2,)
+    return tuple(round(1 + i * (target_layers - 4) / (taps - 1)) for i in range(taps))
+
+
 _MEANING = {
     "boundary": "each the boundary before a layer",
     "layer output": "each the output of a layer",
@@ -100,6 +149,12 @@ _MEANING = {
 # SGLang reads ids that begin with 1 as outputs of layers and others as boundaries (pull request 25454), older versions
 # all as outputs. Ids that are the default boundaries are read as such; other ids keep the format's meaning.
 _DOUBT = "; ambiguous, since engines differ in ids that do not begin with 1: check with python -m convert.probe_draft"
+
+# Files of speculators whose ids are those that z-lab's code means as outputs of layers: which of the two they are does
+# not follow from the file.
+_DOUBTED_TAPS = (
+    "; ambiguous, since z-lab's default outputs of layers have these ids: check with python -m convert.probe_draft"
+)
 
 
 def _stated_ids(fields: Fields, head_format: Format) -> tuple[tuple[int, ...], Convention, str]:

@@ -4,6 +4,7 @@ Three formats are distinguished: that of EAGLE's repository (arXiv:2503.01840), 
 of vLLM's speculators. Where config.json and tensor shapes disagree, the shapes have precedence.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from moespec_jax.checkpoint.config_fields import (
@@ -23,7 +24,7 @@ from moespec_jax.config import DecoderConfig, DraftConfig, QkNorm
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import listing
 
-_MOST_LAYERS = 1 << 6
+MOST_LAYERS = 1 << 6
 # Tensors whose shapes give the head's sizes.
 _SIZED = (
     "fc.weight",
@@ -50,8 +51,8 @@ class HeadDescription(NamedTuple):
     shares_lm_head: bool = False
 
 
-class _Sizes(NamedTuple):
-    """Sizes of a head, as fields of a `DraftConfig`."""
+class Sizes(NamedTuple):
+    """Sizes of a head, as fields of its settings."""
 
     hidden_size: int
     intermediate_size: int
@@ -115,9 +116,9 @@ def _describe(
         raise UnsupportedConfig(
             f"expected the tensors of an EAGLE-3 head; got {len(missing)} missing: {listing(missing)}"
         )
-    sizes, warnings = _read_sizes(places, shapes)
+    sizes, warnings = read_sizes(places, shapes)
     boundaries = resolve_boundaries(fields, head_format, target, name, explicit)
-    _check_target(places, shapes, sizes, len(boundaries.values), target)
+    check_target(places, shapes, sizes, len(boundaries.values), target)
     variants, variant_warnings = _read_variants(places, shapes, head_format)
     rope = read_rope(inner, 10_000.0)
     if head_format == "eagle" and rope.rope_theta != 10_000.0:
@@ -153,13 +154,17 @@ def _shares_lm_head(places: Places, shapes: Shapes, target: DecoderConfig) -> bo
     return whole and shapes.get("fc.weight", ())[:1] == (target.hidden_size,) and same
 
 
-def _read_sizes(places: Places, shapes: Shapes) -> tuple[_Sizes, list[str]]:
-    """Read sizes from tensor shapes, with warnings where config.json disagrees. Only numbers of heads are read from
-    config.json: shapes do not determine them."""
-    for name in _SIZED:
+def read_sizes(places: Places, shapes: Shapes, sized: Sequence[str] = _SIZED) -> tuple[Sizes, list[str]]:
+    """Read sizes from the shapes of `fc`, the output matrix, `q`, `k` and `gate` of a layer, which `sized` names, with
+    warnings where config.json disagrees. Only numbers of heads are read from config.json: shapes do not determine them.
+
+    Raises:
+        UnsupportedConfig: a tensor is no matrix, or the heads are not of one even size.
+    """
+    for name in sized:
         if len(shapes[name]) != 2 or 0 in shapes[name]:
             raise UnsupportedConfig(f"expected {name} to be a matrix; got {list(shapes[name])}")
-    fc, lm_head, q, k, gate = (shapes[name] for name in _SIZED)
+    fc, lm_head, q, k, gate = (shapes[name] for name in sized)
     heads = read_count(places, "num_attention_heads", None)
     if heads is None:
         raise UnsupportedConfig("config.json of a draft head lacks the field 'num_attention_heads'")
@@ -170,7 +175,7 @@ def _read_sizes(places: Places, shapes: Shapes) -> tuple[_Sizes, list[str]]:
             f"expected q_proj and k_proj of {heads} and {kv_heads} heads of one even size, the first a multiple of the"
             f" second; got {list(q)} and {list(k)}"
         )
-    sizes = _Sizes(fc[0], gate[0], lm_head[0], heads, kv_heads, head_dim)
+    sizes = Sizes(fc[0], gate[0], lm_head[0], heads, kv_heads, head_dim)
     warnings = []
     for name in ("hidden_size", "intermediate_size", "draft_vocab_size", "head_dim"):
         stated, actual = read_count(places, name, None), getattr(sizes, name)
@@ -179,8 +184,12 @@ def _read_sizes(places: Places, shapes: Shapes) -> tuple[_Sizes, list[str]]:
     return sizes, warnings
 
 
-def _check_target(places: Places, shapes: Shapes, sizes: _Sizes, states: int, target: DecoderConfig) -> None:
-    """Refuse a head that was trained for another target."""
+def check_target(places: Places, shapes: Shapes, sizes: Sizes, states: int, target: DecoderConfig) -> None:
+    """Check that a head was trained for this target, from `states` of its hidden states.
+
+    Raises:
+        UnsupportedConfig: it was not.
+    """
     width, aux_size = read_count(places, "target_hidden_size", None), shapes["fc.weight"][1]
     if width not in (None, target.hidden_size) or aux_size != states * target.hidden_size:
         stated = f", and config.json has target_hidden_size {width}" if width is not None else ""
@@ -236,5 +245,5 @@ def _count_layers(places: Places, shapes: Shapes, head_format: Format) -> int:
     """Count layers by their tensors. config.json is used where it has more, whose tensors are then missing; EAGLE's own
     files have arbitrary numbers there."""
     found = len({layer_number(name) for name in shapes} - {None})
-    stated = read_count(places, "num_hidden_layers", None, _MOST_LAYERS)
+    stated = read_count(places, "num_hidden_layers", None, MOST_LAYERS)
     return found if head_format == "eagle" or stated is None else max(found, stated)

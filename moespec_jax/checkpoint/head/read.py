@@ -1,11 +1,12 @@
-"""Reading of draft heads in the formats of EAGLE, SpecForge and speculators. A directory is checked before any weights
+"""Reading of draft heads: EAGLE-3 in the formats of EAGLE, SpecForge and speculators, DFlash and DSpark in those of
+z-lab, DeepSpec and speculators. A directory is checked before any weights
 are read, then tensors are copied one by one to the device.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jax.typing import DTypeLike
 from moespec_jax.checkpoint.dtypes import CODES, FLOAT_DTYPES, INTEGER_DTYPES
 from moespec_jax.checkpoint.head.boundaries import Format
 from moespec_jax.checkpoint.head.config import describe_head
+from moespec_jax.checkpoint.head.dflash_config import BlockFormat, describe_block_head, is_block_head
+from moespec_jax.checkpoint.head.dflash_table import block_table, build_block_head, published_name
+from moespec_jax.checkpoint.head.dflash_table import is_ignorable as is_ignorable_of_block
 from moespec_jax.checkpoint.head.tensor_table import (
     LM_HEAD,
     O_BIAS,
@@ -31,12 +35,15 @@ from moespec_jax.checkpoint.tensor_table import Path as TreePath
 from moespec_jax.checkpoint.tensor_table import Tensor, raise_problems, table_problems
 from moespec_jax.checkpoint.torch_archive import read_arrays, read_index
 from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import read_json
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 
 TORCH = "pytorch_model.bin"
 _MAPS = ("d2t", "t2d")
+_BY_DRAFT_TOKEN = (LM_HEAD, "markov_head.markov_w2.weight")
 
 
 class LoadedDraft(NamedTuple):
@@ -58,6 +65,22 @@ class LoadedDraft(NamedTuple):
 
     def __repr__(self) -> str:
         return f"LoadedDraft({self.name}, {self.format}, {self.head!r})"
+
+
+class LoadedBlockDraft(NamedTuple):
+    """A loaded DFlash or DSpark head; fields as those of `LoadedDraft`."""
+
+    config: DFlashConfig
+    head: DFlashHead
+    notes: tuple[str, ...]
+    format: BlockFormat
+    name: str = ""
+
+    def __repr__(self) -> str:
+        return f"LoadedBlockDraft({self.name}, {self.format}, {self.head!r})"
+
+
+AnyLoaded = TypeVar("AnyLoaded", LoadedDraft, LoadedBlockDraft)
 
 
 class _Stored(NamedTuple):
@@ -99,31 +122,53 @@ def load_draft(
     """
     check_no_adapter(directory)
     fields = read_json(directory / "config.json")
-    stored = _open(directory)
-    described = describe_head(
-        fields, stored.shapes, target, name=name or str(directory), boundaries=boundaries, where=str(directory)
-    )
+    stored = _open(directory, canonical_name, is_ignorable)
+    name = name or str(directory)
+    described = describe_head(fields, stored.shapes, target, name=name, boundaries=boundaries, where=str(directory))
     config = described.config
     table = draft_table(config, o_bias=O_BIAS in stored.shapes, lm_head=not described.shares_lm_head)
-    _check(table, stored, directory)
-    maps = {key: array.copy() for key, array in stored.read([key for key in _MAPS if key in stored.shapes])}
-    ids, notes = read_target_ids(
-        maps.get("d2t"), maps.get("t2d"), config.vocab_size, config.draft_vocab_size, str(directory)
+    _check(table, stored, directory, "the tensors of an EAGLE-3 head")
+    leaves, notes = _read_leaves(table, stored, config, dtype, directory)
+    return LoadedDraft(config, build_head(config, leaves), described.notes + notes, described.format, name)
+
+
+def load_block_draft(
+    directory: Path,
+    target: DecoderConfig,
+    dtype: DTypeLike | None,
+    *,
+    name: str = "",
+    boundaries: tuple[int, ...] | None = None,
+) -> LoadedBlockDraft:
+    """Load the DFlash or DSpark head of a directory, as `load_draft` loads an EAGLE-3 head."""
+    check_no_adapter(directory)
+    fields = read_json(directory / "config.json")
+    stored = _open(directory, published_name, is_ignorable_of_block)
+    name = name or str(directory)
+    described = describe_block_head(
+        fields, stored.shapes, target, name=name, boundaries=boundaries, where=str(directory)
     )
-    if described.shares_lm_head and np.any(ids != np.arange(len(ids))):
-        raise CheckpointError(f"expected {LM_HEAD} for tokens in the order of d2t; there is none in {directory}")
-    order = np.argsort(ids)
-    leaves: dict[TreePath, Any] = {("target_ids",): jax.device_put(ids[order])}
-    for key, array in stored.read(table):
-        if key == LM_HEAD and np.any(ids != ids[order]):
-            array = array[order]  # rows by id, in whichever order they are stored
-        converted = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {directory}")
-        leaves[table[key].path] = _to_device(converted, table[key].transpose)
-    head, name = build_head(config, leaves), name or str(directory)
-    return LoadedDraft(config, head, described.notes + notes, described.format, name)
+    config = described.config
+    table = block_table(config, lm_head=not described.shares_lm_head)
+    _check(table, stored, directory, "the tensors of a DFlash head")
+    leaves, notes = _read_leaves(table, stored, config, dtype, directory)
+    return LoadedBlockDraft(config, build_block_head(config, leaves), described.notes + notes, described.format, name)
 
 
-def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:
+def load_any_draft(
+    directory: Path,
+    target: DecoderConfig,
+    dtype: DTypeLike | None,
+    *,
+    name: str = "",
+    boundaries: tuple[int, ...] | None = None,
+) -> LoadedDraft | LoadedBlockDraft:
+    """Load the head of a directory, of whichever kind its config.json is."""
+    load = load_block_draft if is_block_head(read_json(directory / "config.json")) else load_draft
+    return load(directory, target, dtype, name=name, boundaries=boundaries)
+
+
+def share_embedding(loaded: AnyLoaded, embedding: jax.Array) -> AnyLoaded:
     """Remove a head's own embedding if it equals the target's `[vocab, model]`.
 
     Some formats always include one; keeping it would hold the target's embedding twice.
@@ -139,20 +184,21 @@ def share_embedding(loaded: LoadedDraft, embedding: jax.Array) -> LoadedDraft:
     )
 
 
-def share_lm_head(loaded: LoadedDraft, matrix: jax.Array) -> LoadedDraft:
+def share_lm_head(loaded: AnyLoaded, matrix: jax.Array) -> AnyLoaded:
     """Give the target's output matrix `[vocab, model]` to a head that has none; its memory is shared."""
     if loaded.head.lm_head is not None:
         return loaded
     return loaded._replace(head=dataclasses.replace(loaded.head, lm_head=matrix))
 
 
-def _open(directory: Path) -> _Stored:
-    """Open the safetensors of a directory, or its `pytorch_model.bin` where there are none."""
+def _open(directory: Path, canonical: Callable[[str], str], is_ignorable: Callable[[str], bool]) -> _Stored:
+    """Open the safetensors of a directory, or its `pytorch_model.bin` where there are none; `canonical` converts a
+    published name, and `is_ignorable` tests a canonical one."""
     torch = directory / TORCH
     if torch.is_file() and not any(directory.glob("*.safetensors*")):
-        return _open_archive(torch)
+        return _open_archive(torch, canonical, is_ignorable)
     headers = read_headers(directory)
-    published, duplicates = _canonical(headers.entries)
+    published, duplicates = _canonical(headers.entries, canonical, is_ignorable)
     entries = {name: headers.entries[key] for name, key in published.items()}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -163,9 +209,9 @@ def _open(directory: Path) -> _Stored:
     return _Stored(shapes, dtypes, headers.duplicates + duplicates, read)
 
 
-def _open_archive(file: Path) -> _Stored:
+def _open_archive(file: Path, canonical: Callable[[str], str], is_ignorable: Callable[[str], bool]) -> _Stored:
     index = read_index(file)
-    published, duplicates = _canonical(index)
+    published, duplicates = _canonical(index, canonical, is_ignorable)
     tensors = {name: index[key] for name, key in published.items()}
 
     def read(names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -175,22 +221,24 @@ def _open_archive(file: Path) -> _Stored:
     return _Stored(shapes, {name: str(tensor.dtype) for name, tensor in tensors.items()}, duplicates, read)
 
 
-def _canonical(published: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def _canonical(
+    published: Iterable[str], canonical: Callable[[str], str], is_ignorable: Callable[[str], bool]
+) -> tuple[dict[str, str], list[str]]:
     """Map canonical names to published ones; also describe canonical names that two published names share."""
     names: dict[str, str] = {}
     duplicates = []
     for name in published:
-        if is_ignorable(name):
+        own = canonical(name)
+        if is_ignorable(own):
             continue
-        canonical = canonical_name(name)
-        if canonical in names:
-            duplicates.append(f"{canonical} (as {names[canonical]} and {name})")
-        names[canonical] = name
+        if own in names:
+            duplicates.append(f"{own} (as {names[own]} and {name})")
+        names[own] = name
     return names, duplicates
 
 
-def _check(table: dict[str, Tensor], stored: _Stored, where: Path) -> None:
-    """Compare stored tensors with the table, collecting all differences before raising."""
+def _check(table: dict[str, Tensor], stored: _Stored, where: Path, expected: str) -> None:
+    """Compare stored tensors with the table, collecting all differences before raising; `expected` describes it."""
     problems = table_problems(table, stored.shapes, lambda name: name in _MAPS)
     problems["doubly assigned"] = stored.duplicates
     problems["of an unsupported dtype"] = [
@@ -198,7 +246,32 @@ def _check(table: dict[str, Tensor], stored: _Stored, where: Path) -> None:
         for name, dtype in stored.dtypes.items()
         if dtype not in (INTEGER_DTYPES if name in _MAPS else FLOAT_DTYPES)
     ]
-    raise_problems("the tensors of an EAGLE-3 head", problems, where)
+    raise_problems(expected, problems, where)
+
+
+def _read_leaves(
+    table: dict[str, Tensor],
+    stored: _Stored,
+    config: DraftConfig | DFlashConfig,
+    dtype: DTypeLike | None,
+    where: Path,
+) -> tuple[dict[TreePath, Any], tuple[str, ...]]:
+    """Read the draft vocabulary and all tensors of the table to the device, by their paths; also warnings."""
+    maps = {key: array.copy() for key, array in stored.read([key for key in _MAPS if key in stored.shapes])}
+    ids, notes = read_target_ids(
+        maps.get("d2t"), maps.get("t2d"), config.vocab_size, config.draft_vocab_size, str(where)
+    )
+    order = np.argsort(ids)
+    moved = bool(np.any(ids != ids[order]))
+    if LM_HEAD not in table and np.any(ids != np.arange(len(ids))):
+        raise CheckpointError(f"expected {LM_HEAD} for tokens in the order of d2t; there is none in {where}")
+    leaves: dict[TreePath, Any] = {("target_ids",): jax.device_put(ids[order])}
+    for key, array in stored.read(table):
+        if moved and key in _BY_DRAFT_TOKEN:
+            array = array[order]  # rows by id, in whichever order they are stored
+        converted = array if dtype is None else cast(array, jnp.dtype(dtype), f"{key} of {where}")
+        leaves[table[key].path] = _to_device(converted, table[key].transpose)
+    return leaves, notes
 
 
 def _to_device(array: np.ndarray, transpose: bool) -> jax.Array:

@@ -18,6 +18,7 @@ from moespec_jax.checkpoint.tensor_table import Path, Tensor, attention_table, m
 from moespec_jax.config import DraftConfig
 from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
 from moespec_jax.nn.layers import GatedMlp
 
@@ -109,7 +110,7 @@ def build_head(config: DraftConfig, leaves: Mapping[Path, Any]) -> DraftHead:
     )
 
 
-def leaf_at(head: DraftHead, path: Path) -> Any:
+def leaf_at(head: DraftHead | DFlashHead, path: Path) -> Any:
     """Return the parameter at a path of the table; None where the head has none."""
     node: Any = head
     for step in path:

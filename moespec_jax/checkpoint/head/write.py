@@ -22,10 +22,13 @@ from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
 from moespec_jax.checkpoint.leaves import cast
 from moespec_jax.checkpoint.parameters import final_shape
 from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
+from moespec_jax.checkpoint.tensor_table import Tensor
 from moespec_jax.checkpoint.write import published_fields
 from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import replacing, write_json, writing
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 
 ExportFormat = Literal["specforge", "speculators"]
@@ -89,7 +92,8 @@ def export_draft(
     if format not in FORMATS:
         raise CheckpointError(f"expected a format among {', '.join(FORMATS)}; got {format!r}")
     check_exportable(config, format)
-    tensors = _float_tensors(head, config, None if dtype is None else jnp.dtype(dtype))
+    table = draft_table(config, o_bias=any(layer.attention.o_bias is not None for layer in head.layers))
+    tensors = float_tensors(head, table, None if dtype is None else jnp.dtype(dtype))
     fields = _specforge_fields(config)
     if format == "speculators":
         tensors = _for_speculators(tensors, config, target_embedding, dtype)
@@ -101,7 +105,7 @@ def export_draft(
     stored_dtype = str(tensors["fc.weight"].dtype)
     _check_reads_back(fields, tensors, config, target, format)
     published = {_published_name(name, format): tensor for name, tensor in tensors.items()}
-    _write(directory, published, fields | {"dtype": stored_dtype, "torch_dtype": stored_dtype})
+    write_files(directory, published, fields | {"dtype": stored_dtype, "torch_dtype": stored_dtype})
     return _warnings(config, format, target.num_hidden_layers)
 
 
@@ -136,9 +140,10 @@ def _inexpressible(config: DraftConfig, format: ExportFormat) -> list[str]:
     return [name for name, is_refused in refused.items() if is_refused]
 
 
-def _float_tensors(head: DraftHead, config: DraftConfig, dtype: np.dtype | None) -> dict[str, np.ndarray]:
-    """Copy all float parameters to the host, in published orientation, by canonical name."""
-    table = draft_table(config, o_bias=any(layer.attention.o_bias is not None for layer in head.layers))
+def float_tensors(
+    head: DraftHead | DFlashHead, table: Mapping[str, Tensor], dtype: np.dtype | None
+) -> dict[str, np.ndarray]:
+    """Copy all float parameters to the host, in published orientation, by the names of their table."""
     tensors = {}
     for name, tensor in table.items():
         leaf, shape = leaf_at(head, tensor.path), final_shape(tensor)
@@ -176,7 +181,7 @@ def _for_speculators(
 def _specforge_fields(config: DraftConfig) -> dict[str, Any]:
     """Compute a config.json of SpecForge. Its ids are layers whose outputs the head reads: one below the boundaries."""
     fields: dict[str, Any] = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
-    fields |= _layer_fields(config)
+    fields |= layer_fields(config)
     fields |= {
         "draft_vocab_size": config.draft_vocab_size,
         "eagle_config": {IDS: [b - 1 for b in config.boundaries], "use_aux_hidden_state": True},
@@ -197,7 +202,7 @@ def _speculators_fields(
     """Compute a config.json of speculators. Its ids are boundaries."""
     qwen3 = config.qk_norm == "head"
     layer = {"architectures": ["Qwen3ForCausalLM" if qwen3 else "LlamaForCausalLM"]}
-    layer |= {"model_type": "qwen3" if qwen3 else "llama"} | _layer_fields(config)
+    layer |= {"model_type": "qwen3" if qwen3 else "llama"} | layer_fields(config)
     narrower = config.target_hidden_size != config.hidden_size
     proposal = {
         "proposal_type": "greedy",
@@ -228,7 +233,7 @@ def _speculators_fields(
     }
 
 
-def _layer_fields(config: DraftConfig) -> dict[str, Any]:
+def layer_fields(config: DraftConfig | DFlashConfig) -> dict[str, Any]:
     """Compute fields of sizes and rotary settings, the latter in the spellings of transformers 4 and 5."""
     rope = _rope_fields(config.rope)
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -274,7 +279,7 @@ def _published_name(name: str, format: ExportFormat) -> str:
     return f"layers.{layer}.{name.removeprefix(layer_prefix(layer))}"
 
 
-def _write(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+def write_files(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
     """Write both files under temporary names, then rename them. Two files cannot be replaced atomically: the old config
     is removed first and the new one renamed last, so that an interruption leaves a directory that does not load, never
     a mixture."""
