@@ -6,9 +6,8 @@ With wrong boundaries a head still runs and the output is still exact, but accep
 measures, on a text, the accuracy of the head's first drafted token with the boundaries shifted by -1, 0 and 1.
 """
 
-import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,19 @@ import numpy as np
 import moespec_jax
 from convert import Parser, make_parser, run
 from moespec_jax.checkpoint.dtypes import FLOAT_DTYPES
-from moespec_jax.checkpoint.head.read import LoadedDraft
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft, LoadedDraft
 from moespec_jax.cli.arguments import boundaries_of
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import parse_numbers
 from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
-from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
+from moespec_jax.train.blocks import block_scores
+from moespec_jax.train.objective import LOSSES, StepScore, Teacher, run_teacher, unrolled_scores
 
-_LONGEST = 512
+_LONGEST, _BLOCKS = 512, 64
 # Default text: sources of this library. Any text like the target's training data is suitable.
 _TEXT = tuple(
     Path(moespec_jax.__file__).parent / name
@@ -81,7 +82,7 @@ def main() -> int:
     return 0
 
 
-def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
+def probe(model: Model, draft: LoadedDraft | LoadedBlockDraft, rows: np.ndarray) -> list[Finding]:
     """Measure first-token accuracy on `rows` `[rows, tokens]` with the boundaries shifted by -1, 0 and 1, where the
     target has them. The target runs once on every row."""
     shifted = {shift: tuple(b + shift for b in draft.config.boundaries) for shift in (-1, 0, 1)}
@@ -90,16 +91,17 @@ def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
     union = tuple(sorted({b for boundaries in shifted.values() for b in boundaries}))
 
     @jax.jit
-    def scores(params: Decoder, head: DraftHead, tokens: jax.Array) -> list[StepScore]:
+    def scores(params: Decoder, head: DraftHead | DFlashHead, tokens: jax.Array) -> list[StepScore]:
         assert head.target_ids is not None
         teacher = run_teacher(model.config, params, model.backend, union, head.target_ids, tokens)
         states = jnp.split(teacher.aux_hidden_states, len(union), axis=-1)
-        first_step = functools.partial(unrolled_scores, draft.config, head, params.embed)
-        valid, found, loss = jnp.ones(tokens.shape, bool), [], LOSSES["cross-entropy"]
+        valid, found = jnp.ones(tokens.shape, bool), []
         for boundaries in shifted.values():
             aux = jnp.concatenate([states[union.index(b)] for b in boundaries], axis=-1)
             assert aux.shape[-1] == len(boundaries) * width
-            found += first_step(teacher._replace(aux_hidden_states=aux), tokens, valid, 1, loss, False)
+            found.append(
+                _first_token(draft, head, params.embed, teacher._replace(aux_hidden_states=aux), tokens, valid)
+            )
         return found
 
     hits, positions = np.zeros(len(shifted)), np.zeros(len(shifted))
@@ -108,6 +110,23 @@ def probe(model: Model, draft: LoadedDraft, rows: np.ndarray) -> list[Finding]:
         hits += [float(score.hits) for score in found]
         positions += [float(score.positions) for score in found]
     return [Finding(s, bs, *x) for (s, bs), *x in zip(shifted.items(), hits.tolist(), positions.tolist(), strict=True)]
+
+
+def _first_token(
+    draft: LoadedDraft | LoadedBlockDraft,
+    head: Any,
+    embed: jax.Array,
+    teacher: Teacher,
+    tokens: jax.Array,
+    valid: jax.Array,
+) -> StepScore:
+    """Score the first drafted token: of an EAGLE-3 head after every token, of a DFlash head after `_BLOCKS` a row."""
+    loss = LOSSES["cross-entropy"]
+    if isinstance(draft, LoadedDraft):
+        return unrolled_scores(draft.config, head, embed, teacher, tokens, valid, 1, loss, False)[0]
+    places = np.unique(np.linspace(1, tokens.shape[1] - 2, _BLOCKS).astype(np.int32))
+    anchors = jnp.broadcast_to(jnp.asarray(places)[None, :], (len(tokens), len(places)))
+    return block_scores(draft.config, head, embed, teacher, tokens, valid, anchors, loss)[0]
 
 
 def _token_ids(model: Model, text: Path | None, ids: Path | None) -> list[int]:

@@ -89,6 +89,12 @@ class DFlashConfig:
         """The chain of all tokens that a pass drafts."""
         return TreeConfig(depth=self.drafted - 1, top_k=1, size=self.drafted + 1)
 
+    @property
+    def chains(self) -> tuple[TreeConfig, ...]:
+        """Chains that are worth a choice: of two tokens, of half of the block, and of the whole."""
+        counts = sorted({min(2, self.drafted), -(-self.drafted // 2), self.drafted})
+        return tuple(TreeConfig(depth=count - 1, top_k=1, size=count + 1) for count in counts)
+
     def check_chain(self, tree: TreeConfig) -> None:
         """Check that a pass drafts this tree.
 

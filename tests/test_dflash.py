@@ -103,7 +103,8 @@ def decode_state(ids: np.ndarray, lengths: list[int]) -> DecodeState:
     none = Cache((), (), jnp.zeros((2,), jnp.int32))
     limits = jnp.full((2,), TOKENS, jnp.int32)
     return DecodeState(
-        jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32), limits, jnp.zeros((2,), bool),
+        jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.asarray(LENGTHS, jnp.int32), limits,
+        jnp.zeros((2,), bool),
         jnp.zeros((0,), jnp.int32), KEY, none,
     )  # fmt: skip
 

@@ -9,11 +9,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.checkpoint.tensor_table import Path
 from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.mesh import EXPERT, Axes, MeshConfig, ShardingPlan, repeated_heads, shard_decoder, shard_head
 from moespec_jax.parallel.processes import put_global
 
-Config = TypeVar("Config", DecoderConfig, DraftConfig)
+Config = TypeVar("Config", DecoderConfig, DraftConfig, DFlashConfig)
+Head = TypeVar("Head", DraftHead, DFlashHead)
 
 
 class Placement(NamedTuple):
@@ -48,7 +51,7 @@ def decoder_placement(config: DecoderConfig, mesh: Mesh) -> Placement:
     return Placement(mesh, shard_decoder(config, MeshConfig(**mesh.shape)), config.qk_norm == "flat")
 
 
-def head_placement(config: DraftConfig, mesh: Mesh) -> Placement:
+def head_placement(config: DraftConfig | DFlashConfig, mesh: Mesh) -> Placement:
     """Sharding of a draft head's parameters."""
     return Placement(mesh, shard_head(config, MeshConfig(**mesh.shape)))
 
@@ -91,7 +94,8 @@ _REPLICATED = frozenset(
     {
         "embed", "norm", "input_norm", "post_attention_norm", "attention_output_norm", "mlp_output_norm", "hidden_norm",
         "o_bias", "router", "router_bias", "correction", "shared_gate", "gate_bias", "up_bias", "down_bias",
-        "down_scale", "fc", "fc_bias", "fc_norms", "target_ids",
+        "down_scale", "fc", "fc_bias", "fc_norms", "target_ids", "previous", "following", "mixer", "mixer_bias",
+        "weight", "bias",
     }
 )  # fmt: skip
 
@@ -110,7 +114,7 @@ def repeat_heads(array: np.ndarray, rows: int, head_dim: int) -> np.ndarray:
     return np.repeat(heads, rows // len(array), axis=0).reshape(rows, *array.shape[1:])
 
 
-def place_head(head: DraftHead, config: DraftConfig, placement: Placement) -> DraftHead:
+def place_head(head: Head, config: DraftConfig | DFlashConfig, placement: Placement) -> Head:
     """Shard a loaded head; `config` is that with repeated key/value heads."""
     kv = config.num_key_value_heads * config.head_dim
 
@@ -124,7 +128,7 @@ def place_head(head: DraftHead, config: DraftConfig, placement: Placement) -> Dr
     return dataclasses.replace(jax.tree_util.tree_map_with_path(place, head), sharding=placement.plan)
 
 
-def place_output(matrix: jax.Array, head: DraftHead, mesh: Mesh) -> jax.Array:
+def place_output(matrix: jax.Array, head: DraftHead | DFlashHead, mesh: Mesh) -> jax.Array:
     """Shard the target's output matrix as that of a head on the same mesh."""
     sharding = NamedSharding(mesh, leaf_spec(head.sharding, False, ("lm_head",), matrix.ndim))
     return jax.jit(lambda whole: whole, out_shardings=sharding)(matrix)

@@ -104,7 +104,9 @@ class DFlashDrafter:
         """Confirm all tokens of the prompt; none waits."""
         batch, _, width = state.aux.shape
         aux = jnp.zeros((batch, tree.longest_path, width), state.aux.dtype)
-        return DFlashState(dataclasses.replace(state.cache, length=prompt_lengths), aux, state.skipped)
+        # An array of its own: a state is donated, and no array may be in it twice.
+        cache = dataclasses.replace(state.cache, length=prompt_lengths + 0)
+        return DFlashState(cache, aux, state.skipped)
 
     def propose(
         self, tree: TreeConfig, params: Params, state: SpeculationState[DFlashState]

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moespec_jax.config import AttentionConfig, DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import wrong_type
 
 DATA, EXPERT, TENSOR = AXES = ("data", "expert", "tensor")
@@ -191,7 +192,7 @@ def _divides(config: DecoderConfig, mesh: MeshConfig) -> bool:
     return True
 
 
-def shard_head(config: DraftConfig, mesh: MeshConfig) -> ShardingPlan:
+def shard_head(config: DraftConfig | DFlashConfig, mesh: MeshConfig) -> ShardingPlan:
     """Plan the sharding of a draft head on a mesh: each part over `expert` and `tensor` where it divides evenly, since
     a round reads the head once for every level of the tree."""
     return ShardingPlan(

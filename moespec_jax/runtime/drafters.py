@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from moespec_jax.checkpoint.head.read import LoadedDraft
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft, LoadedDraft
 from moespec_jax.config import DecoderConfig, TreeConfig
+from moespec_jax.decoding.dflash_drafter import DFlashDrafter
 from moespec_jax.decoding.drafter import Drafter
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.ngram_drafter import NgramDrafter
@@ -50,7 +51,7 @@ class NamedDraft(NamedTuple):
 
 
 # What a model drafts with.
-Draft = LoadedDraft | NamedDraft
+Draft = LoadedDraft | LoadedBlockDraft | NamedDraft
 
 
 def named_draft(name: str, config: DecoderConfig) -> NamedDraft | None:
@@ -69,6 +70,8 @@ def drafter_of(draft: Draft, config: DecoderConfig, backend: Backend) -> Drafter
     """Make the drafter of a loaded head or of a name, for a target of these settings."""
     if isinstance(draft, NamedDraft):
         return draft.drafter(config, backend)
+    if isinstance(draft, LoadedBlockDraft):
+        return DFlashDrafter(draft.config, backend)
     return Eagle3Drafter(draft.config, backend)
 
 
@@ -81,11 +84,15 @@ def described(name: str | None) -> str:
 
 def default_tree(draft: Draft | None) -> TreeConfig:
     """Choose the tree where none is given; None stands for a drafter of the user's own."""
+    if isinstance(draft, LoadedBlockDraft):
+        return draft.config.whole_block
     return draft.default_tree if isinstance(draft, NamedDraft) else DEFAULT_TREE
 
 
 def menu_of(draft: Draft | None) -> tuple[TreeConfig, ...]:
     """List the trees that `tree="auto"` chooses from; None stands for a drafter of the user's own."""
+    if isinstance(draft, LoadedBlockDraft):
+        return draft.config.chains
     if isinstance(draft, LoadedDraft):
         return tuple(tree for tree in MENU if tree.top_k <= draft.config.draft_vocab_size)
     return MENU if draft is None else draft.menu
@@ -97,10 +104,11 @@ def check_drafted(draft: Draft | None, tree: TreeConfig) -> None:
     Raises:
         RequestError: it cannot.
     """
-    if not isinstance(draft, LoadedDraft):
-        return
     try:
-        check_draft_vocabulary(tree, draft.config.draft_vocab_size)
+        if isinstance(draft, LoadedBlockDraft):
+            draft.config.check_chain(tree)
+        if isinstance(draft, LoadedDraft):
+            check_draft_vocabulary(tree, draft.config.draft_vocab_size)
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from moespec_jax.checkpoint.generation_config import read_sampling
-from moespec_jax.checkpoint.head.read import LoadedDraft, load_draft, share_embedding, share_lm_head
+from moespec_jax.checkpoint.head.read import AnyLoaded, load_any_draft, share_embedding, share_lm_head
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.placement import (
     Placement,
@@ -29,7 +29,7 @@ from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import QUANTIZATIONS, Quantization
 from moespec_jax.parallel.mesh import MeshConfig, adopt_mesh, best_mesh, make_mesh
-from moespec_jax.runtime.drafters import named_draft
+from moespec_jax.runtime.drafters import NamedDraft, named_draft
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.request import check_not_traced, check_types
@@ -59,9 +59,9 @@ def load(
 
     Args:
         model: target: a directory (Hugging Face, or converted to orbax) or a Hugging Face Hub id.
-        draft_model: EAGLE-3 head: a directory or a hub id. Without one, "ngram" drafts from the text so far, and
-            "self:K" with the target and K experts a token. "none" loads none; None loads the embedded head for the
-            embedded target, and none for any other.
+        draft_model: EAGLE-3, DFlash or DSpark head: a directory or a hub id. Without one, "ngram" drafts from the text
+            so far, and "self:K" with the target and K experts a token. "none" loads none; None loads the embedded head
+            for the embedded target, and none for any other.
         revision: branch, tag or commit of the target's hub repository.
         draft_revision: the same of the head's.
         draft_boundaries: boundaries of the target whose hidden states the head reads, in place of those in its files.
@@ -109,11 +109,11 @@ def load(
     if draft is None and draft_model != "none":
         # The head is small: if it does not fit, this is found before the model's weights are read.
         draft_directory = locate(draft_model, draft_revision, offline, progress, torch_archives=True)
-        draft = load_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
+        draft = load_any_draft(draft_directory, config, kind, name=draft_model, boundaries=draft_boundaries)
         draft = draft if placement is None else _shard_draft(draft, placement)
     tokenizer, stop_ids, sampling = load_tokenizer(directory), read_stop_ids(directory), read_sampling(directory)
     params = load_parameters(directory, config, backend, kind, placement, progress, quantization)
-    draft = _share(draft, params, placement) if isinstance(draft, LoadedDraft) else draft
+    draft = draft if draft is None or isinstance(draft, NamedDraft) else _share(draft, params, placement)
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
     return Model(
@@ -147,7 +147,7 @@ def _backend(placement: Placement | None, device: object) -> Backend:
     return BACKENDS["slots"] if placement is not None and preferred.layout == "per_expert" else preferred
 
 
-def _share(draft: LoadedDraft, params: Decoder, placement: Placement | None) -> LoadedDraft:
+def _share(draft: AnyLoaded, params: Decoder, placement: Placement | None) -> AnyLoaded:
     """Share the target's embedding and output matrix with a head that has the same embedding, or no output matrix."""
     if draft.head.lm_head is None:
         output = params.embed if params.lm_head is None else params.lm_head
@@ -155,7 +155,7 @@ def _share(draft: LoadedDraft, params: Decoder, placement: Placement | None) -> 
     return share_embedding(draft, params.embed)
 
 
-def _shard_draft(draft: LoadedDraft, placement: Placement) -> LoadedDraft:
+def _shard_draft(draft: AnyLoaded, placement: Placement) -> AnyLoaded:
     head = head_placement(draft.config, placement.mesh)
     config = with_repeated_heads(draft.config, head)
     return draft._replace(config=config, head=place_head(draft.head, config, head))
