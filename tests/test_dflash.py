@@ -109,6 +109,7 @@ def decode_state(ids: np.ndarray, lengths: list[int]) -> DecodeState:
     )  # fmt: skip
 
 
+@pytest.mark.slow_except("windows-0.0", "vanilla-0.7")
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("variant", ["base", "windows", "vanilla", "gated", "rnn", "confidence alone"])
 def test_chains_of_growing_contexts_equal_the_reference(variant: str, temperature: float) -> None:
@@ -157,6 +158,7 @@ def drawing(sequence: int, length: int, temperature: float) -> tuple[Any, float]
     return np.array([np.asarray(jax.random.gumbel(k, (VOCAB,))) for k in keys]), 1 / temperature
 
 
+@pytest.mark.slow
 def test_a_shorter_chain_is_the_beginning_of_the_block() -> None:
     config = dataclasses.replace(BASE, **VARIANTS["vanilla"])
     drafter, sampling = DFlashDrafter(config), SamplingConfig()
@@ -166,8 +168,8 @@ def test_a_shorter_chain_is_the_beginning_of_the_block() -> None:
     longest, _ = fast_jit(lambda: drafter.propose(config.whole_block, params, whole))()
     for tree in (TreeConfig(0, 1, 2), TreeConfig(9, 1, 3)):
         shorter, _ = fast_jit(lambda tree=tree: drafter.propose(tree, params, whole))()
-        for one, other in zip(shorter, longest, strict=True):
-            np.testing.assert_array_equal(one, other[:, : tree.size])
+        for one, other in zip(shorter, longest, strict=True):  # scores are sums of other programs
+            np.testing.assert_allclose(one, other[:, : tree.size], atol=1e-5)
 
 
 @pytest.mark.parametrize("tree", [TreeConfig(5, 1, 7), TreeConfig(1, 2, 4)], ids=str)

@@ -64,7 +64,7 @@ def drafting(
     return Decoding(method, SpeculativeParams(params, head))
 
 
-@pytest.mark.slow_except("0.0-qwen3_moe-base", "0.8-olmoe-vanilla")
+@pytest.mark.slow_except("0.0-base-qwen3_moe", "0.8-vanilla-olmoe")
 @every_family
 @variants
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -87,7 +87,7 @@ def test_so_it_is_with_stacked_layers_and_for_a_part_of_the_block() -> None:
         assert run.sequences == plain
 
 
-@pytest.mark.slow_except("0.0")
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_so_it_is_where_rounds_have_different_shapes(temperature: float) -> None:
     """A menu of plain decoding and two chains."""
@@ -99,6 +99,7 @@ def test_so_it_is_where_rounds_have_different_shapes(temperature: float) -> None
     assert run.sequences == plain_tokens("qwen3_moe", "switch", 60, sampling) and min(run.rounds_of) >= 4
 
 
+@pytest.mark.slow
 def test_the_context_is_what_the_committed_tokens_give() -> None:
     """After a few rounds, every confirmed row, from the committed tokens alone."""
     target, params, form, *_ = pair()

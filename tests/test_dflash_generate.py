@@ -86,8 +86,10 @@ def test_the_probe_finds_the_states_that_a_head_reads(tmp_path: Path) -> None:
     )  # fmt: skip
     head = oracle.head_of(own)
     layer = head.layers[0]
-    # The one context row that is in the window and the row itself are mixed; the row itself is faint.
-    mixed = dataclasses.replace(layer.attention, v=jnp.eye(width), o=50.0 * jnp.eye(width))
+    # Of the one context row that is in the window and the row itself, alike in all heads; the row itself is faint.
+    mixed = dataclasses.replace(
+        layer.attention, q_norm=jnp.zeros(own.head_dim), v=jnp.eye(width), o=50.0 * jnp.eye(width)
+    )
     faint = 1e-3 * jnp.ones(width)
     silent = dataclasses.replace(
         layer, input_norm=faint, attention=mixed, mlp=layer.mlp.replace(down=jnp.zeros_like(layer.mlp.down))
