@@ -66,7 +66,7 @@ def main() -> int:
         draft_boundaries=boundaries_of(arguments),
         dtype=arguments.dtype,
     )
-    if not isinstance(model.draft, LoadedDraft):
+    if not isinstance(model.draft, LoadedDraft | LoadedBlockDraft):
         raise CheckpointError(f"expected a draft head; got {arguments.draft_model!r}")
     rows = _rows(_token_ids(model, arguments.text, arguments.ids), model.config.context_length, arguments.tokens)
     findings = probe(model, model.draft, rows)

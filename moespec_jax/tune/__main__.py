@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft
 from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
@@ -110,6 +111,11 @@ def _run(arguments: argparse.Namespace) -> None:
     if model.draft is None:
         raise RequestError(
             "expected a draft head to draft trees with (--draft-model); the model was loaded without one"
+        )
+    if isinstance(model.draft, LoadedBlockDraft):
+        raise RequestError(
+            f"expected an EAGLE-3 head, whose trees are predicted; {model.draft.name} drafts chains of its block:"
+            " --speculate auto chooses among them"
         )
     if isinstance(model.draft, NamedDraft):
         raise RequestError(
