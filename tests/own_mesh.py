@@ -1,5 +1,5 @@
-"""Greedy tokens of a tiny pair, and of a DSpark head, on one device and on meshes that a caller made: a program of its own, for the number of
-devices is settled at its start. Prints the tokens of each as JSON."""
+"""Greedy tokens of a tiny pair, and of a DSpark head, on one device and on meshes that a caller made: a program of its
+own, for the number of devices is settled at its start. Prints the tokens of each as JSON."""
 
 import json
 import tempfile

@@ -80,7 +80,7 @@ class LoadedBlockDraft(NamedTuple):
         return f"LoadedBlockDraft({self.name}, {self.format}, {self.head!r})"
 
 
-AnyLoaded = TypeVar("AnyLoaded", LoadedDraft, LoadedBlockDraft)
+AnyLoaded = TypeVar("AnyLoaded", bound=LoadedDraft | LoadedBlockDraft)
 
 
 class _Stored(NamedTuple):
