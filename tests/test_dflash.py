@@ -54,10 +54,10 @@ def test_a_block_equals_the_reference(variant: str) -> None:
     def run(head: Any, aux: jax.Array, embedded: jax.Array) -> Any:
         cache = empty_context(config, 2, TOKENS + BLOCK, jnp.float32)
         for start, stop in ((0, 5), (5, 12)):
-            cache = cache.replace(length=jnp.full((2,), start, jnp.int32))
+            cache = dataclasses.replace(cache, length=jnp.full((2,), start, jnp.int32))
             positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32)[None, :], (2, stop - start))
             cache = extend_context(config, head, fuse_context(config, head, aux[:, start:stop]), positions, cache)
-        cache = cache.replace(length=jnp.asarray(roots))
+        cache = dataclasses.replace(cache, length=jnp.asarray(roots))
         positions = jnp.asarray(roots)[:, None] + jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
         hidden, _ = block_forward(config, head, embedded, positions, cache)
         return hidden, block_logits(head, hidden)

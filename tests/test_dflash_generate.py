@@ -91,11 +91,10 @@ def test_the_probe_finds_the_states_that_a_head_reads(tmp_path: Path) -> None:
         layer.attention, q_norm=jnp.zeros(own.head_dim), v=jnp.eye(width), o=50.0 * jnp.eye(width)
     )
     faint = 1e-3 * jnp.ones(width)
-    silent = dataclasses.replace(
-        layer, input_norm=faint, attention=mixed, mlp=layer.mlp.replace(down=jnp.zeros_like(layer.mlp.down))
-    )
+    silent = dataclasses.replace(layer.mlp, down=jnp.zeros((own.intermediate_size, width)))
+    layer = dataclasses.replace(layer, input_norm=faint, attention=mixed, mlp=silent)
     head = dataclasses.replace(
-        head, fc=jnp.eye(width), hidden_norm=model.params.norm, norm=jnp.ones(width), layers=(silent,),
+        head, fc=jnp.eye(width), hidden_norm=model.params.norm, norm=jnp.ones(width), layers=(layer,),
         lm_head=model.params.lm_head,
     )  # fmt: skip
     directory = write_block_head(tmp_path / "head", speculators_fields(own, sample_from_anchor=True), own, head)
@@ -113,5 +112,5 @@ def test_z_lab_s_files_are_one_boundary_higher(pair: tuple[Path, Path], tmp_path
     zlab = write_block_head(tmp_path / "a", zlab_fields(config, dflash_config=ids), config, head)
     speculators = write_block_head(tmp_path / "b", speculators_fields(config), config, head)
     one, other = (load(pair[0], directory).draft for directory in (zlab, speculators))
-    assert one is not None and other is not None
+    assert isinstance(one, LoadedBlockDraft) and isinstance(other, LoadedBlockDraft)
     assert one.config.boundaries == (2, 3, 4) and other.config.boundaries == (1, 2, 3)

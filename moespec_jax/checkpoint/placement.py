@@ -15,8 +15,8 @@ from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.mesh import EXPERT, Axes, MeshConfig, ShardingPlan, repeated_heads, shard_decoder, shard_head
 from moespec_jax.parallel.processes import put_global
 
-Config = TypeVar("Config", DecoderConfig, DraftConfig, DFlashConfig)
-Head = TypeVar("Head", DraftHead, DFlashHead)
+Config = TypeVar("Config", bound=DecoderConfig | DraftConfig | DFlashConfig)
+Head = TypeVar("Head", bound=DraftHead | DFlashHead)
 
 
 class Placement(NamedTuple):

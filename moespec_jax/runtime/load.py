@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -157,5 +157,5 @@ def _share(draft: AnyLoaded, params: Decoder, placement: Placement | None) -> An
 
 def _shard_draft(draft: AnyLoaded, placement: Placement) -> AnyLoaded:
     head = head_placement(draft.config, placement.mesh)
-    config = with_repeated_heads(draft.config, head)
+    config: Any = with_repeated_heads(draft.config, head)
     return draft._replace(config=config, head=place_head(draft.head, config, head))
