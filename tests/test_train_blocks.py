@@ -15,6 +15,7 @@ from moespec_jax.train.objective import LOSSES, Teacher
 TOKENS = 20
 
 
+@pytest.mark.slow_except("windows")
 @pytest.mark.parametrize("variant", ["base", "windows", "windows of each row"])
 def test_blocks_of_training_are_those_of_decoding(variant: str) -> None:
     """At several anchors of each sequence, the last with no tokens behind them."""
@@ -32,6 +33,7 @@ def test_blocks_of_training_are_those_of_decoding(variant: str) -> None:
             np.testing.assert_allclose(out[b, a], oracle.block(config, head, context, embedded), atol=1e-5)
 
 
+@pytest.mark.slow_except("False")
 @pytest.mark.parametrize("from_anchor", [False, True])
 def test_scores_compare_each_drafted_token_with_the_target_s(from_anchor: bool) -> None:
     """Row by row: the token drafted at depth j is that of the target's row j tokens behind the anchor."""

@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft head: python -m moespec_jax.train --model TARGET --data A.jsonl --output DIR.
+"""Train an EAGLE-3 or DFlash draft head: python -m moespec_jax.train --model TARGET --data A.jsonl --output DIR.
 
 The target is any model that this library runs. Each line of the data is a JSON object with text, messages or token ids;
 the target's own responses, which python -m moespec_jax.train.regenerate writes, train the best heads. The same command
@@ -22,6 +22,7 @@ except ModuleNotFoundError:
     print('error: expected optax, which trains: python -m pip install -e ".[train]"', file=sys.stderr)
     raise SystemExit(2) from None
 
+from moespec_jax.checkpoint.head.dflash_write import export_block_draft
 from moespec_jax.checkpoint.head.write import FORMATS, check_exportable, export_draft
 from moespec_jax.checkpoint.orbax_io import quiet_orbax
 from moespec_jax.checkpoint.read import read_architectures
@@ -29,17 +30,26 @@ from moespec_jax.cli.arguments import short_name
 from moespec_jax.cli.command import Parser, require_matplotlib, run_command, write_output
 from moespec_jax.cli.process_flags import add_process_flags, join_processes
 from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import parse_numbers
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.parallel.processes import is_first_process
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
-from moespec_jax.train.arguments import VARIANTS, add_head_flags, add_optimizer_flags, add_training_flags
+from moespec_jax.train.arguments import (
+    VARIANTS,
+    add_block_flags,
+    add_head_flags,
+    add_optimizer_flags,
+    add_training_flags,
+)
+from moespec_jax.train.block_config import block_config, dense_size, draft_vocabulary_size
 from moespec_jax.train.left_out import LeftOut
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.run import Pace, draw_training, train
-from moespec_jax.train.trainer import Recipe
+from moespec_jax.train.trainer import AnyHead, BlockRecipe, Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,20 +84,25 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     if not is_first_process():
         return
-    warnings = export_draft(
-        head,
-        recipe.draft,
-        arguments.output / "head",
-        arguments.format,
-        target=model.config,
-        target_name=short_name(arguments.model),
-        target_architectures=read_architectures(model.directory),
-        target_embedding=model.params.embed,
-    )
-    for warning in warnings:
+    for warning in _export(head, recipe, arguments, model):
         print(f"note: {warning}", file=sys.stderr)
     draw_training(arguments.output / "log.jsonl", arguments.output / "training.png", recipe.batch * recipe.length)
     write_output(f"wrote {arguments.output / 'head'}\n")
+
+
+def _export(head: AnyHead, recipe: Recipe, arguments: argparse.Namespace, model: Model) -> tuple[str, ...]:
+    """Write the trained head; returns warnings."""
+    named: dict[str, Any] = {
+        "target": model.config, "target_name": short_name(arguments.model),
+        "target_architectures": read_architectures(model.directory),
+    }  # fmt: skip
+    place = arguments.output / "head"
+    if isinstance(head, DFlashHead):
+        assert isinstance(recipe.draft, DFlashConfig)
+        return export_block_draft(head, recipe.draft, place, shares_lm_head=True, **named)
+    assert isinstance(recipe.draft, DraftConfig)
+    embedding = model.params.embed
+    return export_draft(head, recipe.draft, place, arguments.format, target_embedding=embedding, **named)
 
 
 def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
@@ -103,14 +118,17 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
     for name in ("learning_rate", "adam_learning_rate", "decay", "warmup_steps"):
         if not 0 <= getattr(arguments, name) < float("inf"):
             raise RequestError(f"expected --{name.replace('_', '-')} of at least 0, got {getattr(arguments, name)}")
-    draft = draft_config(arguments, target)
+    block = arguments.head == "dflash"
+    draft = block_config(arguments, target) if block else draft_config(arguments, target)
     # Before the training, not after it.
-    check_exportable(draft, arguments.format)
+    if isinstance(draft, DraftConfig):
+        check_exportable(draft, arguments.format)
+    unroll = draft.drafted if isinstance(draft, DFlashConfig) else arguments.unroll
     length = arguments.length or min(2048, target.context_length)
-    if not arguments.unroll < length <= target.context_length:
+    if not unroll < length <= target.context_length:
         raise RequestError(
-            f"expected --length above the {arguments.unroll} of --unroll and of at most the target's context of"
-            f" {target.context_length}; got {length}"
+            f"expected --length above the {unroll} of {'a block' if block else '--unroll'} and of at most the target's"
+            f" context of {target.context_length}; got {length}"
         )
     optimizer = OptimizerConfig(
         arguments.steps,
@@ -120,19 +138,13 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
         warmup_steps=arguments.warmup_steps,
         schedule=arguments.schedule,
     )
-    return Recipe(
-        target,
-        draft,
-        optimizer,
-        batch=arguments.batch,
-        length=length,
-        unroll=arguments.unroll,
-        decay=arguments.decay,
-        loss=arguments.loss,
-        dtype=str(model.dtype),
-        seed=arguments.seed,
-        recompute=not arguments.no_recompute,
-    )
+    settings: dict[str, Any] = {
+        "batch": arguments.batch, "length": length, "unroll": unroll, "decay": arguments.decay, "loss": arguments.loss,
+        "dtype": str(model.dtype), "seed": arguments.seed, "recompute": not arguments.no_recompute,
+    }  # fmt: skip
+    if block:
+        return BlockRecipe(target, draft, optimizer, **settings, anchors=min(arguments.anchors, length))
+    return Recipe(target, draft, optimizer, **settings)
 
 
 def draft_config(arguments: argparse.Namespace, target: DecoderConfig) -> DraftConfig:
@@ -144,22 +156,19 @@ def draft_config(arguments: argparse.Namespace, target: DecoderConfig) -> DraftC
             increase.
         CheckpointError: the boundaries are not numbers.
     """
-    draft_vocab = arguments.draft_vocab_size or min(32_000, target.vocab_size)
-    if draft_vocab > target.vocab_size:
-        raise RequestError(f"expected a draft vocabulary of at most {target.vocab_size} tokens; got {draft_vocab}")
     if arguments.fc_norm and arguments.norm_before_fc:
         raise RequestError("expected one of --fc-norm and --norm-before-fc; got both")
     return DraftConfig(
         vocab_size=target.vocab_size,
-        draft_vocab_size=draft_vocab,
+        draft_vocab_size=draft_vocabulary_size(arguments, target),
         hidden_size=target.hidden_size,
         target_hidden_size=target.hidden_size,
-        intermediate_size=arguments.intermediate_size or _dense_size(target),
+        intermediate_size=arguments.intermediate_size or dense_size(target),
         num_attention_heads=target.num_attention_heads,
         num_key_value_heads=target.num_key_value_heads,
         head_dim=target.head_dim,
         boundaries=boundaries(arguments.boundaries, target.num_hidden_layers),
-        num_hidden_layers=arguments.layers,
+        num_hidden_layers=arguments.layers or 1,
         # Some engines allocate a table of angles of this length, which must cover the target's context.
         max_position_embeddings=target.context_length,
         rms_norm_eps=target.rms_norm_eps,
@@ -167,13 +176,6 @@ def draft_config(arguments: argparse.Namespace, target: DecoderConfig) -> DraftC
         qk_norm="head" if arguments.qk_norm else "none",
         **{name: getattr(arguments, name) for name in VARIANTS},
     )
-
-
-def _dense_size(target: DecoderConfig) -> int:
-    """Choose the width of the head's MLP: that of the target's dense MLPs, or without them three times the hidden size,
-    as in speculators."""
-    dense, expert = target.intermediate_size, target.moe_intermediate_size
-    return dense if dense != expert else 3 * target.hidden_size
 
 
 def boundaries(text: str | None, layers: int) -> tuple[int, ...]:
@@ -260,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         help="format of DIR/head: specforge for SGLang, speculators for vLLM (default: %(default)s)",
     )
     add_head_flags(parser.add_argument_group("draft head"))
+    add_block_flags(parser.add_argument_group("DFlash head"))
     add_training_flags(parser.add_argument_group("training"))
     add_optimizer_flags(parser.add_argument_group("optimizer"))
     add_process_flags(parser.add_argument_group("several processes, which share the batch and the output directory"))

@@ -5,7 +5,7 @@ import argparse
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.run import Pace
-from moespec_jax.train.trainer import Recipe
+from moespec_jax.train.trainer import BlockRecipe, Recipe
 
 # Fields of `DraftConfig` that have a flag, with its help text.
 VARIANTS = {
@@ -37,12 +37,40 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="width of the head's MLP (default: that of the target's dense MLPs, else 3 times the hidden size)",
     )
-    group.add_argument(
-        "--layers", type=_count, default=1, metavar="N", help="layers of the head (default: %(default)s)"
-    )
+    group.add_argument("--layers", type=_count, metavar="N", help="layers of the head (default: 1, of a DFlash head 5)")
     for name, meaning in VARIANTS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
     group.add_argument("--qk-norm", action="store_true", help="RMS norm of each query and key, as in Qwen3")
+
+
+def add_block_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the settings of a DFlash head, in place of those of an EAGLE-3 head that it has no use for."""
+    group.add_argument(
+        "--head",
+        choices=["eagle3", "dflash"],
+        default="eagle3",
+        help="kind of the head; dflash drafts a block in one pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--block-size",
+        type=_count,
+        default=8,
+        metavar="N",
+        help="rows of a block: the newest token, and one for each drafted token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--anchors",
+        type=_count,
+        default=BlockRecipe.anchors,
+        metavar="N",
+        help="blocks a row, at random positions (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mask-token-id",
+        type=int,
+        metavar="ID",
+        help="token that stands for those not yet known (default: the last of the vocabulary)",
+    )
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:

@@ -81,6 +81,16 @@ def block_scores(
     return [score(hidden[:, :, first + step], jnp.int32(step)) for step in range(config.drafted)]
 
 
+def random_anchors(
+    count: int, seed: int, tokens: Int[Array, "batch tokens"], counts: Bool[Array, "batch tokens"]
+) -> Int[Array, "batch anchors"]:
+    """Choose `count` positions of every row after which a token counts, or others where there are too few: a function
+    of seed and tokens alone, so that a run that continues chooses alike."""
+    key = jax.random.fold_in(jax.random.key(seed), jnp.sum(tokens.astype(jnp.uint32)))
+    order = jax.random.uniform(key, tokens.shape) + counts.astype(jnp.float32)
+    return jax.lax.top_k(order, count)[1].astype(jnp.int32)
+
+
 def _columns(mask: Bool[Array, "batch anchors block slots"], anchors: Array, length: int) -> Array:
     """Split a mask over a block's context and itself into columns of tokens and columns of the block."""
     slots = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None, None, :]

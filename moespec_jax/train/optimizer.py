@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import optax
 
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 
 
@@ -70,7 +71,7 @@ def _schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
     return optax.join_schedules([warm, optax.constant_schedule(peak), cool], [config.warmup_steps, begin])
 
 
-def _matrices(head: DraftHead) -> DraftHead:
+def _matrices(head: DraftHead | DFlashHead) -> DraftHead | DFlashHead:
     """Mark the axes of the matrices that Muon orthogonalises: input and output of every matrix product except that of
     the output head. Other parameters are None."""
     matrix = optax.contrib.MuonDimensionNumbers

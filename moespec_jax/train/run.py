@@ -22,17 +22,19 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from moespec_jax.checkpoint.head.dflash_table import random_block_head
 from moespec_jax.checkpoint.head.tensor_table import random_head
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import replacing, write_json, write_text, writing
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.processes import all_or_none, fetch, is_first_process, replicate
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.records import Sample
 from moespec_jax.train.rows import Rows, draft_vocabulary, pack
 from moespec_jax.train.settings import settings_to_keep
 from moespec_jax.train.trainer import (
+    AnyHead,
     Recipe,
     TrainState,
     data_mesh,
@@ -63,7 +65,7 @@ class Pace:
 def train(
     model: Model, recipe: Recipe, data: Callable[[], Iterable[Sample]], held_out: Callable[[], Iterable[Sample]] | None,
     directory: Path, pace: Pace, source: dict[str, Any],
-) -> DraftHead:  # fmt: skip
+) -> AnyHead:  # fmt: skip
     """Run or continue a recipe in `directory`; returns the trained head.
 
     Args:
@@ -205,7 +207,11 @@ def _begin(manager: Any, recipe: Recipe, target: Decoder, target_ids: jax.Array,
     of a caller keeps the initial head in memory."""
     import orbax.checkpoint as ocp
 
-    head = random_head(recipe.draft, target, target_ids, jax.random.key(recipe.seed))
+    key = jax.random.key(recipe.seed)
+    if isinstance(recipe.draft, DFlashConfig):
+        head = random_block_head(recipe.draft, target, target_ids, key)
+    else:
+        head = random_head(recipe.draft, target, target_ids, key)
     state, latest = initial_state(recipe, head, mesh), manager.latest_step()
     if latest is None:
         return state, 0

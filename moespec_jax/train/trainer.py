@@ -17,15 +17,20 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
+from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.processes import put_global, replicate
+from moespec_jax.train.blocks import block_scores, random_anchors
 from moespec_jax.train.objective import LOSSES, StepScore, run_teacher, unrolled_scores
 from moespec_jax.train.optimizer import OptimizerConfig, build_optimizer
 from moespec_jax.train.rows import Rows
+
+AnyHead = DraftHead | DFlashHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Recipe:
     """
 
     target: DecoderConfig
-    draft: DraftConfig
+    draft: DraftConfig | DFlashConfig
     optimizer: OptimizerConfig
     batch: int = 8
     length: int = 2048
@@ -59,6 +64,17 @@ class Recipe:
     recompute: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockRecipe(Recipe):
+    """Settings of the training of a DFlash head, whose draft steps (`unroll`) are the tokens of its block.
+
+    Fields:
+        anchors: number of blocks a row, at random positions that count.
+    """
+
+    anchors: int = 64
+
+
 @struct.dataclass
 class TrainState:
     """State between steps.
@@ -68,7 +84,7 @@ class TrainState:
         optimizer: state of the optimizer.
     """
 
-    head: DraftHead
+    head: AnyHead
     optimizer: optax.OptState
 
     __repr__ = summary
@@ -88,7 +104,7 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, ""]
 
 
-def initial_state(recipe: Recipe, head: DraftHead, mesh: Mesh) -> TrainState:
+def initial_state(recipe: Recipe, head: AnyHead, mesh: Mesh) -> TrainState:
     """Build the state before the first step, replicated over the mesh."""
     # Copied: steps donate the state, and some arrays of the head are the target's.
     head = jax.tree.map(jnp.copy, dataclasses.replace(head, target_ids=None))
@@ -116,7 +132,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """Run one optimizer step. Every device runs target and unrolled head on its rows; gradients are averaged."""
 
-    def shard(target: Decoder, target_ids: Array, head: DraftHead, batch: Rows):
+    def shard(target: Decoder, target_ids: Array, head: AnyHead, batch: Rows):
         loss = functools.partial(_loss, recipe, backend, target, target_ids)
         (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(head, batch)
         return jax.lax.pmean(gradients, "data"), _over_devices(metrics)
@@ -128,7 +144,7 @@ def train_step(
     gradients, scores = sharded(target, target_ids, state.head, batch)
     updates, optimizer = build_optimizer(recipe.optimizer).update(gradients, state.optimizer, state.head)
     head = optax.apply_updates(state.head, updates)
-    return TrainState(head, optimizer), _metrics(scores, batch, optax.tree.norm(gradients))
+    return TrainState(head, optimizer), _metrics(scores, _counted(recipe, batch.ids), optax.tree.norm(gradients))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -144,30 +160,43 @@ def shard_batch(mesh: Mesh, batch: Rows) -> Rows:
     return Rows(*(put_global(part, NamedSharding(mesh, P("data"))) for part in batch))
 
 
-def finished_head(state: TrainState, target_ids: Array) -> DraftHead:
+def finished_head(state: TrainState, target_ids: Array) -> AnyHead:
     """Return the trained head, complete for decoding."""
     return dataclasses.replace(state.head, target_ids=target_ids)
 
 
 def _loss(
-    recipe: Recipe, backend: Backend, target: Decoder, target_ids: Array, head: DraftHead, batch: Rows
+    recipe: Recipe, backend: Backend, target: Decoder, target_ids: Array, head: AnyHead, batch: Rows
 ) -> tuple[Array, list[StepScore]]:
     head = dataclasses.replace(jax.tree.map(lambda p: p.astype(recipe.dtype), head), target_ids=target_ids)
     tokens, counts = batch.ids[:, :-1], batch.counts[:, 1:]
     teacher = run_teacher(recipe.target, target, backend, recipe.draft.boundaries, target_ids, tokens)
-    scores = unrolled_scores(
-        recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, LOSSES[recipe.loss], recipe.recompute
-    )
+    loss = LOSSES[recipe.loss]
+    if isinstance(recipe, BlockRecipe):
+        assert isinstance(recipe.draft, DFlashConfig) and isinstance(head, DFlashHead)
+        # As in z-lab's and speculators' training: engines use the target's own output matrix.
+        head = dataclasses.replace(head, lm_head=jax.lax.stop_gradient(head.lm_head))
+        anchors = random_anchors(recipe.anchors, recipe.seed, tokens, counts)
+        scores = block_scores(recipe.draft, head, target.embed, teacher, tokens, counts, anchors, loss)
+    else:
+        assert isinstance(recipe.draft, DraftConfig) and isinstance(head, DraftHead)
+        scores = unrolled_scores(
+            recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, loss, recipe.recompute
+        )
     weighted = [recipe.decay**step * score.loss for step, score in enumerate(scores)]
-    return sum(weighted[1:], weighted[0]) / tokens.size, scores
+    return sum(weighted[1:], weighted[0]) / _counted(recipe, batch.ids), scores
+
+
+def _counted(recipe: Recipe, ids: Array) -> int:
+    """Number of positions of rows that a draft step is averaged over."""
+    return len(ids) * recipe.anchors if isinstance(recipe, BlockRecipe) else ids[:, :-1].size
 
 
 def _over_devices(scores: list[StepScore]) -> list[StepScore]:
     return jax.tree.map(lambda x: jax.lax.psum(x, "data"), scores)
 
 
-def _metrics(scores: list[StepScore], batch: Rows, gradient_norm: Array) -> Metrics:
-    size = batch.ids[:, :-1].size
+def _metrics(scores: list[StepScore], size: int, gradient_norm: Array) -> Metrics:
     loss = jnp.stack([score.loss for score in scores]) / size
     accuracy = jnp.stack([score.hits / jnp.maximum(score.positions, 1.0) for score in scores])
     return Metrics(loss, accuracy, gradient_norm)

@@ -119,7 +119,7 @@ def resolve_taps(
     override, place = _override(name), TAPS if speculators else "target_layer_ids"
     if override.boundaries is not None:
         return _checked(Boundaries(override.boundaries, f"known for {name}, in place of its config.json"), target)
-    ids, formula = _integers(look_up(places, place) or (), place), _even_taps(target.num_hidden_layers, layers)
+    ids, formula = _integers(look_up(places, place) or (), place), even_taps(target.num_hidden_layers, layers)
     if not ids and speculators:
         raise UnsupportedConfig(f"config.json of a draft head lacks the field {TAPS!r}")
     if not ids:
@@ -133,7 +133,7 @@ def resolve_taps(
     return _checked(Boundaries(values, f"{place} {_listed(ids)}, {_MEANING[convention]}{doubt}"), target)
 
 
-def _even_taps(target_layers: int, taps: int) -> tuple[int, ...]:
+def even_taps(target_layers: int, taps: int) -> tuple[int, ...]:
     """Layers whose outputs z-lab's code reads by default, evenly from 1 to L - 3."""
     if taps == 1:
         return (target_layers // 2,)

@@ -1,13 +1,18 @@
 """The tensor table of a DFlash or DSpark head: every published name with its shape and its place in the parameters.
-Names are the same in all formats, but for a leading `model.`."""
+Names are the same in all formats, but for a leading `model.`. Also random heads, from which training starts."""
 
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, LM_HEAD
 from moespec_jax.checkpoint.tensor_table import Path, Tensor, attention_table, mlp_table
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.attention import Attention
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.dflash import ConfidenceHead, DFlashHead, MarkovBias
 from moespec_jax.nn.eagle3 import DraftLayer
 from moespec_jax.nn.layers import GatedMlp
@@ -67,6 +72,27 @@ def build_block_head(config: DFlashConfig, leaves: Mapping[Path, Any]) -> DFlash
         markov=MarkovBias(**part(MarkovBias, "markov")) if config.markov != "none" else None,
         confidence=ConfidenceHead(**part(ConfidenceHead, "confidence")) if config.confidence != "none" else None,
     )
+
+
+def random_block_head(
+    config: DFlashConfig, target: Decoder, target_ids: Int[Array, " draft_vocab"], key: Array
+) -> DFlashHead:
+    """Draw a head to start training from, float32. Output matrix and last norm are the target's, all else is random."""
+    keys = iter(jax.random.split(key, 8 * config.num_hidden_layers + 8))
+    leaves: dict[Path, Any] = {}
+    for name, tensor in block_table(config).items():
+        shape = tensor.shape[::-1] if tensor.transpose else tensor.shape
+        if len(shape) == 1:
+            leaf = jnp.zeros(shape) if name.endswith("bias") else jnp.ones(shape)
+        else:
+            # What a layer adds to the residual stream is small at first.
+            gain = 0.1 if tensor.path[-1] in ("o", "down") else 1.0
+            leaf = jax.random.normal(next(keys), shape, jnp.float32) * gain * tensor.shape[-1] ** -0.5
+        leaves[tensor.path] = leaf
+    unembedding = target.embed if target.lm_head is None else target.lm_head
+    leaves[("lm_head",)] = unembedding[target_ids].astype(jnp.float32)
+    leaves[("norm",)] = target.norm.astype(jnp.float32)
+    return build_block_head(config, leaves | {("target_ids",): target_ids})
 
 
 def _layer_table(config: DFlashConfig, layer: int) -> dict[str, Tensor]:
