@@ -15,8 +15,10 @@ import numpy as np
 
 from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.cli.command import Parser, run_command
+from moespec_jax.config import DraftConfig
 from moespec_jax.demo.train_draft import RESPONSES, TEXT_ROWS, recipe
 from moespec_jax.files import write_json
+from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.load import DEMO_DRAFT, load
 from moespec_jax.runtime.model import Model
 from moespec_jax.train.rows import Rows, draft_vocabulary
@@ -66,7 +68,9 @@ def export_head(model: Model, training: Path, output: Path) -> int:
         rows = Rows(kept["ids"], kept["counts"])
     ids = jnp.asarray(draft_vocabulary(rows, plan.draft.vocab_size, plan.draft.draft_vocab_size))
     state, step = last_state(training, plan, model, ids)
-    export_draft(finished_head(state, ids), plan.draft, output, target=model.config, dtype="bfloat16")
+    head = finished_head(state, ids)
+    assert isinstance(head, DraftHead) and isinstance(plan.draft, DraftConfig)
+    export_draft(head, plan.draft, output, target=model.config, dtype="bfloat16")
     return step
 
 

@@ -102,7 +102,15 @@ def _layer_table(config: DFlashConfig, layer: int) -> dict[str, Tensor]:
         "input_layernorm.weight": Tensor((*at, "input_norm"), (model,)),
         "post_attention_layernorm.weight": Tensor((*at, "post_attention_norm"), (model,)),
     }
-    attention = attention_table(config, (*at, "attention"), model=model, inputs=model, qkv_bias=biases, o_bias=biases)
+    attention = attention_table(
+        config,
+        (*at, "attention"),
+        heads=config.num_attention_heads,
+        model=model,
+        inputs=model,
+        qkv_bias=biases,
+        o_bias=biases,
+    )
     return norms | mlp_table("mlp.", (*at, "mlp"), model, config.intermediate_size) | attention
 
 
