@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import choosing_tables, device_tables
+from benchmarks import choosing_tables, device_tables, drafter_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -208,7 +208,7 @@ def real_shapes() -> str:
 
 
 # Tables of other modules: function and result files.
-MADE = device_tables.TABLES | choosing_tables.TABLES
+MADE = device_tables.TABLES | choosing_tables.TABLES | drafter_tables.TABLES
 
 
 def made(name: str) -> str:
