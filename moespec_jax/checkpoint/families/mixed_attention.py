@@ -216,6 +216,7 @@ EXAONE_MOE = Family(
     "ExaoneMoeForCausalLM",
     _read_exaone_moe,
     _write_exaone_moe,
+    TensorNames(correction="mlp.e_score_correction_bias"),
     neutral=_SIGMOID
     | dict.fromkeys(("routed_scaling_factor", "n_group", "topk_group", "sliding_window_pattern"), HONOURED)
     | {"topk_method": ("noaux_tc",)},
@@ -231,7 +232,11 @@ LAGUNA = Family(
     "LagunaForCausalLM",
     _read_laguna,
     _write_laguna,
-    TensorNames(shared="mlp.shared_expert.", attention={"self_attn.gate_proj.weight": "self_attn.g_proj.weight"}),
+    TensorNames(
+        correction="mlp.experts.e_score_correction_bias",
+        shared="mlp.shared_expert.",
+        attention={"self_attn.gate_proj.weight": "self_attn.g_proj.weight"},
+    ),
     neutral=_SIGMOID
     | {
         "norm_topk_prob": (True,),
