@@ -8,7 +8,7 @@ from published import Tensors
 from quantized_writer import BF16, E4M3, E8M0, Case, group, modelopt, spread
 
 F16 = np.float16
-E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+E2M1 = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from moespec_jax.checkpoint.leaves import Source, load_source
 from moespec_jax.checkpoint.orbax_io import is_orbax, open_orbax
 from moespec_jax.checkpoint.placement import Placement
 from moespec_jax.checkpoint.quantized.detect import stored_format
+from moespec_jax.checkpoint.quantized.fused import join_fused
 from moespec_jax.checkpoint.quantized.join import Problems, join_components
 from moespec_jax.checkpoint.shards import Headers, is_same, read_headers, read_tensors
 from moespec_jax.checkpoint.spellings import EMBEDDING, LM_HEAD, unify_names
@@ -112,10 +113,12 @@ def open_safetensors(directory: Path, config: DecoderConfig) -> Source:
             config.json ties it.
     """
     quantized = stored_format(directory)
-    headers, misshapen = unify_names(config, read_headers(directory))
+    headers = read_headers(directory)
+    problems: Problems = {} if quantized is None else join_fused(config, headers.entries)
+    headers, misshapen = unify_names(config, headers)
     check_expert_count(config, len(headers.entries), directory)
     table = tensor_table(config)
-    problems: Problems = {} if quantized is None else join_components(quantized, headers.entries, table)
+    problems |= {} if quantized is None else join_components(quantized, headers.entries, table)
     problems["misshapen"] = [*misshapen, *problems.get("misshapen", [])]
     _check_headers(config, table, headers, problems, directory)
     _check_tied(config, headers, directory)

@@ -222,7 +222,8 @@ def _read(name: str, entry: Entry, data: RawIOBase, buffers: Mapping[str, HostBu
     try:
         entry.combine(components, array)
     except BadComponent as bad:
-        where = f"{name.removesuffix('weight')}{bad.suffix}"
+        # Fused experts have components that are named in full.
+        where = bad.suffix if "." in bad.suffix else f"{name.removesuffix('weight')}{bad.suffix}"
         file = entry.components[bad.suffix].file
         raise CheckpointError(f"expected {bad.expected} in {where}; got {bad.got} in {file}") from None
     return array

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moespec_jax.checkpoint.config_fields import Fields, section, shown
 from moespec_jax.checkpoint.quantized.compressed_tensors import read_compressed_tensors
+from moespec_jax.checkpoint.quantized.fp4 import read_mxfp4
 from moespec_jax.checkpoint.quantized.fp8 import read_fbgemm, read_fp8
 from moespec_jax.checkpoint.quantized.modelopt import read_modelopt
 from moespec_jax.checkpoint.quantized.packed_words import read_awq, read_gptq
@@ -18,6 +19,7 @@ METHODS: dict[str, Callable[[Fields], Format]] = {
     "fbgemm_fp8": read_fbgemm,
     "compressed-tensors": read_compressed_tensors,
     "modelopt": read_modelopt,
+    "mxfp4": read_mxfp4,
     "gptq": read_gptq,
     "awq": read_awq,
 }

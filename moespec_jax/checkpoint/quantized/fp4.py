@@ -7,10 +7,12 @@ float32 scale for the whole weight, by which ModelOpt multiplies and compressed-
 import ml_dtypes
 import numpy as np
 
+from moespec_jax.checkpoint.config_fields import Fields
 from moespec_jax.checkpoint.quantized.scheme import (
     BadComponent,
     Component,
     Components,
+    Format,
     Scheme,
     Shape,
     Tile,
@@ -24,6 +26,11 @@ _E2M1 = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.fl
 # Numbers of the two codes of each byte.
 E2M1_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1)
 _MX, _NV = (1, 32), (1, 16)
+
+
+def read_mxfp4(fields: Fields) -> Format:
+    """Read a `quantization_config` of the method mxfp4: that of fused experts, whose names say what they are."""
+    return Format("MXFP4", lambda module: ())
 
 
 def mxfp4_scheme(codes: str, scale: str) -> Scheme:
