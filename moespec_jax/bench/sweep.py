@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from moespec_jax.cli.budget_flags import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
@@ -53,6 +54,7 @@ def sweep(
     Raises:
         RequestError: a tree, config or budget is invalid, or appears twice.
     """
+    shapes: list[tuple[int, TreeConfig | Literal["auto"] | None]]
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
     else:
