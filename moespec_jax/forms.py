@@ -61,6 +61,9 @@ class RouterConfig:
         scale: factor on combine weights.
         norm_epsilon: number added to the sum by which combine weights are renormalised.
         norm_min: least sum by which they are renormalised.
+        softcap: bound to which logits are squashed, by `softcap` · tanh(logit / `softcap`), before they are scores;
+            0 for none.
+        scales_input: whether a combine weight multiplies the input of its expert, instead of the output.
         float32: whether router and correction are kept in float32 whatever the dtype of the other parameters is.
     """
 
@@ -71,12 +74,14 @@ class RouterConfig:
     scale: float = 1.0
     norm_epsilon: float = 0.0
     norm_min: float = 0.0
+    softcap: float = 0.0
+    scales_input: bool = False
     float32: bool = False
 
     @property
     def ranks_by_probability(self) -> bool:
         """Whether experts are ranked and weighed by their probabilities alone."""
-        return dataclasses.replace(self, float32=False) == RouterConfig()
+        return dataclasses.replace(self, float32=False, softcap=0.0, scales_input=False) == RouterConfig()
 
 
 @dataclasses.dataclass(frozen=True)

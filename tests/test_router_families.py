@@ -1,6 +1,7 @@
 """Families that differ in router, shared experts and dense layers: against transformers, in every back-end, and under
 speculation and budgets."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from moespec_jax.checkpoint.orbax_io import write_orbax
 from moespec_jax.checkpoint.read import load_config, load_parameters, open_source
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.checkpoint.write import export
+from moespec_jax.config import RouterConfig
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.moe import SparseMlp, sparse_mlp
 
 TOLERANCE = 5e-5  # on logits of standard deviation 1; the largest difference seen is 1e-5
 DRAWS = 20
@@ -117,6 +120,30 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
                 open_source(directory, load_config(directory))
         else:
             assert open_source(directory, load_config(directory)).dtypes.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("active", "softcap"), [(1, 0.0), (2, 0.7)])
+def test_weights_that_scale_the_inputs_of_experts(active: int, softcap: float) -> None:
+    """Llama-4's experts read the token times its sigmoid; Laguna's logits may be capped: against a loop in NumPy."""
+    fields = draw_fields("minimax_m2", 0) | dict(num_experts_per_tok=active)
+    config = read_config(fields)
+    router = RouterConfig("sigmoid", softcap=softcap, scales_input=True)
+    config = dataclasses.replace(config, router=router, norm_topk_prob=False, hidden_act="silu")
+    params = build(read_config(fields), draw_tensors(fields), BACKENDS["switch"])
+    assert isinstance(params.layers[0].mlp, SparseMlp)
+    layer, experts = dataclasses.replace(params.layers[0].mlp, correction=None), params.experts
+    x = np.random.default_rng(0).standard_normal((5, config.hidden_size)).astype(np.float32)
+    valid = jnp.array([True, True, False, True, True])
+    got, _ = sparse_mlp(config, layer, experts, 0, jnp.asarray(x), valid, BACKENDS["switch"].compute("silu"))
+    for t, row in enumerate(x):
+        logits = np.asarray(layer.router) @ row
+        logits = softcap * np.tanh(logits / softcap) if softcap else logits
+        expected = np.zeros_like(row)
+        for e in np.argsort(-logits)[:active] if valid[t] else []:
+            expert, scaled = experts[0][e], row / (1 + np.exp(-logits[e]))
+            gate = scaled @ np.asarray(expert.gate)
+            expected += (gate / (1 + np.exp(-gate)) * (scaled @ np.asarray(expert.up))) @ np.asarray(expert.down)
+        np.testing.assert_allclose(got[t], expected, rtol=1e-4, atol=1e-3)
 
 
 REFUSED = [

@@ -85,7 +85,8 @@ def sparse_mlp(
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
     routing = dataclasses.replace(natural, choice=None) if restricted is None else restricted.routing
     local = shard_routing(routing, config.num_experts, sharding.experts)
-    y = compute(experts, layer, x, local).astype(x.dtype)
+    run = _scaled_inputs(compute) if config.router.scales_input else compute
+    y = run(experts, layer, x, local).astype(x.dtype)
     if mlp.shared is None:
         y = psum(y, sharding.routed)
     else:
@@ -96,3 +97,17 @@ def sparse_mlp(
         same_axes = sharding.routed == sharding.ffn
         y = psum(y + shared, sharding.ffn) if same_axes else psum(y, sharding.routed) + psum(shared, sharding.ffn)
     return y, RouterInfo(x, probabilities, natural.experts, restricted)
+
+
+def _scaled_inputs(compute: ExpertCompute) -> ExpertCompute:
+    """Make the expert compute in which a combine weight multiplies the expert's input: every token is a row for each of
+    its experts."""
+
+    def run(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
+        (tokens, active), used = routing.experts.shape, routing.weights > 0
+        rows = (x[:, None, :] * routing.weights.astype(x.dtype)[:, :, None]).reshape(tokens * active, -1)
+        ids, ones = (values.reshape(-1, 1) for values in (routing.experts, used.astype(jnp.float32)))
+        y = compute(experts, layer, rows, dataclasses.replace(routing, experts=ids, weights=ones))
+        return jnp.sum(y.reshape(tokens, active, -1), axis=1)
+
+    return run

@@ -91,10 +91,14 @@ def route(
     x = x.astype(router.dtype) if config.router.float32 else x
     logits = jnp.einsum("td,nd->tn", x, router, preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias[None, :].astype(jnp.float32)
+    if cap := config.router.softcap:
+        logits = cap * jnp.tanh(logits / cap)
     gates = jax.nn.sigmoid(logits) if config.router.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
     choice = None
     if not config.router.ranks_by_probability:
-        choice = Choice(rank_scores(config.router, gates, correction), gates, config.router)
+        # Sigmoids of large logits are equal in float32; without a correction, the logits rank.
+        scores = logits if correction is None and config.router.score == "sigmoid" else gates
+        choice = Choice(rank_scores(config.router, scores, correction), gates, config.router)
     weights, experts = jax.lax.top_k(gates if choice is None else choice.ranking, config.num_experts_per_tok)
     if choice is not None:
         weights = jnp.take_along_axis(gates, experts, axis=1)
@@ -105,11 +109,11 @@ def route(
 
 
 def rank_scores(
-    router: RouterConfig, gates: Float[Array, "tokens experts"], correction: Float[Array, "*row experts"] | None
+    router: RouterConfig, scores: Float[Array, "tokens experts"], correction: Float[Array, "*row experts"] | None
 ) -> Float[Array, "tokens experts"]:
     """Compute the scores by which experts are ranked: those of groups from which a token does not choose are below all
     others."""
-    scores = gates if correction is None else gates + correction.reshape(1, -1)
+    scores = scores if correction is None else scores + correction.reshape(1, -1)
     if router.groups_per_tok == router.groups:
         return scores
     grouped = scores.reshape(len(scores), router.groups, -1)
