@@ -65,6 +65,9 @@ class DecoderConfig:
         clamped_swiglu: activation of routed experts in place of `hidden_act`; None for `hidden_act`.
         shared_expert_gate: whether the shared expert's output is multiplied by a gate.
         router: how experts are chosen and weighed.
+        attention_multiplier: factor on the scores of attention; None for 1 / √head_dim.
+        residual_multiplier: factor on the outputs of both blocks of a layer.
+        logits_scaling: divisor of logits.
     """
 
     model_type: str
@@ -106,6 +109,9 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     shared_expert_gate: bool = True
     router: RouterConfig = RouterConfig()
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     @property
     def layer_ropes(self) -> tuple[RopeConfig | None, ...]:

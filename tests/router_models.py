@@ -111,6 +111,21 @@ def _hunyuan_v1_moe(rng: np.random.Generator) -> Fields:
     )
 
 
+def _granitemoe(rng: np.random.Generator) -> Fields:
+    return dict(
+        num_local_experts=5,
+        attention_bias=coin(rng),
+        embedding_multiplier=float(rng.choice([1.0, 12.0])),
+        attention_multiplier=float(rng.choice([0.1, 1.0])),
+        residual_multiplier=float(rng.choice([0.22, 1.0])),
+        logits_scaling=float(rng.choice([1.0, 1.5])),
+    )
+
+
+def _granitemoeshared(rng: np.random.Generator) -> Fields:
+    return _granitemoe(rng) | dict(shared_intermediate_size=int(rng.choice([0, 16])))
+
+
 ROUTER_FAMILIES: dict[str, Draw] = {
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
@@ -119,4 +134,6 @@ ROUTER_FAMILIES: dict[str, Draw] = {
     "hy_v3": _hy_v3,
     "ernie4_5_moe": _ernie4_5_moe,
     "hunyuan_v1_moe": _hunyuan_v1_moe,
+    "granitemoe": _granitemoe,
+    "granitemoeshared": _granitemoeshared,
 }

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moespec_jax.checkpoint.families import FAMILIES
+from moespec_jax.checkpoint.families.family import FusedForm
 from moespec_jax.checkpoint.leaves import Source, copy_into
 from moespec_jax.checkpoint.shards import Entry, Part
 from moespec_jax.checkpoint.tensor_table import Tensor
@@ -26,12 +27,19 @@ class Fused(NamedTuple):
     block: tuple[int, int]
     parts: dict[str, tuple[int, Part]]
 
+    @property
+    def blocks(self) -> int:
+        """Number of blocks: that of experts, or one."""
+        return 1 if self.shape == self.block else self.shape[0]
+
 
 def fused_tensor(config: DecoderConfig, layer: str, name: str) -> Fused | None:
     """Describe the fused tensor `name` of a sparse block below `layer` (`model.layers.0.`); None where it is none."""
     family = FAMILIES[config.model_type]
     form, bias = family.fused, config.expert_bias and name.endswith("_bias")
-    kinds = {form.gate_up: (family.names.gate, family.names.up), form.down: (family.names.down,)}
+    both, down = (family.names.gate, family.names.up), (family.names.down,)
+    # Of any family, transformers may write the names of its memory.
+    kinds = {FusedForm().gate_up: both, FusedForm().down: down, form.gate_up: both, form.down: down}
     kind = kinds.get(name.removesuffix("_bias") if bias else name)
     if kind is None:
         return None
@@ -49,9 +57,27 @@ def fused_tensor(config: DecoderConfig, layer: str, name: str) -> Fused | None:
     return Fused((config.num_experts, width) if bias else (config.num_experts, *block), block, parts)
 
 
+def fused_shared(config: DecoderConfig, layer: str, name: str) -> Fused | None:
+    """Describe the tensor `name` of a shared expert below `layer`, where its gate and up are one; None where it is
+    another."""
+    family, model, ffn = FAMILIES[config.model_type], config.hidden_size, config.shared_expert_intermediate_size
+    if not name or not ffn or name not in (family.fused.shared_gate_up, family.fused.shared_down):
+        return None
+    kinds, out, inner = (("gate", "up"), ffn, model) if name == family.fused.shared_gate_up else (("down",), model, ffn)
+    block = (len(kinds) * out, inner)
+    parts = {
+        f"{layer}{family.names.shared}{kind}_proj.weight": (
+            0,
+            Part(block, (slice(i * out, (i + 1) * out), slice(None))),
+        )
+        for i, kind in enumerate(kinds)
+    }
+    return Fused(block, block, parts)
+
+
 def entries_of(fused: Fused, entry: Entry) -> dict[str, Entry]:
     """Describe each matrix of a stored fused tensor as a tensor of its own."""
-    size = entry.size // fused.shape[0]
+    size = entry.size // fused.blocks
     return {name: _entry(entry, part, entry.start + i * size, size) for name, (i, part) in fused.parts.items()}
 
 
@@ -75,7 +101,7 @@ def as_published(source: Source, config: DecoderConfig) -> Source:
                 yield from source.read([name])
                 continue
             shape, block, parts = fused[name]
-            whole = np.empty((shape[0], *block), dtypes[name])
+            whole = np.empty((fused[name].blocks, *block), dtypes[name])
             for member, array in source.read(parts):
                 expert, part = parts[member]
                 copy_into(whole[expert][part.place], array.T if part.transpose else array)
@@ -94,6 +120,10 @@ def _fused_tensors(config: DecoderConfig) -> Iterator[tuple[str, Fused]]:
                 layer = f"model.layers.{i}."
                 if sparse and (tensor := fused_tensor(config, layer, name + suffix)) is not None:
                     yield layer + block + name + suffix, tensor
+        for name in (family.fused.shared_gate_up, family.fused.shared_down):
+            layer = f"model.layers.{i}."
+            if sparse and (tensor := fused_shared(config, layer, name)) is not None:
+                yield layer + name, tensor
 
 
 def _dtypes(source: Source, fused: dict[str, Fused], name: str) -> set[np.dtype]:

@@ -114,6 +114,7 @@ def build_decoder(
         lm_head=leaves.get(("lm_head",)),
         stacked=backend.stacked,
         sharding=plan,
+        logits_scaling=config.logits_scaling,
     )
 
 

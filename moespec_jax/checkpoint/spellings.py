@@ -10,15 +10,18 @@ writers store only the output matrix.
 import re
 
 from moespec_jax.checkpoint.families import FAMILIES
-from moespec_jax.checkpoint.fused import Fused, entries_of, fused_tensor
+from moespec_jax.checkpoint.fused import Fused, entries_of, fused_shared, fused_tensor
 from moespec_jax.checkpoint.shards import Headers
 from moespec_jax.config import DecoderConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPARSE_BLOCK = re.compile(
     r"(model\.layers\.[0-9]{1,4}\.)(?:mlp|block_sparse_moe)\."
-    r"(gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias|(?:shared_)?experts\..+)"
+    r"(gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias"
+    r"|router\.weight|(?:input|output)_linear\.weight|(?:shared_)?experts\..+)"
 )
+
+_SHARED = re.compile(r"(model\.layers\.[0-9]{1,4}\.)(shared_mlp\..+)")
 
 
 def unify_names(config: DecoderConfig, headers: Headers) -> tuple[Headers, list[str]]:
@@ -47,7 +50,7 @@ def _table_name(config: DecoderConfig, name: str) -> str:
     if match is None:
         return name
     (layer, rest), names = match.groups(), FAMILIES[config.model_type].names
-    if rest == "gate.weight":
+    if rest in ("gate.weight", "router.weight"):
         return layer + names.router
     if rest.endswith("e_score_correction_bias"):
         return layer + names.correction if config.router.correction else name
@@ -59,4 +62,7 @@ def _table_name(config: DecoderConfig, name: str) -> str:
 def _fused(config: DecoderConfig, name: str) -> Fused | None:
     """Describe the fused experts of this name; None where it is another tensor's."""
     match = _SPARSE_BLOCK.fullmatch(name)
-    return None if match is None else fused_tensor(config, match[1], match[2])
+    if match is not None:
+        return fused_tensor(config, match[1], match[2])
+    shared = _SHARED.fullmatch(name)
+    return None if shared is None else fused_shared(config, shared[1], shared[2])

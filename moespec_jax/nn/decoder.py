@@ -39,6 +39,7 @@ class Decoder:
         lm_head: output matrix; None where the embedding is tied.
         stacked: whether layers are stacked.
         sharding: which parts are split over which axes of a mesh, where the program runs on every device of one.
+        logits_scaling: divisor of logits.
     """
 
     embed: Float[Array, "vocab model"]
@@ -48,6 +49,7 @@ class Decoder:
     lm_head: Float[Array, "vocab_shard model"] | None
     stacked: bool = struct.field(pytree_node=False, default=False)
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
+    logits_scaling: float = struct.field(pytree_node=False, default=1.0)
 
     __repr__ = summary
 
@@ -124,7 +126,8 @@ def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Arra
         # An embedding is replicated for its look-ups; as output matrix, each device multiplies by its part of it.
         size = len(params.embed) // jax.lax.axis_size(axes) if axes else len(params.embed)
         head = jax.lax.dynamic_slice_in_dim(params.embed, axis_index(axes) * size, size) if axes else params.embed
-    return all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
+    logits = all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
+    return logits if params.logits_scaling == 1.0 else logits / params.logits_scaling
 
 
 def layer_runs(config: DecoderConfig) -> list[range]:

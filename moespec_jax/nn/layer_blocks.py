@@ -128,7 +128,7 @@ def attention_block(
     if weights.output_gate is not None:
         mixed = gate_output(mixed, weights.output_gate, h, config.output_gate)
     out = context.backend.output_projection(weights, mixed, heads)
-    return _output_norm(config, out, layer.attention_output_norm), kv
+    return times(_output_norm(config, out, layer.attention_output_norm), config.residual_multiplier), kv
 
 
 def _angles(context: Context, form: LayerForm) -> Angles:
@@ -142,7 +142,9 @@ def _angles(context: Context, form: LayerForm) -> Angles:
 
 
 def _scaled(config: DecoderConfig, q: Array, context: Context, form: LayerForm) -> Array:
-    """Scale the queries of a layer without rotary embedding."""
+    """Scale queries: by the model's factor on scores, and in layers without rotary embedding."""
+    if config.attention_multiplier is not None:  # attention itself multiplies scores by 1 / √head
+        q = times(q, config.attention_multiplier * config.head_dim**0.5)
     if config.query_scale is None:
         return q
     factor = jnp.where(form.rotates, 1.0, query_factor(config.query_scale, context.positions))
@@ -175,4 +177,10 @@ def mlp_block(
         valid = valid if info.restricted is None else info.restricted.kept
     else:
         y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
-    return _output_norm(config, y.reshape(h.shape), layer.mlp_output_norm), valid, info
+    out = _output_norm(config, y.reshape(h.shape), layer.mlp_output_norm)
+    return times(out, config.residual_multiplier), valid, info
+
+
+def times(x: Array, factor: float) -> Array:
+    """Multiply by a factor of the config; by 1, return `x`."""
+    return x if factor == 1.0 else x * factor

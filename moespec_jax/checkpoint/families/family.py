@@ -58,6 +58,8 @@ class FusedForm(NamedTuple):
         published: whether published files are fused; else they have a tensor for every matrix.
         gate_up: name of the tensor of gate and up, below the sparse block. That of biases ends in `_bias`.
         down: as `gate_up`.
+        shared_gate_up, shared_down: names of the tensors of the shared expert, below the layer, where its gate and up
+            are one tensor; empty where they are two.
     """
 
     in_first: bool = False
@@ -65,6 +67,8 @@ class FusedForm(NamedTuple):
     published: bool = False
     gate_up: str = "experts.gate_up_proj"
     down: str = "experts.down_proj"
+    shared_gate_up: str = ""
+    shared_down: str = ""
 
 
 class Family(NamedTuple):

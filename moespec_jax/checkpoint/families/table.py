@@ -4,6 +4,7 @@ from moespec_jax.checkpoint.config_fields import Fields, shown
 from moespec_jax.checkpoint.families.ernie import ERNIE
 from moespec_jax.checkpoint.families.family import Family
 from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
+from moespec_jax.checkpoint.families.granite import GRANITE, GRANITE_SHARED
 from moespec_jax.checkpoint.families.hunyuan import HUNYUAN
 from moespec_jax.checkpoint.families.mixed_attention import AFMOE, EXAONE_MOE, LAGUNA, MELLUM
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
@@ -33,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     "exaone_moe": EXAONE_MOE,
     "afmoe": AFMOE,
     "laguna": LAGUNA,
+    "granitemoe": GRANITE,
+    "granitemoeshared": GRANITE_SHARED,
 }
 _MOST_EXPERTS_IN_ALL = 1 << 18
 
