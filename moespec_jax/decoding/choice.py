@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 from moespec_jax.nn.summary import summary
 
 MOST_LOSS, TRIALS = 0.02, 0.02
+# The credit of the beginning, in plain rounds: with little, a few unlucky rounds end drafting for long.
+FIRST_CREDIT = 2.5
 # Weight of a prior, in rounds; and what a shape's estimate is raised by where it was never tried, in tokens.
 PRIOR_ROUNDS, OPTIMISM = 2.0, 0.4
 # Of the sums, in a round of the shape and in a round of another one.
@@ -52,8 +54,8 @@ class Choice:
 
 
 def first_choice(costs: Float[Array, " shapes"], priors: Float[Array, " shapes"]) -> Choice:
-    """Choose the first shape. The credit covers one round of the cheapest tree."""
-    credit = jnp.maximum(jnp.min(costs[1:]) - costs[0], 0.0)
+    """Choose the first shape. The credit is `FIRST_CREDIT`, and covers one round of the cheapest tree at least."""
+    credit = jnp.maximum(jnp.min(costs[1:]) - costs[0], FIRST_CREDIT * costs[0])
     # Zeros apart: a state is donated, and no array may be in it twice.
     tried, gained = jnp.zeros_like(costs), jnp.zeros_like(costs)
     return chosen(Choice(costs, priors, gained, tried, credit, jnp.float32(0.0), jnp.int32(0)))

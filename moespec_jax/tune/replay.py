@@ -8,9 +8,9 @@ position to position, as in decoding.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,10 @@ from moespec_jax.runtime.run import Batch, Run
 
 # Rank of a node that is not in the pool.
 ABSENT = np.iinfo(np.int32).max
+_GREEDY = SamplingConfig()
+
+# Pytree of what is kept of every tree.
+Read = TypeVar("Read")
 
 
 class Acceptance(NamedTuple):
@@ -71,13 +75,39 @@ def path_ranks(
         int32 [texts, steps, levels, depths]: rank of the node at depth `level + 1` in the pool of a tree of depth 0, 1,
         ...; `ABSENT` where the pool does not contain the continuation.
     """
-    method = model.speculative(DecodingSpec(whole_pool(depth, top_k)), SamplingConfig())
+    tree = whole_pool(depth, top_k)
+    return np.asarray(drafts_along(model, texts, prompts, tree, steps, partial(_path_ranks, tree)))
+
+
+def drafts_along(
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    prompts: Sequence[int],
+    tree: TreeConfig,
+    steps: int,
+    read: Callable[[Tree, Array, Array], Read],
+    sampling: SamplingConfig = _GREEDY,
+) -> Read:
+    """Draft a tree at `steps` positions of each text, from the end of its prompt on, as a round there would.
+
+    Args:
+        model: target and draft head.
+        texts: token ids, each at least `prompts[i] + steps + 1` long.
+        prompts: lengths of the prompts; the root of the first position is the token after the prompt.
+        tree: shape of the trees.
+        steps: number of positions of each text.
+        read: what to keep of a tree, given a text's tokens and the number of them up to the tree's root.
+        sampling: how the texts were drawn, with seed 0 and as one batch.
+
+    Returns:
+        Pytree of `read`, with leading axes [texts, steps].
+    """
+    method = model.speculative(DecodingSpec(tree), sampling)
     params = model.speculative_params
     begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
     run = Run(model.programs, method, params, Batch(begun, [len(text) for text in texts], (), 0))
     state = with_texts(run.state_after(0), texts, prompts)
-    program = jax.jit(partial(_ranks_along, method, steps, max(map(len, texts))))
-    return np.asarray(program(params, state))
+    return jax.jit(partial(_along, method, read, steps, max(map(len, texts))))(params, state)
 
 
 def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
@@ -95,28 +125,28 @@ def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
     return Acceptance(float(reached[1:].sum()) + 1.0, reached[1:longest].tolist())
 
 
-def _ranks_along(
+def _along(
     method: Speculative[DraftHead, Eagle3State],
+    read: Callable[[Tree, Array, Array], Read],
     steps: int,
     longest: int,
     params: SpeculativeParams[DraftHead],
     state: SpeculationState[Eagle3State],
-) -> Int[Array, "texts steps levels depths"]:
+) -> Read:
     aux = _exact_aux(method.target, method.drafter.boundaries, params.target, state.decoding.tokens[:, :longest])
     start = state.decoding.length
 
-    def draft(cache: Cache, step: Array) -> tuple[Cache, Array]:
+    def draft(cache: Cache, step: Array) -> tuple[Cache, Read]:
         length = start + step
         row = jnp.take_along_axis(aux, (length - 2)[:, None, None], axis=1)
         padded = jnp.concatenate([row, jnp.zeros_like(state.draft.aux[:, 1:])], axis=1)
         decoding = dataclasses.replace(state.decoding, length=length)
         before = dataclasses.replace(state, decoding=decoding, draft=Eagle3State(cache, padded, state.draft.skipped))
         trees, after = method.propose(params, before)
-        find = partial(_path_ranks, method.tree)
-        return after.draft.cache, jax.vmap(find)(trees, state.decoding.tokens, length)
+        return after.draft.cache, jax.vmap(read)(trees, state.decoding.tokens, length)
 
-    _, ranks = jax.lax.scan(draft, state.draft.cache, jnp.arange(steps, dtype=jnp.int32))
-    return jnp.swapaxes(ranks, 0, 1)
+    _, kept = jax.lax.scan(draft, state.draft.cache, jnp.arange(steps, dtype=jnp.int32))
+    return jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1), kept)
 
 
 def _exact_aux(
