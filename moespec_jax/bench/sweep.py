@@ -14,6 +14,8 @@ from moespec_jax.runtime.drafters import check_drafted
 from moespec_jax.runtime.model import Model
 
 TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
+# In place of a tree: every round chooses.
+AUTO: Literal["auto"] = "auto"
 BUDGETS = ("0.5", "0.25")
 
 
@@ -58,14 +60,14 @@ def sweep(
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
     else:
-        shapes = [(1, "auto" if text == "auto" else parse_tree(text)) for text in arguments.trees or TREES]
-        if simulate is not None and (1, "auto") in shapes:
+        shapes = [(1, AUTO if text == AUTO else parse_tree(text)) for text in arguments.trees or TREES]
+        if simulate is not None and (1, AUTO) in shapes:
             raise RequestError("expected trees whose acceptance is simulated with --random; got auto")
     batches = list(dict.fromkeys(batch for batch, _ in shapes))
     drafted = [(batch, tree) for batch, tree in shapes if tree is not None]
     cases = [TimingCase(batch=batch) for batch in batches]
     for batch, tree in drafted:
-        length = None if simulate is None or tree == "auto" else simulate(tree)
+        length = None if simulate is None or tree == AUTO else simulate(tree)
         cases += [TimingCase(DecodingSpec(tree, b, length), batch) for b in (None, *budgets_of(arguments))]
     named = {case_name(case): case for case in cases}
     if len(named) < len(cases):
