@@ -60,19 +60,24 @@ def sweep(
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
     else:
-        shapes = [(1, AUTO if text == AUTO else parse_tree(text)) for text in arguments.trees or TREES]
+        shapes = [(1, _shape(text)) for text in arguments.trees or TREES]
         if simulate is not None and (1, AUTO) in shapes:
             raise RequestError("expected trees whose acceptance is simulated with --random; got auto")
     batches = list(dict.fromkeys(batch for batch, _ in shapes))
-    drafted = [(batch, tree) for batch, tree in shapes if tree is not None]
     cases = [TimingCase(batch=batch) for batch in batches]
-    for batch, tree in drafted:
+    for batch, tree in shapes:
+        if tree is None:
+            continue
         length = None if simulate is None or tree == AUTO else simulate(tree)
         cases += [TimingCase(DecodingSpec(tree, b, length), batch) for b in (None, *budgets_of(arguments))]
     named = {case_name(case): case for case in cases}
     if len(named) < len(cases):
         raise RequestError("expected trees and budgets that differ; some of them are the same")
     return named
+
+
+def _shape(text: str) -> TreeConfig | Literal["auto"] | None:
+    return AUTO if text == AUTO else parse_tree(text)
 
 
 def parse_config(text: str) -> tuple[int, TreeConfig | None]:
