@@ -74,7 +74,7 @@ def test_greedy_tokens_and_there_and_back(family: str, tmp_path: Path) -> None:
         assert (back[name].shape, back[name].tobytes()) == (value.shape, value.tobytes()), name
 
 
-@pytest.mark.slow_except("gpt_oss-slots", "laguna-slots")
+@pytest.mark.slow_except("gpt_oss-slots")
 @pytest.mark.parametrize("backend", ["slots", "switch"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculation_gives_the_tokens_of_plain_decoding(family: str, backend: str) -> None:

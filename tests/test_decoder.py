@@ -151,7 +151,8 @@ def test_without_a_cache() -> None:
 
 
 def test_layer_runs_cover_the_layers_in_order() -> None:
-    config = dataclasses.replace(CONFIG, num_hidden_layers=6, sparse_layers=(False, True, True, False, False, True))
+    sparse = (False, True, True, False, False, True)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=6, sparse_layers=sparse, sliding_windows=(0,) * 6)
     assert layer_runs(config) == [range(0, 1), range(1, 3), range(3, 5), range(5, 6)]
 
 

@@ -75,7 +75,7 @@ def drafting(
     return Decoding(method, SpeculativeParams(params, head))
 
 
-@pytest.mark.slow_except("0.0-base-qwen3_moe", "0.8-vanilla-olmoe")
+@pytest.mark.slow_except("0.8-vanilla-olmoe")
 @every_family
 @variants
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -79,6 +79,7 @@ PROMPT_FIELDS = {
     "accept_length": float,
     "accepted_by_depth": list,
     "finish_reason": str,
+    "cached_tokens": int,
 }
 
 

@@ -84,7 +84,7 @@ def looking_up(family: str, backend: str, tree: TreeConfig, sampling: SamplingCo
     return Decoding(method, SpeculativeParams(params, ()))
 
 
-@pytest.mark.slow_except("0.0-9/4/2-olmoe", "1.0-5/3/1-mixtral")
+@pytest.mark.slow_except("0.0-9/4/2-olmoe")
 @every_family
 @pytest.mark.parametrize("tree", [CHAIN, TREE], ids=lambda tree: tree.name)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

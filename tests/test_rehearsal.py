@@ -83,7 +83,7 @@ def test_tokens_are_those_without_a_rehearsal(pair: Model, slow: SlowAtFirst, mo
     options: dict[str, Any] = dict(max_new_tokens=12, ignore_eos=True, tree=None, temperature=0.9, seed=7)
     rehearsed = pair.generate(PROMPTS, **options)
     runs_before = len(slow.runs)
-    monkeypatch.setattr(runs.Run, "_rehearse", lambda self: None)
+    monkeypatch.setattr(runs.Run, "_rehearse", lambda self, parts: None)
     without = pair.generate(PROMPTS, **options)
     assert [p.token_ids for p in without.prompts] == [p.token_ids for p in rehearsed.prompts]
     assert len(slow.runs) - runs_before == 3 < runs_before

@@ -108,5 +108,5 @@ def test_a_program_that_does_not_use_inputs_does_not_keep_them(
         return y, info._replace(inputs=None)
 
     given_out = cost()
-    monkeypatch.setattr(moespec_jax.nn.decoder, "sparse_mlp", without)
+    monkeypatch.setattr(moespec_jax.nn.layer_blocks, "sparse_mlp", without)
     assert cost() == given_out

@@ -59,7 +59,7 @@ def path_log_probabilities(family: str, backend: str, experts: int, text: list[i
     return np.asarray(fast_jit(run)(params, jnp.asarray(known_ids), jnp.asarray(rest, jnp.int32)))
 
 
-@pytest.mark.slow_except("switch-1-qwen2_moe", "slots-1-mixtral")
+@pytest.mark.slow_except("slots-1-mixtral")
 @every_family
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("backend", ["switch", "slots"])
@@ -85,7 +85,7 @@ def test_trees_are_those_of_passes_with_fewer_experts(family: str, experts: int,
         )
 
 
-@pytest.mark.slow_except("0.0-7/2/3-qwen2_moe", "1.0-4/2/1-olmoe")
+@pytest.mark.slow_except("1.0-4/2/1-olmoe")
 @every_family
 @pytest.mark.parametrize("tree", [CHAIN, TREE], ids=lambda tree: tree.name)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
