@@ -1,4 +1,4 @@
-"""Tables of docs/choosing.md: speed of speculation and budgets on a CPU, and quality of the search.
+"""Tables of docs/choosing.md: speed of speculation, budgets and chosen shapes on a CPU, and quality of the search.
 
 Each function returns head and rows.
 """
@@ -35,6 +35,22 @@ def tune_check(report: dict[str, Any]) -> Table:
     return [*head, "error of predictions"], rows
 
 
+def auto_cpu(report: dict[str, Any]) -> Table:
+    """Compare chosen shapes with plain decoding and the best fixed setting, one row a set of prompts and budget."""
+    rows = []
+    for row in report["speed"]["rows"]:
+        if not row["setting"].startswith("auto"):
+            continue
+        output = "LOSSY, a quarter of the experts" if " B=" in row["setting"] else "exact"
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in row["share_of_rounds"].items() if share >= 0.01)
+        best = row["best_fixed"].partition(" B=")[0]
+        rows.append(
+            [row["prompts"], output, _times(row["over_plain"]), best, _times(row["over_best_fixed"])]
+            + [f"{row['worst_text_over_plain']:.2f}x", shares]
+        )
+    return ["prompts", "output", "over plain", "best fixed", "over best fixed", "worst text over plain", "rounds"], rows
+
+
 def _times(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.2f}x** ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
@@ -42,5 +58,6 @@ def _times(ratio: dict[str, float]) -> str:
 # Function and result files of each table.
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "choosing_cpu": (choosing_cpu, ("budget_speed.json",)),
+    "auto_cpu": (auto_cpu, ("auto.json",)),
     "tune_check": (tune_check, ("tune_check.json",)),
 }
