@@ -83,6 +83,17 @@ def test_what_differs_is_read_again(model: Model) -> None:
     assert cached([ids], tree=None) == 0
 
 
+@pytest.mark.filterwarnings("ignore::moespec_jax.decoding.budget_config.BudgetWarning")
+def test_exact_output_never_begins_with_rows_of_a_budget_or_of_another_model(model: Model) -> None:
+    cache, ids, other = PromptCache(), model.encode("def fibonacci(n):"), load()
+
+    def cached(of: Model, **options: Any) -> int:
+        return of.generate([ids], max_new_tokens=8, prompt_cache=cache, **options).prompts[0].cached_tokens
+
+    assert [cached(model, budget=4), cached(model, budget=4)] == [0, len(ids) - 1]
+    assert [cached(model), cached(model), cached(other), cached(model, budget=4)] == [0, len(ids) - 1, 0, 0]
+
+
 def test_an_interrupted_run_leaves_nothing_behind(model: Model) -> None:
     cache, ids = PromptCache(), model.encode("def fibonacci(n):")
     model.generate([ids], max_new_tokens=8, prompt_cache=cache)

@@ -32,7 +32,7 @@ from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.runtime.drafters import Draft, described, drafter_of
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.prompt_cache import PromptCache
+from moespec_jax.runtime.prompt_cache import PromptCache, usable
 from moespec_jax.runtime.request import (
     are_messages,
     check_not_traced,
@@ -208,7 +208,7 @@ class Model:
             raise RequestError(NOTHING_DRAFTED)
         texts = listed_stops(stop, self.tokenizer)
         stops = StopStrings(texts, self.tokenizer, ids) if texts and self.tokenizer is not None else None
-        cache = None if self.config.rope.rope_type == "dynamic" else prompt_cache
+        cache = usable(prompt_cache, self.config, (self.programs, spec))
         run, chooser = self._run(spec, sampling, batch, cache)
         run.execute(
             on_tokens if stops is None else stops.before(on_tokens),
