@@ -33,10 +33,11 @@ from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.drafter import SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.round_info import experts_read, experts_wanted, mean_distinct_experts
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
 from moespec_jax.measure.timing import parse_tree
@@ -123,7 +124,7 @@ def measure(
 
 
 def prepare(
-    name: str, method: Speculative[DraftHead, Eagle3State], params: SpeculativeParams[DraftHead], with_rounds: bool
+    name: str, method: Speculative[DraftHead, HeadState], params: SpeculativeParams[DraftHead], with_rounds: bool
 ) -> Case:
     """Compile one case, on the state after a prompt and, if rounds are timed, two of them."""
     margin, config = ROUNDS * method.tree.longest_path * 4, method.target.config

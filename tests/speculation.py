@@ -14,9 +14,10 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.drafter import SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
@@ -97,7 +98,7 @@ def speculating(
 ) -> Decoding:
     """Speculative decoding that drafts `tree` with `head`."""
     accept = accept_rule(sampling, tree.longest_path, simulate)
-    method: Speculative[DraftHead, Eagle3State] = Speculative(
+    method: Speculative[DraftHead, HeadState] = Speculative(
         Autoregressive(config, sampling, backend), Eagle3Drafter(draft), tree, accept
     )
     return Decoding(method, SpeculativeParams(params, head))

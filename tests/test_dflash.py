@@ -14,10 +14,11 @@ from driver import fast_jit
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
-from moespec_jax.decoding.dflash_drafter import DFlashDrafter, DFlashState
+from moespec_jax.decoding.dflash_drafter import DFlashDrafter
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.states import DecodeState
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.dflash import block_forward, block_logits, empty_context, extend_context, fuse_context
@@ -141,7 +142,7 @@ def test_chains_of_growing_contexts_equal_the_reference(variant: str, temperatur
         nodes = jnp.stack([jnp.asarray(padded(aux[b, lengths[b] - 1 :], tree.size)) for b in range(2)])
         state = drafter.commit(whole.draft, accepted, nodes)
         lengths = [length + more for length, more in zip(lengths, gained, strict=True)]
-    assert isinstance(state, DFlashState)
+    assert isinstance(state, HeadState)
 
 
 def padded(rows: np.ndarray, count: int) -> np.ndarray:

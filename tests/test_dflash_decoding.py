@@ -1,4 +1,4 @@
-"""Decoding with DFlash and DSpark heads: the text is plain decoding's, whatever a block drafts, and the context's rows
+"""Decoding with DFlash and DSpark heads: the text is plain decoding's with any drafts, and the context's rows
 are those of the committed tokens."""
 
 import dataclasses
@@ -19,11 +19,12 @@ from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
-from moespec_jax.decoding.dflash_drafter import DFlashDrafter, DFlashState
+from moespec_jax.decoding.dflash_drafter import DFlashDrafter
 from moespec_jax.decoding.drafter import SpeculativeParams
 from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.cache import empty_cache
@@ -69,7 +70,7 @@ def drafting(
     config, head = block_head(family, variant)
     tree = tree or config.whole_block
     accept = accept_rule(sampling, tree.longest_path)
-    method: Speculative[DFlashHead, DFlashState] = Speculative(
+    method: Speculative[DFlashHead, HeadState] = Speculative(
         Autoregressive(target, sampling, form), DFlashDrafter(config), tree, accept, budget
     )
     return Decoding(method, SpeculativeParams(params, head))

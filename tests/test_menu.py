@@ -20,10 +20,11 @@ from moespec_jax.cli.compare import compare
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.budget_config import BudgetConfig
-from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.generate import main
 from moespec_jax.measure.timing import TimingCase, decode_once
 from moespec_jax.nn.cache import Cache
@@ -80,13 +81,13 @@ def test_a_run_is_repeated_round_by_round() -> None:
     assert first.rounds_of == second.rounds_of and first.sequences == second.sequences
 
 
-def waiting(aux: np.ndarray, confirmed: int, width: int) -> Eagle3State:
+def waiting(aux: np.ndarray, confirmed: int, width: int) -> HeadState:
     """A drafter's state with `confirmed` pairs, and rows of hidden states that wait."""
     rows = np.zeros((1, width, aux.shape[-1]), np.float32)
     rows[0, : len(aux)] = aux
     empty = jnp.zeros((1, 1, 8, 4))
     cache = Cache((empty,), (empty,), jnp.asarray([confirmed], jnp.int32))
-    return Eagle3State(cache, jnp.asarray(rows), jnp.zeros((1,), jnp.int32))
+    return HeadState(cache, jnp.asarray(rows), jnp.zeros((1,), jnp.int32))
 
 
 def test_tokens_drawn_without_a_draft_wait_as_an_accepted_path_does() -> None:

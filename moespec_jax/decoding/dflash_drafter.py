@@ -11,16 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
-from moespec_jax.decoding.sampling import sequence_keys, token_noise
-from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
+from moespec_jax.decoding.sampling import batch_noise
 from moespec_jax.decoding.tree import Tree
-from moespec_jax.decoding.waiting import append_row, keep_path
+from moespec_jax.decoding.waiting import HeadDrafter, HeadState
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache
@@ -34,32 +31,14 @@ from moespec_jax.nn.dflash import (
     log_confidence,
     markov_step,
 )
-from moespec_jax.nn.summary import summary
 
 Params = SpeculativeParams[DFlashHead]
 
 
-@struct.dataclass
-class DFlashState:
-    """State of a DFlash head between rounds.
-
-    Fields:
-        cache: keys and values of the context; `cache.length[b]` counts its rows.
-        aux: the target's hidden states of the tokens from position `skipped[b] + cache.length[b]` to the root's
-            predecessor, which are not in the cache yet.
-        skipped: number of tokens that are missing in the cache, where many were drawn without a draft.
-    """
-
-    cache: Cache
-    aux: Float[Array, "batch path aux"]
-    skipped: Int[Array, " batch"]
-
-    __repr__ = summary
-
-
 @dataclasses.dataclass(frozen=True)
-class DFlashDrafter:
-    """Chains of a DFlash or DSpark head (`drafter.Drafter`); of a block, a shorter chain takes the first tokens.
+class DFlashDrafter(HeadDrafter):
+    """Chains of a DFlash or DSpark head (`drafter.Drafter`); of a block, a shorter chain takes the first tokens. The
+    rows of its cache are the context.
 
     Fields:
         config: the head's settings.
@@ -79,38 +58,38 @@ class DFlashDrafter:
         """Rows of a block."""
         return self.config.block_size
 
-    def init(self, params: Params, batch: int, slots: int) -> DFlashState:
+    def init(self, params: Params, batch: int, slots: int) -> HeadState:
         """Allocate an empty context."""
         dtype = params.draft.fc.dtype
         cache = empty_context(self.config, batch, slots, dtype)
-        return DFlashState(cache, jnp.zeros((batch, 1, self.config.aux_size), dtype), jnp.zeros((batch,), jnp.int32))
+        return HeadState(cache, jnp.zeros((batch, 1, self.config.aux_size), dtype), jnp.zeros((batch,), jnp.int32))
 
     def read(
         self,
         params: Params,
-        state: DFlashState,
+        state: HeadState,
         next_tokens: Int[Array, "batch chunk"],
         aux_hidden_states: Float[Array, "batch chunk aux"] | None,
         start: Int[Array, ""],
         prompt_lengths: Int[Array, " batch"],
-    ) -> DFlashState:
+    ) -> HeadState:
         """Read the hidden states of one chunk; rows behind a prompt's end are padding, which later passes overwrite."""
         assert aux_hidden_states is not None
         cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, prompt_lengths.shape))
         cache = self._extend(params, aux_hidden_states, cache, state.skipped)
         return dataclasses.replace(state, cache=cache)
 
-    def begin(self, tree: TreeConfig, state: DFlashState, prompt_lengths: Int[Array, " batch"]) -> DFlashState:
+    def begin(self, tree: TreeConfig, state: HeadState, prompt_lengths: Int[Array, " batch"]) -> HeadState:
         """Confirm all tokens of the prompt; none waits."""
         batch, _, width = state.aux.shape
         aux = jnp.zeros((batch, tree.longest_path, width), state.aux.dtype)
         # An array of its own: a state is donated, and no array may be in it twice.
         cache = dataclasses.replace(state.cache, length=prompt_lengths + 0)
-        return DFlashState(cache, aux, state.skipped)
+        return HeadState(cache, aux, state.skipped)
 
     def propose(
-        self, tree: TreeConfig, params: Params, state: SpeculationState[DFlashState]
-    ) -> tuple[Tree, SpeculationState[DFlashState]]:
+        self, tree: TreeConfig, params: Params, state: SpeculationState[HeadState]
+    ) -> tuple[Tree, SpeculationState[HeadState]]:
         """Read the tokens that the last round committed, and draft the chain that follows the root.
 
         Raises:
@@ -134,35 +113,6 @@ class DFlashDrafter:
         trees = Tree(jnp.concatenate([roots, chain], axis=1), parents, scores)
         return trees, dataclasses.replace(state, draft=dataclasses.replace(draft, cache=cache))
 
-    def commit(
-        self, state: DFlashState, accepted: Accepted, aux_hidden_states: Float[Array, "batch nodes aux"] | None
-    ) -> DFlashState:
-        """Keep the target's hidden states of the accepted path."""
-        assert aux_hidden_states is not None
-        return dataclasses.replace(state, aux=keep_path(state.aux, accepted, aux_hidden_states))
-
-    def skip(
-        self, state: DFlashState, position: Int[Array, " batch"], aux_hidden_states: Float[Array, "batch 1 aux"] | None
-    ) -> DFlashState:
-        """Append the hidden states to those that wait; where there is no room, the oldest are dropped."""
-        assert aux_hidden_states is not None
-        waiting = position - state.skipped - state.cache.length
-        aux, dropped = append_row(state.aux, waiting, aux_hidden_states)
-        return dataclasses.replace(state, aux=aux, skipped=state.skipped + dropped)
-
-    def kept(self, state: DFlashState) -> Int[Array, " batch"]:
-        """Rows of the context; none where some are missing."""
-        return jnp.where(state.skipped == 0, state.cache.length, 0)
-
-    def resume(self, state: DFlashState) -> DFlashState:
-        """Keep the context."""
-        return DFlashState(state.cache, state.aux[:, :1], jnp.zeros_like(state.skipped))
-
-    def specs(self, params: Params) -> DFlashState:
-        """Sharding of the state on a mesh."""
-        cache = cache_specs(params.draft.sharding, stacked=False)
-        return DFlashState(cache, BY_SEQUENCE, BY_SEQUENCE)  # pyright: ignore[reportArgumentType]
-
     def _extend(self, params: Params, aux: Array, cache: Cache, skipped: Array) -> Cache:
         """Write the context rows of hidden states from slot `cache.length[b]` on; rows behind the last true one are
         padding."""
@@ -171,7 +121,7 @@ class DFlashDrafter:
         return extend_context(self.config, params.draft, features, slots + skipped[:, None], cache)
 
     def _draw(
-        self, params: Params, state: SpeculationState[DFlashState], hidden: Array, roots: Array
+        self, params: Params, state: SpeculationState[HeadState], hidden: Array, roots: Array
     ) -> tuple[Int[Array, "batch drafted"], Float[Array, "batch drafted"]]:
         """Choose the tokens of a chain, and their conditional log-probabilities, from the rows that draft them."""
         config, head, ids = self.config, params.draft, params.draft.target_ids
@@ -199,19 +149,17 @@ class DFlashDrafter:
         return chain, gains
 
 
-def _inverse_temperature(state: SpeculationState[DFlashState]) -> float:
+def _inverse_temperature(state: SpeculationState[HeadState]) -> float:
     return 1.0 if state.sampling.greedy else 1.0 / state.sampling.temperature
 
 
 def _noised_logits(
-    params: Params, state: SpeculationState[DFlashState], logits: Float[Array, "batch drafted draft_vocab"]
+    params: Params, state: SpeculationState[HeadState], logits: Float[Array, "batch drafted draft_vocab"]
 ) -> Float[Array, "batch drafted draft_vocab"]:
     """Divide logits by the temperature and give them the noise of the target's draws, where tokens are sampled."""
     decoding = state.decoding
     if state.sampling.greedy:
         return logits
-    keys, vocab_size = sequence_keys(decoding.key, len(logits)), params.target.embed.shape[0]
     positions = decoding.length[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
-    of_sequence = jax.vmap(token_noise, in_axes=(None, 0, None))
-    noise = jax.vmap(of_sequence, in_axes=(0, 0, None))(keys, positions, vocab_size)
+    noise = batch_noise(decoding.key, positions, params.target.embed.shape[0])
     return logits * _inverse_temperature(state) + noise[..., params.draft.target_ids]

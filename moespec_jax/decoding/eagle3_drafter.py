@@ -13,48 +13,26 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import DraftConfig, TreeConfig
-from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.autoregressive import row_at
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
-from moespec_jax.decoding.sampling import sequence_keys, token_noise
-from moespec_jax.decoding.state_specs import BY_SEQUENCE, cache_specs
+from moespec_jax.decoding.sampling import batch_noise
 from moespec_jax.decoding.tree import Beam, Level, Tree, check_draft_vocabulary, first_level, next_level, prune
-from moespec_jax.decoding.waiting import append_row, keep_path
+from moespec_jax.decoding.waiting import HeadDrafter, HeadState
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache, in_rows
 from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
-from moespec_jax.nn.summary import summary
 
 Params = SpeculativeParams[DraftHead]
 
 
-@struct.dataclass
-class Eagle3State:
-    """State of a draft head between rounds.
-
-    Fields:
-        cache: keys and values of confirmed pairs; `cache.length[b]` counts them. Pair t is token t with the one after.
-        aux: the target's hidden states of the tokens from position `skipped[b] + cache.length[b]` to the root's
-            predecessor, whose pairs are not in the cache yet.
-        skipped: number of pairs that are missing in the cache: where many tokens are drawn without a draft, the head
-            reads only the last ones.
-    """
-
-    cache: Cache
-    aux: Float[Array, "batch path aux"]
-    skipped: Int[Array, " batch"]
-
-    __repr__ = summary
-
-
 @dataclasses.dataclass(frozen=True)
-class Eagle3Drafter:
-    """Dynamic trees or chains of an EAGLE-3 head (`drafter.Drafter`).
+class Eagle3Drafter(HeadDrafter):
+    """Dynamic trees or chains of an EAGLE-3 head (`drafter.Drafter`). The rows of its cache are pairs: pair t is token
+    t with the one after.
 
     Fields:
         config: the head's settings.
@@ -69,39 +47,39 @@ class Eagle3Drafter:
         """Hidden states of the target that the head reads."""
         return self.config.boundaries
 
-    def init(self, params: Params, batch: int, slots: int) -> Eagle3State:
+    def init(self, params: Params, batch: int, slots: int) -> HeadState:
         """Allocate an empty cache."""
         dtype = params.draft.fc.dtype
         cache = empty_draft_cache(self.config, batch, slots, dtype)
         aux = jnp.zeros((batch, 1, self.config.aux_size), dtype)
-        return Eagle3State(cache, aux, jnp.zeros((batch,), jnp.int32))
+        return HeadState(cache, aux, jnp.zeros((batch,), jnp.int32))
 
     def read(
         self,
         params: Params,
-        state: Eagle3State,
+        state: HeadState,
         next_tokens: Int[Array, "batch chunk"],
         aux_hidden_states: Float[Array, "batch chunk aux"] | None,
         start: Int[Array, ""],
         prompt_lengths: Int[Array, " batch"],
-    ) -> Eagle3State:
+    ) -> HeadState:
         """Read the pairs of one chunk. The pair of a prompt's last token waits for the first draw."""
         assert aux_hidden_states is not None
         cache = dataclasses.replace(state.cache, length=jnp.broadcast_to(start, prompt_lengths.shape))
         _, cache = extend_cache(self.config, params, aux_hidden_states, next_tokens, cache, self.backend)
         last = row_at(aux_hidden_states, prompt_lengths - 1 - start, state.aux[:, 0])
-        return Eagle3State(cache, last[:, None, :], state.skipped)
+        return HeadState(cache, last[:, None, :], state.skipped)
 
-    def begin(self, tree: TreeConfig, state: Eagle3State, prompt_lengths: Int[Array, " batch"]) -> Eagle3State:
+    def begin(self, tree: TreeConfig, state: HeadState, prompt_lengths: Int[Array, " batch"]) -> HeadState:
         """Confirm all pairs of the prompt but its last token's."""
         batch, _, width = state.aux.shape
         padding = jnp.zeros((batch, tree.longest_path - 1, width), state.aux.dtype)
         cache = dataclasses.replace(state.cache, length=prompt_lengths - 1)
-        return Eagle3State(cache, jnp.concatenate([state.aux, padding], axis=1), state.skipped)
+        return HeadState(cache, jnp.concatenate([state.aux, padding], axis=1), state.skipped)
 
     def propose(
-        self, tree: TreeConfig, params: Params, state: SpeculationState[Eagle3State]
-    ) -> tuple[Tree, SpeculationState[Eagle3State]]:
+        self, tree: TreeConfig, params: Params, state: SpeculationState[HeadState]
+    ) -> tuple[Tree, SpeculationState[HeadState]]:
         """Read the pairs that the last round confirmed, and grow a tree from the last of them."""
         decoding, draft, width = state.decoding, state.draft, state.draft.aux.shape[1]
         confirmed, skipped = draft.cache.length, draft.skipped
@@ -115,36 +93,7 @@ class Eagle3Drafter:
         cache = dataclasses.replace(cache, length=pairs)
         logits = partial(draw_logits, self.config, params, state)
         trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, skipped, logits, self.backend)
-        return trees, dataclasses.replace(state, draft=Eagle3State(cache, draft.aux, skipped))
-
-    def commit(
-        self, state: Eagle3State, accepted: Accepted, aux_hidden_states: Float[Array, "batch nodes aux"] | None
-    ) -> Eagle3State:
-        """Keep the target's hidden states of the accepted path."""
-        assert aux_hidden_states is not None
-        return Eagle3State(state.cache, keep_path(state.aux, accepted, aux_hidden_states), state.skipped)
-
-    def skip(
-        self, state: Eagle3State, position: Int[Array, " batch"], aux_hidden_states: Float[Array, "batch 1 aux"] | None
-    ) -> Eagle3State:
-        """Append the hidden states to those that wait; where there is no room, the oldest are dropped."""
-        assert aux_hidden_states is not None
-        waiting = position - state.skipped - state.cache.length
-        aux, dropped = append_row(state.aux, waiting, aux_hidden_states)
-        return Eagle3State(state.cache, aux, state.skipped + dropped)
-
-    def kept(self, state: Eagle3State) -> Int[Array, " batch"]:
-        """Confirmed pairs; none where some are missing."""
-        return jnp.where(state.skipped == 0, state.cache.length, 0)
-
-    def resume(self, state: Eagle3State) -> Eagle3State:
-        """Keep the cache."""
-        return Eagle3State(state.cache, state.aux[:, :1], jnp.zeros_like(state.skipped))
-
-    def specs(self, params: Params) -> Eagle3State:
-        """Sharding of the state on a mesh."""
-        cache = cache_specs(params.draft.sharding, stacked=False)
-        return Eagle3State(cache, BY_SEQUENCE, BY_SEQUENCE)  # pyright: ignore[reportArgumentType]
+        return trees, dataclasses.replace(state, draft=HeadState(cache, draft.aux, skipped))
 
 
 def extend_cache(
@@ -229,7 +178,7 @@ def grow_trees(
 def draw_logits(
     config: DraftConfig,
     params: Params,
-    state: SpeculationState[Eagle3State],
+    state: SpeculationState[HeadState],
     outputs: Float[Array, "batch *beam model"],
     level: Int[Array, ""],
 ) -> Float[Array, "batch *beam draft_vocab"]:
@@ -240,9 +189,8 @@ def draw_logits(
     """
     logits, decoding, sampling = draft_logits(config, params.draft, outputs), state.decoding, state.sampling
     if not sampling.greedy:
-        keys, vocab_size = sequence_keys(decoding.key, outputs.shape[0]), params.target.embed.shape[0]
-        noise = jax.vmap(token_noise, in_axes=(0, 0, None))(keys, decoding.length + level, vocab_size)
-        noise = noise[:, params.draft.target_ids]
+        positions, vocab_size = (decoding.length + level)[:, None], params.target.embed.shape[0]
+        noise = batch_noise(decoding.key, positions, vocab_size)[:, 0, params.draft.target_ids]
         logits = logits / sampling.temperature + jnp.expand_dims(noise, tuple(range(1, logits.ndim - 1)))
     return logits
 

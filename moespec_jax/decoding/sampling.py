@@ -132,6 +132,14 @@ def processed(sampling: SamplingConfig, logits: Float[Array, " vocab"], history:
     return logits
 
 
+def batch_noise(
+    key: Array, positions: Int[Array, "batch places"], vocab_size: int
+) -> Float[Array, "batch places vocab"]:
+    """Make the noise of the tokens at some positions of every sequence; `key` is that of the whole batch."""
+    of_sequence = jax.vmap(token_noise, in_axes=(None, 0, None))
+    return jax.vmap(of_sequence, in_axes=(0, 0, None))(sequence_keys(key, len(positions)), positions, vocab_size)
+
+
 def draw_token(
     sampling: SamplingConfig, key: Array, logits: Float[Array, " vocab"], history: History
 ) -> Int[Array, ""]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams, StatelessDrafter
-from moespec_jax.decoding.sampling import sequence_keys, token_noise
+from moespec_jax.decoding.sampling import batch_noise
 from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import Backend
@@ -91,7 +91,7 @@ class SelfDrafter(StatelessDrafter):
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
         logits, sampling = unembed(params.target, hidden), state.sampling
         if not sampling.greedy:
-            keys = sequence_keys(state.decoding.key, len(tokens))
-            noise = jax.vmap(token_noise, in_axes=(0, 0, None))(keys, positions[:, 0] + 1, logits.shape[-1])
-            logits = logits / sampling.temperature + noise[:, None, :]
+            # Nodes of one level share the noise of their position.
+            noise = batch_noise(state.decoding.key, positions[:, :1] + 1, logits.shape[-1])
+            logits = logits / sampling.temperature + noise
         return self.backend.most_probable(logits, count), cache

@@ -16,10 +16,11 @@ from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, Eagle3State
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.states import Prompts
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.nn.quantization import Quantization
@@ -57,9 +58,9 @@ class Workload(NamedTuple):
 class Round(NamedTuple):
     """Method, and its arguments as shapes with shardings."""
 
-    method: Speculative[DraftHead, Eagle3State]
+    method: Speculative[DraftHead, HeadState]
     params: SpeculativeParams[DraftHead]
-    state: SpeculationState[Eagle3State]
+    state: SpeculationState[HeadState]
 
 
 def abstract_round(work: Workload) -> Round:
@@ -110,13 +111,13 @@ def abstract_head(draft: DraftConfig, placement: Placement | None = None) -> Dra
 
 
 def abstract_state(
-    method: Speculative[DraftHead, Eagle3State], draft: DraftConfig, work: Workload
-) -> SpeculationState[Eagle3State]:
+    method: Speculative[DraftHead, HeadState], draft: DraftConfig, work: Workload
+) -> SpeculationState[HeadState]:
     """Compute the shapes of the decoding state of a batch, unsharded."""
     whole = abstract_decoder(method.target.config, work.backend, DTYPE, quantization=work.quantization)
     params = SpeculativeParams(whole, abstract_head(draft))
 
-    def begin(params: SpeculativeParams[DraftHead]) -> SpeculationState[Eagle3State]:
+    def begin(params: SpeculativeParams[DraftHead]) -> SpeculationState[HeadState]:
         ids, stop_ids = jnp.zeros((work.batch,), jnp.int32), jnp.zeros((8,), jnp.int32)
         tokens = jnp.zeros((work.batch, work.slots), jnp.int32)
         prompts = Prompts(tokens, ids, ids, stop_ids, jax.random.key(0))

@@ -20,11 +20,11 @@ from jaxtyping import Array, Float, Int
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import Eagle3State
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
+from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.measure.fidelity import with_texts
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.cache import Cache, empty_cache
@@ -126,12 +126,12 @@ def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
 
 
 def _along(
-    method: Speculative[DraftHead, Eagle3State],
+    method: Speculative[DraftHead, HeadState],
     read: Callable[[Tree, Array, Array], Read],
     steps: int,
     longest: int,
     params: SpeculativeParams[DraftHead],
-    state: SpeculationState[Eagle3State],
+    state: SpeculationState[HeadState],
 ) -> Read:
     aux = _exact_aux(method.target, method.drafter.boundaries, params.target, state.decoding.tokens[:, :longest])
     start = state.decoding.length
@@ -141,7 +141,7 @@ def _along(
         row = jnp.take_along_axis(aux, (length - 2)[:, None, None], axis=1)
         padded = jnp.concatenate([row, jnp.zeros_like(state.draft.aux[:, 1:])], axis=1)
         decoding = dataclasses.replace(state.decoding, length=length)
-        before = dataclasses.replace(state, decoding=decoding, draft=Eagle3State(cache, padded, state.draft.skipped))
+        before = dataclasses.replace(state, decoding=decoding, draft=HeadState(cache, padded, state.draft.skipped))
         trees, after = method.propose(params, before)
         return after.draft.cache, jax.vmap(read)(trees, state.decoding.tokens, length)
 
