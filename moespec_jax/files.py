@@ -24,6 +24,11 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def cache_directory() -> Path:
+    """Directory of this package in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moespec_jax"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 

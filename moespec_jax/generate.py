@@ -23,7 +23,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from moespec_jax.checkpoint.tokenizer import TextStream
 from moespec_jax.cli.arguments import load_requested, requested_spec
 from moespec_jax.cli.command import run_command, write_output
 from moespec_jax.cli.compare import compare
@@ -46,7 +45,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
-from moespec_jax.runtime.stop_strings import printable
+from moespec_jax.runtime.stop_strings import VisibleText
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,24 +117,19 @@ def _ignore_round(number: int, info: RoundInfo) -> None:
 
 
 class _Printer:
-    """Prints one sequence while it is generated, the text of its prompt first, and nothing from a stop string on."""
+    """Prints one sequence while it is generated, the text of its prompt first."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]):
-        self._stream, self._stops = TextStream(tokenizer), stops
-        self._prompt, self._held = prompt, ""
+        self._visible, self._printed_prompt = VisibleText(tokenizer, prompt, stops), False
 
     def __call__(self, new: list[list[int]]) -> None:
         # The prompt is printed with the first new token, so that a rejected request prints nothing.
-        before = self._stream.push(self._prompt)
-        self._held += self._stream.push(new[0])
-        count = printable(self._held, self._stops)
-        write_output(before + self._held[:count])
-        self._prompt, self._held = [], self._held[count:]
+        text = self._visible.push(new[0])
+        write_output(text if self._printed_prompt else self._visible.prompt + text)
+        self._printed_prompt = True
 
     def finish(self) -> None:
-        held = self._held + self._stream.flush()
-        stopped = any(stop in held for stop in self._stops)
-        write_output(("" if stopped else held) + "\n")
+        write_output(self._visible.finish() + "\n")
 
 
 def _texts(model: Model, prompt: Prompt, chat: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from head_oracle import norm, rotate, wide
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.dflash_config import DFlashConfig
@@ -107,20 +108,20 @@ def config_for(target: DecoderConfig, **changes: Any) -> DFlashConfig:
 
 def features(config: DFlashConfig, head: Any, aux: np.ndarray) -> np.ndarray:
     """Features of auxiliary hidden states `[tokens, aux]`."""
-    head = _wide(head)
-    return _norm(config, aux @ head.fc, head.hidden_norm)
+    head = wide(head)
+    return norm(config, aux @ head.fc, head.hidden_norm)
 
 
 def block(config: DFlashConfig, head: Any, context: np.ndarray, embedded: np.ndarray) -> np.ndarray:
     """Outputs of a block `[block, model]` that follows the features of all tokens before it."""
-    head, x = _wide(head), np.asarray(embedded, np.float64)
+    head, x = wide(head), np.asarray(embedded, np.float64)
     for layer, window, causal in zip(head.layers, config.sliding_windows, config.causal, strict=True):
-        read = _norm(config, x, layer.input_norm)
+        read = norm(config, x, layer.input_norm)
         x = x + _attention(config, layer.attention, np.concatenate([context, read]), len(context), window, causal)
-        rows = _norm(config, x, layer.post_attention_norm)
+        rows = norm(config, x, layer.post_attention_norm)
         gate = rows @ layer.mlp.gate
         x = x + (gate / (1 + np.exp(-gate)) * (rows @ layer.mlp.up)) @ layer.mlp.down
-    return _norm(config, x, head.norm)
+    return norm(config, x, head.norm)
 
 
 def chain(
@@ -128,7 +129,7 @@ def chain(
 ) -> tuple[list[int], list[float]]:
     """Tokens drafted from the outputs of a block, and the log-probabilities of their paths; `noise` `[drafted, vocab]`
     is added to the logits times `scale`."""
-    head, before, state = _wide(head), root, np.zeros(config.markov_rank)
+    head, before, state = wide(head), root, np.zeros(config.markov_rank)
     ids = np.asarray(head.target_ids).astype(int)
     tokens: list[int] = []
     scores: list[float] = []
@@ -168,7 +169,7 @@ def _attention(
         (read @ w.T + (0.0 if b is None else b)).reshape(len(read), -1, size)
         for w, b in ((weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias))
     )
-    q, k = _rotate(config, _norm(config, q, weights.q_norm)), _rotate(config, _norm(config, k, weights.k_norm))
+    q, k = rotate(config, norm(config, q, weights.q_norm)), rotate(config, norm(config, k, weights.k_norm))
     mixed, group = [], config.num_attention_heads // config.num_key_value_heads
     for p in range(root, len(read)):
         seen = [s for s in range(len(read)) if _attends(config, p, s, root, window, causal)]
@@ -190,20 +191,5 @@ def _attends(config: DFlashConfig, p: int, s: int, root: int, window: int, causa
     return not window or abs(p - s) < window
 
 
-def _rotate(config: DFlashConfig, x: np.ndarray) -> np.ndarray:
-    half = config.head_dim // 2
-    turn = np.exp(1j * np.arange(len(x))[:, None] * config.rope.rope_theta ** (-np.arange(half) / half)[None, :])
-    turned = (x[..., :half] + 1j * x[..., half:]) * turn[:, None, :]
-    return np.concatenate([turned.real, turned.imag], axis=-1)
-
-
-def _norm(config: DFlashConfig, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
-
-
 def _sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
-
-
-def _wide(head: Any) -> Any:
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), head)

@@ -12,6 +12,7 @@ from moespec_jax.checkpoint.leaves import Source, load_source
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.autoregressive import Autoregressive
+from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.attention import causal_mask
@@ -21,6 +22,11 @@ from moespec_jax.nn.decoder import Decoder, forward, unembed
 
 # Tests compile hundreds of programs that run for a millisecond: have LLVM emit them as they come.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def at(positions: jax.Array) -> History:
+    """Histories that end before these positions; without penalties, their tokens do not matter."""
+    return History(jnp.zeros((*positions.shape, 0), jnp.int32), positions, positions)
 
 
 def fast_jit(function: Any, **options: Any) -> Any:

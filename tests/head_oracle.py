@@ -11,6 +11,7 @@ import numpy as np
 from moespec_jax.checkpoint.head.tensor_table import random_head
 from moespec_jax.config import DraftConfig
 from moespec_jax.decoding.drafter import SpeculativeParams
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 
@@ -72,30 +73,30 @@ def beside(head: DraftHead, embedding: jax.Array) -> SpeculativeParams[DraftHead
 
 def fuse(config: DraftConfig, head: Any, aux: np.ndarray) -> np.ndarray:
     """Features of auxiliary hidden states `[tokens, aux]`."""
-    head = _wide(head)
+    head = wide(head)
     if config.norm_before_fc:
-        aux = _norm(config, aux, head.fc_norms[0])
+        aux = norm(config, aux, head.fc_norms[0])
     if config.fc_norm:
         width = config.target_hidden_size
         parts = [aux[:, i * width : (i + 1) * width] for i in range(len(config.boundaries))]
-        aux = np.concatenate([_norm(config, x, w) for x, w in zip(parts, head.fc_norms, strict=True)], axis=1)
+        aux = np.concatenate([norm(config, x, w) for x, w in zip(parts, head.fc_norms, strict=True)], axis=1)
     return aux @ head.fc + (0.0 if head.fc_bias is None else head.fc_bias)
 
 
 def outputs(config: DraftConfig, head: Any, features: np.ndarray, embedded: np.ndarray) -> np.ndarray:
     """The head's output at every pair of one sequence `[tokens, model]`; pair t stands at position t."""
-    head = _wide(head)
+    head = wide(head)
     x = np.asarray(features, np.float64)
     for number, layer in enumerate(head.layers):
         residual = x
         if number == 0:
-            feature = _norm(config, x, layer.hidden_norm)
-            read = np.concatenate([_norm(config, np.asarray(embedded, np.float64), layer.input_norm), feature], axis=1)
+            feature = norm(config, x, layer.hidden_norm)
+            read = np.concatenate([norm(config, np.asarray(embedded, np.float64), layer.input_norm), feature], axis=1)
             residual = feature if config.norm_before_residual else x
         else:
-            read = _norm(config, x, layer.input_norm)
+            read = norm(config, x, layer.input_norm)
         x = residual + _attention(config, layer.attention, read)
-        rows = _norm(config, x, layer.post_attention_norm)
+        rows = norm(config, x, layer.post_attention_norm)
         gate = rows @ layer.mlp.gate
         x = x + (gate / (1 + np.exp(-gate)) * (rows @ layer.mlp.up)) @ layer.mlp.down
     return x
@@ -103,13 +104,13 @@ def outputs(config: DraftConfig, head: Any, features: np.ndarray, embedded: np.n
 
 def handed_on(config: DraftConfig, head: Any, out: np.ndarray) -> np.ndarray:
     """What the next draft step takes for a feature."""
-    return _norm(config, out, _wide(head).norm) if config.norm_output else out
+    return norm(config, out, wide(head).norm) if config.norm_output else out
 
 
 def logits(config: DraftConfig, head: Any, out: np.ndarray) -> np.ndarray:
     """Over the draft vocabulary."""
-    head = _wide(head)
-    return _norm(config, out, head.norm) @ head.lm_head.T
+    head = wide(head)
+    return norm(config, out, head.norm) @ head.lm_head.T
 
 
 def _attention(config: DraftConfig, weights: Any, read: np.ndarray) -> np.ndarray:
@@ -119,8 +120,8 @@ def _attention(config: DraftConfig, weights: Any, read: np.ndarray) -> np.ndarra
         for w, b in ((weights.q, weights.q_bias), (weights.k, weights.k_bias), (weights.v, weights.v_bias))
     )
     if config.qk_norm == "head":
-        q, k = _norm(config, q, weights.q_norm), _norm(config, k, weights.k_norm)
-    q, k = _rotate(config, q), _rotate(config, k)
+        q, k = norm(config, q, weights.q_norm), norm(config, k, weights.k_norm)
+    q, k = rotate(config, q), rotate(config, k)
     mixed = np.zeros_like(q)
     group = config.num_attention_heads // config.num_key_value_heads
     for head in range(config.num_attention_heads):
@@ -132,16 +133,16 @@ def _attention(config: DraftConfig, weights: Any, read: np.ndarray) -> np.ndarra
     return out if weights.o_bias is None else out + weights.o_bias
 
 
-def _rotate(config: DraftConfig, x: np.ndarray) -> np.ndarray:
+def rotate(config: DraftConfig | DFlashConfig, x: np.ndarray) -> np.ndarray:
     half = config.head_dim // 2
     turn = np.exp(1j * np.arange(len(x))[:, None] * config.rope.rope_theta ** (-np.arange(half) / half)[None, :])
     turned = (x[..., :half] + 1j * x[..., half:]) * turn[:, None, :]
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def _norm(config: DraftConfig, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def norm(config: DraftConfig | DFlashConfig, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps) * weight
 
 
-def _wide(head: Any) -> Any:
+def wide(head: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(x, np.float64), head)

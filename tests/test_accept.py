@@ -11,11 +11,10 @@ import numpy as np
 import oracles
 import pytest
 import tree_oracle
-from driver import fast_jit
+from driver import at, fast_jit
 
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.accept import accept_rule
-from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.tree import Tree
 
@@ -51,11 +50,6 @@ def random_trees(seed: int) -> tuple[Tree, np.ndarray]:
     for case, node in zip(*np.nonzero(kept), strict=True):
         logits[case, parents[case, node], tokens[case, node]] += 4
     return Tree(tokens, parents, np.zeros(tokens.shape, np.float32)), logits
-
-
-def at(positions: jax.Array) -> History:
-    """Histories that end before these positions; without penalties, their tokens do not matter."""
-    return History(jnp.zeros((*positions.shape, 0), jnp.int32), positions, positions)
 
 
 def verify(sampling: SamplingConfig, tree: Tree, logits: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, ...]:

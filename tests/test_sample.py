@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from driver import at
 
-from moespec_jax.decoding.history import History
 from moespec_jax.decoding.sampling import SamplingConfig, draw, log_probabilities
 
 SETTINGS = [
@@ -26,11 +26,6 @@ SETTINGS = [
     SamplingConfig(temperature=1.0, min_p=5e-324),
     SamplingConfig(temperature=1.1, top_k=9, top_p=0.95, min_p=0.07),
 ]
-
-
-def at(positions: jax.Array) -> History:
-    """Histories that end before these positions; without penalties, their tokens do not matter."""
-    return History(jnp.zeros((*positions.shape, 0), jnp.int32), positions, positions)
 
 
 def some_logits(ties: bool, count: int = 12) -> np.ndarray:

@@ -19,7 +19,6 @@ from moespec_jax.chat.record import Record, new_file
 from moespec_jax.chat.settings import SETTINGS, set_value
 from moespec_jax.checkpoint.chat import render
 from moespec_jax.checkpoint.conversation import Conversation
-from moespec_jax.checkpoint.tokenizer import TextStream
 from moespec_jax.cli.arguments import (
     add_model_flags,
     add_profile_flag,
@@ -36,7 +35,7 @@ from moespec_jax.errors import CheckpointError, RequestError, one_line
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.prompt_cache import PromptCache
 from moespec_jax.runtime.results import RunResult
-from moespec_jax.runtime.stop_strings import printable
+from moespec_jax.runtime.stop_strings import VisibleText
 
 COMMANDS = {
     "/help": "list the commands",
@@ -151,26 +150,25 @@ class _Answer:
 
     def __init__(self, model: Model, prompt: list[int], stops: Sequence[str], record: Record) -> None:
         assert model.tokenizer is not None
-        self._stream, self._stops, self._record = TextStream(model.tokenizer), stops, record
-        self._stream.push(prompt)
-        self.text, self._printed = "", 0
+        self._visible, self._record = VisibleText(model.tokenizer, prompt, stops), record
         record.say("assistant", "")
 
+    @property
+    def text(self) -> str:
+        """What was printed."""
+        return self._visible.text
+
     def __call__(self, new: list[list[int]]) -> None:
-        self._show(self.text + self._stream.push(new[0]), final=False)
+        self._show(self._visible.push(new[0]))
 
     def finish(self) -> None:
         """Print what was held back: bytes of an incomplete character, and the beginning of a stop string."""
-        self._show(self.text + self._stream.flush(), final=True)
+        self._show(self._visible.finish())
         write_output("\n")
 
-    def _show(self, text: str, *, final: bool) -> None:
-        stopped = any(stop in text for stop in self._stops)
-        end = len(text) if final and not stopped else printable(text, self._stops)
-        self.text = text
-        write_output(text[self._printed : end])
-        self._printed = max(self._printed, end)
-        self._record.replace_last(text[: self._printed])
+    def _show(self, new: str) -> None:
+        write_output(new)
+        self._record.replace_last(self.text)
 
 
 def _statistics(result: RunResult) -> str:

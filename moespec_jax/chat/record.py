@@ -7,16 +7,15 @@ from typing import Any
 
 from moespec_jax.checkpoint.conversation import read_conversation
 from moespec_jax.errors import CheckpointError, RequestError
-from moespec_jax.files import read_json, write_json
+from moespec_jax.files import cache_directory, read_json, write_json
 
 Message = dict[str, Any]
 
 
 def new_file() -> Path:
     """Name a file for a new conversation, by the time, in the user's cache."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-    return base / "moespec_jax" / "chats" / f"{stamp}-{os.getpid()}.json"
+    return cache_directory() / "chats" / f"{stamp}-{os.getpid()}.json"
 
 
 class Record:

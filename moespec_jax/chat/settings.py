@@ -2,19 +2,13 @@
 
 from typing import Any
 
+from moespec_jax.cli.sampling_flags import SAMPLING_FLAGS
 from moespec_jax.errors import RequestError
 
-# Names, types, and what they mean; as the flags of `generate`.
-SETTINGS: dict[str, tuple[type, str]] = {
-    "temperature": (float, "0 is greedy"),
-    "top-k": (int, "number of most probable tokens to draw from; 0 is all"),
-    "top-p": (float, "probability of the set of most probable tokens to draw from"),
-    "min-p": (float, "share of the largest probability that a token needs"),
-    "repetition-penalty": (float, "1 is none"),
-    "presence-penalty": (float, "0 is none"),
-    "frequency-penalty": (float, "0 is none"),
+# Type and meaning of each name: the flags of `generate`.
+SETTINGS: dict[str, tuple[type, str]] = {flag[2:]: (kind, meaning) for flag, kind, _, meaning in SAMPLING_FLAGS} | {
     "max-new-tokens": (int, "largest number of tokens of an answer"),
-    "seed": (int, "of random draws"),
+    "seed": (int, "seed of random draws"),
 }
 
 

@@ -5,11 +5,12 @@ top level, in `eagle_config` (ModelOpt, SpecForge) or in `transformer_layer_conf
 `[fields]`. A value of null counts as absent.
 """
 
+import contextlib
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from moespec_jax.errors import UnsupportedConfig
+from moespec_jax.errors import CheckpointError, UnsupportedConfig
 
 Fields = Mapping[str, Any]
 Places = Sequence[Fields]
@@ -26,6 +27,21 @@ _LARGEST = {
 _SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-37, 1e37
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxlong, _SHOWN.maxother = 4, 80, 40, 80
+
+
+@contextlib.contextmanager
+def errors_at(where: str) -> Iterator[None]:
+    """Turn the errors of reading a draft head's config.json into one that names its place.
+
+    Raises:
+        CheckpointError: the block raised an error that a missing, wrong or mistyped field causes.
+    """
+    try:
+        yield
+    except UnsupportedConfig as error:
+        raise CheckpointError(f"{error} ({where})") from None
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"config.json of a draft head has a field of the wrong type: {error} ({where})") from None
 
 
 def shown(value: Any) -> str:

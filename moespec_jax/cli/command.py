@@ -17,7 +17,7 @@ from moespec_jax import __version__, status_line
 from moespec_jax.cli.wide_table import fitted
 from moespec_jax.decoding.budget_config import BudgetWarning
 from moespec_jax.errors import CheckpointError, RequestError, one_line, platform_error
-from moespec_jax.files import expanded
+from moespec_jax.files import cache_directory, expanded
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,8 +143,8 @@ def use_compilation_cache(directory: str | None) -> None:
     """
     if directory == "none" or (directory is None and "JAX_COMPILATION_CACHE_DIR" in os.environ):
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(expanded(directory or Path(base) / "moespec_jax" / "xla")))
+    chosen = expanded(directory) if directory else cache_directory() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 # Where one is not given, the checkpoint's generation_config.json decides.
-_SAMPLING = (
+SAMPLING_FLAGS = (
     ("--temperature", float, "T", "0 is greedy"),
     ("--top-k", int, "K", "sample from the k most probable tokens; 0: all"),
     ("--top-p", float, "P", "sample from the smallest set of most probable tokens that holds this probability; 1: all"),
@@ -12,7 +12,7 @@ _SAMPLING = (
     ("--presence-penalty", float, "X", "subtract this from the logits of tokens of the text so far; 0: none"),
     ("--frequency-penalty", float, "X", "subtract this for each time that the text so far has the token; 0: none"),
 )
-SAMPLING_OPTIONS = tuple(flag[2:].replace("-", "_") for flag, *_ in _SAMPLING)
+SAMPLING_OPTIONS = tuple(flag[2:].replace("-", "_") for flag, *_ in SAMPLING_FLAGS)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -33,7 +33,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
         metavar="N",
         help="tokens of prompt and continuation together (default: the model's context)",
     )
-    for flag, kind, letter, meaning in _SAMPLING:
+    for flag, kind, letter, meaning in SAMPLING_FLAGS:
         group.add_argument(flag, type=kind, metavar=letter, help=meaning)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text, once it is generated; repeatable"

@@ -71,9 +71,8 @@ class Chooser:
     ) -> None:  # fmt: skip
         self._menu, self._params, self._run, self._programs, self._identity = menu, params, run, programs, identity
         shapes = range(len(menu.names))
-        kept = known.get(_digest(identity)) or kept_costs(identity)
-        self._costs = kept or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
-        known[_digest(identity)] = self._costs
+        costs = known_costs(identity, known) or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
+        self._costs = known[_digest(identity)] = costs
 
     @property
     def first_parts(self) -> Sequence[int] | None:
@@ -99,16 +98,10 @@ class Chooser:
         if not costs.complete:
             missing = "not yet measured: the texts were too short"
             return report | {"round_s": None, "gains": None, "predicted_s": None, "source": missing}
-        predicted = float(np.dot(self._run.rounds_of, costs.round_s))
         by_name = {"round_s": costs.round_s, "gains": costs.gains}
-        return (
-            report
-            | {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()}
-            | {
-                "predicted_s": predicted,
-                "source": costs.source,
-            }
-        )
+        report |= {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()}
+        predicted = float(np.dot(self._run.rounds_of, costs.round_s))
+        return report | {"predicted_s": predicted, "source": costs.source}
 
     def _measure(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
         """Run the shape that was measured least, until all are measured or every sequence is done."""
@@ -135,8 +128,13 @@ class Chooser:
 
 def are_known(identity: dict[str, Any], known: dict[str, RoundCosts]) -> bool:
     """Test whether all costs of this model, device, batch and menu were measured before."""
-    costs = known.get(_digest(identity)) or kept_costs(identity)
+    costs = known_costs(identity, known)
     return bool(broadcast_from_first(int(costs is not None and costs.complete)))
+
+
+def known_costs(identity: dict[str, Any], known: dict[str, RoundCosts]) -> RoundCosts | None:
+    """Look up the costs of this model, device, batch and menu: among the known ones, else in their file."""
+    return known.get(_digest(identity)) or kept_costs(identity)
 
 
 def kept_costs(identity: dict[str, Any]) -> RoundCosts | None:

@@ -11,7 +11,7 @@ from moespec_jax.runtime.run import OnTokens
 
 
 class Stopped(NamedTuple):
-    """Where a continuation ends.
+    """End of a continuation.
 
     Fields:
         tokens: number of new tokens, the one that completes the stop string included.
@@ -68,6 +68,37 @@ class StopStrings:
             self.stopped[number] = Stopped(self._tokens[number], text[: min(found)])
 
 
+class VisibleText:
+    """Text of one continuation while it is generated: nothing from a stop string on, and no end that may become one.
+
+    Fields:
+        prompt: text of the prompt, once tokens follow it; ids of the prompt are not checked before.
+        text: what was returned so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], strings: Sequence[str]) -> None:
+        self._stream, self._strings, self._held = TextStream(tokenizer), strings, ""
+        self._unread, self.prompt, self.text = prompt, "", ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Append tokens; return the text that they complete."""
+        self.prompt += self._stream.push(self._unread)
+        self._unread = ()
+        self._held += self._stream.push(ids)
+        return self._release(printable(self._held, self._strings))
+
+    def finish(self) -> str:
+        """Return the rest of the text at the end."""
+        self._held += self._stream.flush()
+        stopped = any(string in self._held for string in self._strings)
+        return self._release(printable(self._held, self._strings) if stopped else len(self._held))
+
+    def _release(self, count: int) -> str:
+        new, self._held = self._held[:count], self._held[count:]
+        self.text += new
+        return new
+
+
 def printable(text: str, strings: Sequence[str]) -> int:
     """Number of characters of a text that no stop string can begin in: up to the first one, or to the longest end that
     may become one."""
@@ -86,11 +117,11 @@ def listed_stops(stop: object, tokenizer: Tokenizer | None) -> list[str]:
     """
     if stop is None:
         return []
-    strings = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, list | tuple) else [None]
-    if not all(isinstance(string, str) for string in strings):
+    given = [stop] if isinstance(stop, str) else stop
+    if not isinstance(given, list | tuple) or not all(isinstance(string, str) for string in given):
         raise wrong_type("stop", "text, or a list of texts", stop)
-    if not all(strings):
+    if not all(given):
         raise RequestError("expected stop strings of at least one character; one is empty")
-    if strings and tokenizer is None:
+    if given and tokenizer is None:
         raise RequestError("expected a model with a tokenizer for stop strings; it has none")
-    return [string for string in strings if string is not None]
+    return list(given)

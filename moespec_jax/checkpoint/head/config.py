@@ -10,6 +10,7 @@ from typing import NamedTuple
 from moespec_jax.checkpoint.config_fields import (
     Fields,
     Places,
+    errors_at,
     look_up,
     read_count,
     read_flag,
@@ -21,7 +22,7 @@ from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, LM_HEAD, layer_n
 from moespec_jax.checkpoint.head.unsupported import Shapes, check_supported
 from moespec_jax.checkpoint.rope import read_rope
 from moespec_jax.config import DecoderConfig, DraftConfig, QkNorm
-from moespec_jax.errors import CheckpointError, UnsupportedConfig
+from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.files import listing
 
 MOST_LAYERS = 1 << 6
@@ -85,12 +86,8 @@ def describe_head(
         CheckpointError: a field is missing or wrong, the head is not computed as an EAGLE-3 head, its tensors do not
             match each other, or it was not trained for this target.
     """
-    try:
+    with errors_at(where):
         return _describe(fields, shapes, target, name, boundaries)
-    except UnsupportedConfig as error:
-        raise CheckpointError(f"{error} ({where})") from None
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"config.json of a draft head has a field of the wrong type: {error} ({where})") from None
 
 
 def detect_format(fields: Fields) -> Format:

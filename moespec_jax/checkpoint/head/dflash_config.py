@@ -10,6 +10,7 @@ from moespec_jax.checkpoint.config_fields import (
     Fields,
     Places,
     as_count,
+    errors_at,
     look_up,
     read_count,
     read_flag,
@@ -24,7 +25,7 @@ from moespec_jax.checkpoint.head.unsupported import BLOCK_KINDS, Shapes, check_b
 from moespec_jax.checkpoint.rope import read_rope
 from moespec_jax.config import DecoderConfig
 from moespec_jax.dflash_config import Confidence, DFlashConfig, Markov
-from moespec_jax.errors import CheckpointError, UnsupportedConfig
+from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.files import listing
 
 BlockFormat = Literal["z-lab", "deepspec", "speculators"]
@@ -89,12 +90,8 @@ def describe_block_head(
         CheckpointError: a field is missing or wrong, the head is of another kind, its tensors do not match each other,
             or it was not trained for this target.
     """
-    try:
+    with errors_at(where):
         return _describe(fields, shapes, target, name, boundaries)
-    except UnsupportedConfig as error:
-        raise CheckpointError(f"{error} ({where})") from None
-    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"config.json of a draft head has a field of the wrong type: {error} ({where})") from None
 
 
 def _describe(
@@ -138,7 +135,7 @@ def _describe(
 
 
 def _is_spark(fields: Fields, shapes: Shapes) -> bool:
-    """Test whether a head is a DSpark head. In files that are not of speculators, the architecture says so: by it rows
+    """Test whether a head is a DSpark head. In files that are not of speculators, the architecture decides: by it rows
     draft the token after their own."""
     kind = fields.get("speculators_model_type")
     spark = kind == "dspark" or (kind is None and "Qwen3DSparkModel" in (fields.get("architectures") or ()))
@@ -171,8 +168,8 @@ def _read_block(places: Places, target: DecoderConfig, default: int) -> dict[str
 
 
 def _read_windows(inner: Fields, places: Places, layers: int, speculators: bool) -> dict[str, Any]:
-    """Read window and causality of every layer. In z-lab's code windowed layers are causal unless `is_causal` says
-    otherwise for all, and windows are counted from each row; in speculators they are causal unless
+    """Read window and causality of every layer. In z-lab's code windowed layers are causal, or `is_causal`
+    decides for all, and windows are counted from each row; in speculators they are causal unless
     `sliding_window_non_causal`, and windows are counted from the newest token."""
     used = read_flag((inner,), "use_sliding_window", False)
     kinds = look_up((inner,), "layer_types")
