@@ -43,7 +43,7 @@ class Table:
 
     @property
     def costs(self) -> list[float]:
-        """Of every shape, plain decoding first."""
+        """Costs of a round of every shape, plain decoding first."""
         return [self.plain, *self.rounds.values()]
 
     def at_width(self, tree: TreeConfig, width: int) -> float:

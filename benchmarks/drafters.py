@@ -1,4 +1,4 @@
-"""What drafters without a head gain: `python -m benchmarks.drafters --out benchmarks/results`.
+"""Gains of drafters without a head: `python -m benchmarks.drafters --out benchmarks/results`.
 
 n-grams: the embedded target continues prompts plainly, greedily and at temperature 1, and the trees that would be
 drafted along its text are replayed: the text does not depend on them. Prompts are pieces of the held-out modules (64
@@ -142,12 +142,12 @@ def _gains(tree: TreeConfig, tokens: jax.Array, limits: jax.Array) -> jax.Array:
 
 
 def own_agreement(model: Model, count: int) -> Iterator[dict[str, Any]]:
-    """How often the embedded target agrees with itself at K experts a token."""
+    """Measure how often the embedded target agrees with itself at K experts a token."""
     yield from agreement("embedded, held-out modules", model, held_out_pieces(model, count))
 
 
 def random_agreement() -> Iterator[dict[str, Any]]:
-    """How often a random target of each family agrees with itself at K experts a token."""
+    """Measure how often a random target of each family agrees with itself at K experts a token."""
     prompts = np.random.default_rng(0).integers(0, _SHAPE["vocab_size"], (16, 32)).tolist()
     for family, fields in FAMILIES.items():
         config = read_config(_SHAPE | fields | {"model_type": family})

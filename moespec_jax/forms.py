@@ -51,7 +51,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterConfig:
-    """How the experts of a token and their combine weights follow from the router's logits.
+    """Computation of the experts of a token and their combine weights from the router's logits.
 
     Fields:
         score: weight of an expert before renormalisation: `softmax` over all experts, or `sigmoid` of its own logit.
@@ -64,7 +64,7 @@ class RouterConfig:
         softcap: bound to which logits are squashed, by `softcap` · tanh(logit / `softcap`), before they are scores;
             0 for none.
         scales_input: whether a combine weight multiplies the input of its expert, instead of the output.
-        float32: whether router and correction are kept in float32 whatever the dtype of the other parameters is.
+        float32: whether router and correction are kept in float32 at any dtype of the other parameters.
     """
 
     score: Literal["softmax", "sigmoid"] = "softmax"

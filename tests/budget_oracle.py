@@ -52,7 +52,7 @@ class Sigmoid:
 
 
 def rank_scores(gates: np.ndarray, router: Sigmoid) -> np.ndarray:
-    """What experts are ranked by, row by row; those of groups that a token may not use come after all others."""
+    """Scores by which experts are ranked, row by row; groups that a token may not use come after all others."""
     scores, size = gates + np.asarray(router.correction, np.float64), gates.shape[1] // router.groups
     for row in scores:
         strength = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(router.groups)]

@@ -82,7 +82,7 @@ def gptq(bits: int, size: int, stored_less: int, **how: Any) -> Any:
 
 
 def awq(size: int) -> Any:
-    """Of eight outputs, a word holds the even ones in its low half, and the odd ones in its high half."""
+    """Pack eight outputs into a word: the even ones into its low half, and the odd ones into its high half."""
 
     def words(codes: np.ndarray) -> np.ndarray:
         return pack(codes.reshape(len(codes), -1, 4, 2).swapaxes(2, 3).reshape(codes.shape), 4)

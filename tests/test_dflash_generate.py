@@ -73,7 +73,7 @@ def test_trees_that_a_block_does_not_draft_are_refused(
 
 
 def test_the_probe_finds_the_states_that_a_head_reads(tmp_path: Path) -> None:
-    """A head that says what the target's last layer leaves at the token before the newest: right where all tokens are
+    """A head that drafts what the target's last layer leaves at the token before the newest: right where all tokens are
     the same. Its files say one boundary too low."""
     target = write_tiny(tmp_path / "target", num_hidden_layers=3)
     model = load(target, backend=BACKENDS["dense"])

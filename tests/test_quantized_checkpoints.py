@@ -102,7 +102,7 @@ def test_weights_are_those_that_compressed_tensors_reads(file: Path, tmp_path: P
 
 
 def test_which_weights_are_quantized_the_tensors_say(tmp_path: Path) -> None:
-    """Embedding, output matrix and routers too, some experts not, whatever lists of left-out modules may match."""
+    """Embedding, output matrix and routers too, some experts not, with any lists of left-out modules."""
 
     def some(name: str, weight: np.ndarray) -> bool:
         return weight.ndim == 2 and "experts.1" not in name

@@ -1,4 +1,4 @@
-"""Stop strings: against a search of the whole text, whatever pieces it comes in."""
+"""Stop strings: against a search of the whole text, in pieces of any size."""
 
 import random
 from pathlib import Path

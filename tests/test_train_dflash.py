@@ -31,7 +31,7 @@ def recipe_of(model: Model, optimizer: OptimizerConfig) -> BlockRecipe:  # noqa:
 
 @pytest.mark.slow
 def test_the_loss_falls_and_the_output_matrix_stays(model: Model, tmp_path: Path) -> None:  # noqa: F811
-    """Two rows again and again: the head learns what the target says of them."""
+    """Two rows again and again: the head learns what the target draws after them."""
     recipe = recipe_of(model, OptimizerConfig(80, learning_rate=5e-3, warmup_steps=5, clip=10.0))
     head = train(model, recipe, lambda: samples(2), lambda: samples(2), tmp_path, Pace(1000, 1000), SOURCE)
     rows = log_of(tmp_path)

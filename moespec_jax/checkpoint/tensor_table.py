@@ -28,7 +28,7 @@ class Tensor(NamedTuple):
         path: place in the parameters.
         shape: published shape.
         transpose: whether it is kept transposed.
-        float32: whether it is kept in float32 whatever the dtype of the others.
+        float32: whether it is kept in float32 at any dtype of the others.
     """
 
     path: Path

@@ -49,7 +49,7 @@ def _output(result: RunResult) -> str:
 
 
 def _sampling(result: RunResult) -> str:
-    """How tokens were drawn: what differs from greedy decoding, and what of it the checkpoint sets."""
+    """Settings of sampling that differ from greedy decoding, and which of them the checkpoint sets."""
     options = dict(result.sampling)
     published, ignored = options.pop("published"), options.pop("not_applied")
     changed = {name: value for name, value in options.items() if value != _NEUTRAL.get(name)}

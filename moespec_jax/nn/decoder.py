@@ -144,7 +144,7 @@ def layer_runs(config: DecoderConfig) -> list[range]:
 
 
 def _kind(config: DecoderConfig, layer: int) -> tuple[Any, ...]:
-    """What layers of one run have in common."""
+    """Properties that the layers of one run have in common."""
     rope = config.layer_ropes[layer]
     rotated = config.head_dim if rope is None else rope.rotary_dim(config.head_dim)
     return config.sparse_layers[layer], config.heads_of(layer), rotated, config.qk_norm == "unit" and rope is not None
@@ -164,7 +164,7 @@ def _angles(config: DecoderConfig, rope: RopeConfig | None, positions: Array, le
 
 
 def _layer_form(config: DecoderConfig, layer: int) -> LayerForm:
-    """What the attention of a layer has of its own."""
+    """Collect the settings of attention that a layer has of its own."""
     rope = config.layer_ropes[layer]
     chunk = config.attention_chunks[layer] if config.attention_chunks else 0
     return LayerForm(config.sliding_windows[layer], chunk, _rope_kinds(config).index(rope), rope is not None)

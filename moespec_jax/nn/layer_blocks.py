@@ -52,7 +52,7 @@ Angles = tuple[Array, Array]
 
 
 class LayerForm(NamedTuple):
-    """What the attention of one layer has of its own; numbers are traced where layers are scanned.
+    """Settings of attention that one layer has of its own; numbers are traced where layers are scanned.
 
     Fields:
         window: attention window in tokens, 0 for none.

@@ -15,8 +15,8 @@ from moespec_jax.parallel.mesh import EXPERT
 
 @struct.dataclass
 class Choice:
-    """What the experts of every token are chosen by, where it is not their probabilities alone; a budget chooses with
-    it among fewer experts.
+    """Scores by which the experts of every token are chosen, where they are not the probabilities alone; a budget
+    chooses with them among fewer experts.
 
     Fields:
         ranking: score by which experts are ranked.

@@ -1,4 +1,4 @@
-"""What drafts for a model: a loaded head, or a drafter that has a name in place of files."""
+"""Drafters of a model: a loaded head, or a drafter that has a name in place of files."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

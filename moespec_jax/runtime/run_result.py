@@ -1,4 +1,4 @@
-"""What a run leaves behind, as fields of its result."""
+"""Fields of a result, from the run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

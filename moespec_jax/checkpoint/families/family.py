@@ -1,4 +1,4 @@
-"""What a model family is: the reader and the writer of its `config.json`, and the names of its tensors.
+"""A model family as a value: the reader and the writer of its `config.json`, and the names of its tensors.
 
 A family adds no code path to the decoder: its reader converts the published fields into a `DecoderConfig`. Every field
 that changes results is either supported or refused by name.
@@ -50,7 +50,7 @@ class TensorNames(NamedTuple):
 
 
 class FusedForm(NamedTuple):
-    """How the experts of a layer are fused into one tensor.
+    """Layout of the experts of a layer that are fused into one tensor.
 
     Fields:
         in_first: whether matrices are stored `[in, out]`.

@@ -73,7 +73,7 @@ def read_uniform_windows(fields: Fields, layers: int, window: int) -> tuple[int,
 
 
 def read_windows(fields: Fields, layers: int, window: int) -> tuple[int, ...]:
-    """Read the window of each layer: `window` where `layer_types` says so, and everywhere without that list."""
+    """Read the window of each layer: `window` where `layer_types` has sliding attention, or there is no such list."""
     kinds = fields.get("layer_types")
     if kinds is None:
         return (window,) * layers

@@ -63,7 +63,7 @@ def _join(scheme: Scheme, base: str, entries: dict[str, Entry], tensor: Tensor, 
         _check_component(base + suffix, components[suffix], entry, problems)
     if base + "weight" in entries:
         problems.setdefault("doubly assigned", []).append(f"{base}weight (also as {base}{scheme.codes})")
-    # The codes are the first in the order of reading, whatever file the other components are in.
+    # The codes decide the order of reading; the other components may be in other files.
     entries[base + "weight"] = codes._replace(
         shape=tensor.shape, dtype="F32", components=stored, combine=scheme.dequantize
     )
