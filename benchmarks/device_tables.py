@@ -47,7 +47,7 @@ def whole_models(rounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def headline(gpu: dict[str, Any], quality: dict[str, Any]) -> Table:
     """List speed on a GPU by tree and budget, beside the divergence of the embedded pair."""
-    rows = {row["spec"]: row for row in gpu["rows"] if row["backend"] == "triton"}
+    rows = {row["spec"]: row for row in gpu["rows"] if row["backend"] == "fused"}
     plain = rows["plain"]["tokens_per_s"]
     names = {
         "plain": ("plain decoding", None), "4/2/1": ("chain of 4", None), "16/4/4": ("tree of 16", None),
@@ -67,10 +67,10 @@ def headline(gpu: dict[str, Any], quality: dict[str, Any]) -> Table:
     return head, found
 
 
-def gpu_rounds(report: dict[str, Any]) -> Table:
+def gpu_rounds(*reports: dict[str, Any]) -> Table:
     """List milliseconds a round on a GPU, beside the time that its bytes take."""
     found = []
-    for row in report["rows"]:
+    for row in (row for report in reports for row in report["rows"]):
         ms, prefill = row["ms"], row["prefill_ms"]
         share = row["floor_ms"] / ms["median"]
         found.append(
@@ -80,6 +80,17 @@ def gpu_rounds(report: dict[str, Any]) -> Table:
         )
     head = ["back-end", "tree and budget", "output", "experts read", "ms a round", "ms of its bytes", "share"]
     return head + ["tokens a round (simulated)", "tokens/s", "prefill of 512, ms"], found
+
+
+def gpu_kernels(report: dict[str, Any]) -> Table:
+    """List microseconds of a round by kernel, one column for each spec."""
+    specs = {spec["spec"]: {row["kernel"]: row for row in spec["kernels"]} for spec in report["specs"]}
+    names = dict.fromkeys(name for rows in reversed(specs.values()) for name in rows)
+    found = []
+    for name in names:
+        cells = [rows.get(name) for rows in specs.values()]
+        found.append([name, *("" if row is None else f"{row['us']:.0f} in {row['launches']:.0f}" for row in cells)])
+    return ["kernels", *(f"{spec}, us in launches" for spec in specs)], found
 
 
 def gpu_prefill(report: dict[str, Any]) -> Table:
@@ -231,7 +242,8 @@ TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "card_memory": (card_memory, ("tpu_speculate.json",)),
     "embedded_pair": (embedded_pair, ("tpu_pair.json",)),
     "headline": (headline, ("gpu_h100.json", "budget_quality.json")),
-    "gpu_rounds": (gpu_rounds, ("gpu_h100.json",)),
+    "gpu_rounds": (gpu_rounds, ("gpu_h100.json", "gpu_h100_triton.json")),
+    "gpu_kernels": (gpu_kernels, ("gpu_h100_kernels.json",)),
     "gpu_prefill": (gpu_prefill, ("gpu_h100.json",)),
     "expert_copies": (expert_copies, ("gpu_compile.json",)),
     "gpu_launches": (gpu_launches, ("gpu_programs.json",)),

@@ -49,12 +49,15 @@ from moespec_jax.runtime.programs import Programs
 
 SLOTS = 1024
 CHAIN, TREE = TreeConfig(depth=2, top_k=1, size=4), TreeConfig(depth=7, top_k=10, size=60)
+# A tree of the same size and fewer levels.
+SHALLOW = TreeConfig(depth=3, top_k=10, size=60)
 # Tree, and fraction of the experts that a verification may read.
 PROGRAMS: dict[str, tuple[TreeConfig | None, float | None]] = {
     "plain": (None, None),
     "chain 4/2/1": (CHAIN, None),
     "tree 60/7/10": (TREE, None),
     "tree 60/7/10 N/4": (TREE, 0.25),
+    "tree 60/3/10": (SHALLOW, None),
 }
 # Takes parameters, a state and the number of rounds.
 Step = Callable[[Any, Any, Any], Any]

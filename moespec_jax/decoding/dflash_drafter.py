@@ -142,7 +142,8 @@ class DFlashDrafter(HeadDrafter):
 
             start = jnp.zeros((len(roots), config.markov_rank), markov.previous.dtype), roots
             rows = logits.swapaxes(0, 1), hidden.swapaxes(0, 1)
-            chain, gains = (part.swapaxes(0, 1) for part in jax.lax.scan(step, start, rows)[1])
+            drawn = jax.lax.scan(step, start, rows, unroll=self.backend.unrolled)[1]
+            chain, gains = (part.swapaxes(0, 1) for part in drawn)
         if head.confidence is not None:
             before = jnp.concatenate([roots[:, None], chain[:, :-1]], axis=1)
             gains = log_confidence(config, head, before, hidden)

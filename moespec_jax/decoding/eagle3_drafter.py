@@ -138,7 +138,7 @@ def grow_trees(
         cache: all confirmed pairs.
         skipped: number of pairs that it lacks.
         logits: of the tokens `level` places after the root's next, from the outputs before them.
-        backend: forms of the head's attention and of the choice of tokens.
+        backend: forms of the head's attention, of the choice of tokens and of the loop over levels.
 
     Returns:
         The trees, and the cache with unchanged lengths and the trees' rows behind the confirmed ones.
@@ -170,7 +170,7 @@ def grow_trees(
     features = next_features(config, head, outputs)[:, None, :]
     features = jnp.broadcast_to(features, (*beam.tokens.shape, outputs.shape[-1]))
     levels = jnp.arange(tree.depth, dtype=jnp.int32)
-    (cache, _, _), rest = jax.lax.scan(grow, (cache, beam, features), levels)
+    (cache, _, _), rest = jax.lax.scan(grow, (cache, beam, features), levels, unroll=backend.unrolled)
     trees = jax.vmap(partial(prune, tree), in_axes=(0, 0, 1))(roots, first, rest)
     return trees, dataclasses.replace(cache, length=confirmed)
 

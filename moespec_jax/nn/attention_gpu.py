@@ -112,6 +112,7 @@ def fused_attention(
         out_shape=(shape(head), shape(), shape()),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
+        name="attention_parts",
     )(q.reshape(-1, head), k, v, mask.astype(jnp.int8).reshape(-1, slots))
     sums, totals, maxima = partial_sums
     return _add_parts(sums, totals, maxima, q.dtype, interpret).reshape(batch, tokens, heads * head)
@@ -141,4 +142,5 @@ def _add_parts(
         out_shape=jax.ShapeDtypeStruct((rows, head), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
+        name="attention_sum",
     )(sums, totals, maxima)

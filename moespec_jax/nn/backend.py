@@ -48,6 +48,7 @@ class Backend(NamedTuple):
         keep_rows: moves the accepted rows of the cache.
         most_probable: choice of drafted tokens.
         shortlist: routing under a budget that ranks experts by score alone; None: in plain operations.
+        unrolled: whether the levels of a draft are unrolled: XLA:GPU copies every array that a loop carries.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Backend(NamedTuple):
     keep_rows: KeepRows = keep_rows
     most_probable: MostProbable = most_probable
     shortlist: Shortlist | None = None
+    unrolled: bool = False
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -110,7 +112,9 @@ def _gpu_backend(name: str, kernels: str) -> Backend:
     compute, supported, missing = (
         _later(f"experts.{kernels}_gpu", part) for part in (f"{kernels}_experts", "supported", "missing")
     )
-    return Backend(name, "flat", False, kernel(name, compute), supported, missing=missing, platform="gpu")
+    return Backend(
+        name, "flat", False, kernel(name, compute), supported, missing=missing, platform="gpu", unrolled=True
+    )
 
 
 BACKENDS = {
@@ -126,7 +130,7 @@ BACKENDS = {
     ),  # fmt: skip
     "triton": _gpu_backend("triton", "triton"),
     "mosaic": _gpu_backend("mosaic", "mosaic"),
-    # Chosen by name only, until it was measured: the other parts of a layer are kernels too.
+    # The other parts of a layer are kernels too.
     "fused": _gpu_backend("fused", "triton")._replace(
         **{field: _gpu_form("fused", *form) for field, form in GPU_FORMS.items()}
     ),
@@ -141,11 +145,11 @@ def default_backend(device: Any = None) -> Backend:
     """Choose the back-end of a `jax.Device` (None is JAX's first).
 
     On CPU and NVIDIA GPUs of Ampere or later, the fastest that was measured (`docs/gpu.md`); on TPU the one with the
-    least memory traffic by the compiler's count; `slots` elsewhere. What `triton` does not support, such as float32 or
-    quantized experts, runs as `slots` (`experts/gpu.py`).
+    least memory traffic by the compiler's count; `slots` elsewhere. What its kernels do not support, such as
+    float32 or quantized experts, runs as `slots` or in plain operations.
     """
     device = device or jax.devices()[0]
-    preferred = BACKENDS[{"cpu": "switch", "gpu": "triton", "tpu": "pallas"}.get(device.platform, "slots")]
+    preferred = BACKENDS[{"cpu": "switch", "gpu": "fused", "tpu": "pallas"}.get(device.platform, "slots")]
     return preferred if preferred.supported(device) else BACKENDS["slots"]
 
 

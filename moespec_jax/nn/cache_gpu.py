@@ -66,4 +66,5 @@ def move_rows(
         input_output_aliases={2 + i: i for i in range(len(stores))},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
+        name="keep_rows",
     )(start, rows, *stores)

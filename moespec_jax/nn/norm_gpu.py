@@ -54,4 +54,5 @@ def fused_add_norm(
         out_shape=(shape, shape),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
+        name="add_norm",
     )(*addends, weight)

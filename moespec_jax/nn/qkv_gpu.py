@@ -83,10 +83,9 @@ def fused_qkv(
 
     def kernel(products, cos, sin, start, *references):
         *norms, _, _, q_out, k_out, v_out = references
-        token = pl.program_id(0)
+        token, column = pl.program_id(0), jnp.arange(half, dtype=jnp.int32)
         sequence = jax.lax.div(token, tokens)
         slot = start[sequence] + jax.lax.rem(token, tokens)
-        column = jnp.arange(half, dtype=jnp.int32)
         c, s = (angle[token, :].astype(x.dtype).astype(jnp.float32)[None, :] for angle in (cos, sin))
 
         def halves(first: int, count: int, norm):
@@ -129,6 +128,7 @@ def fused_qkv(
         input_output_aliases={4 + len(norms): 1, 5 + len(norms): 2},
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
+        name="write_qkv",
     )(
         _products(weights, x).reshape(batch * tokens, -1),
         *(jnp.broadcast_to(a, (batch, tokens, half)).reshape(-1, half) for a in angles),

@@ -88,4 +88,5 @@ def choose(
         ),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
+        name="route",
     )(logits, valid)

@@ -73,12 +73,11 @@ def fused_shortlist(
         both = here[:, None] & real[None, :]
         shares = plgpu.load(probabilities.at[row[:, None], every[None, :]], mask=both, other=0.0)
 
-        def add(j, sums):
+        combine = jnp.zeros((height, width), jnp.float32)
+        for j in range(k):  # without a loop: every load of a loop would wait for the one before
             expert = plgpu.load(own.at[row, j], mask=here, other=num_experts)
             weight = plgpu.load(own_weights.at[row, j], mask=here, other=0.0)
-            return sums + jnp.where(expert[:, None] == every[None, :], weight[:, None], 0.0)
-
-        combine = jax.lax.fori_loop(0, k, add, jnp.zeros((height, width), jnp.float32))
+            combine += jnp.where(expert[:, None] == every[None, :], weight[:, None], 0.0)
         selected = combine > 0
         factor = plgpu.load(row_weight.at[row], mask=here, other=0.0)
         scores = jnp.sum(jnp.where(both, credit(shares, selected, combine) * factor[:, None], 0.0), axis=0)
@@ -120,6 +119,7 @@ def fused_shortlist(
         ),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
+        name="shortlist",
     )(row_weight, most[None], probabilities, natural.experts, natural.weights, valid.astype(jnp.int32))
     routing = Routing(experts, weights, max_distinct=slots)
     return Restricted(routing, shortlist, mass[0], replaced > 0, valid)

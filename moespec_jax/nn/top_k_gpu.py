@@ -73,6 +73,7 @@ def fused_most_probable(
         out_shape=(*shapes(rows, parts, k), *shapes(rows, parts)[:1] * 2),
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
+        name="top_k_parts",
     )(logits)
     return pl.pallas_call(
         of_all,
@@ -80,6 +81,7 @@ def fused_most_probable(
         out_shape=shapes(rows, k),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
+        name="top_k",
     )(best.reshape(rows, parts * k), ids.reshape(rows, parts * k), peaks, sums)
 
 

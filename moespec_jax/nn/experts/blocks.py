@@ -10,7 +10,7 @@ Example: sizes 4 and 2; experts a, b, c with 5, 0 and 1 routes; dots are padding
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,13 @@ def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoute
     tokens, k = routing.experts.shape
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    bounds = jnp.searchsorted(flat[order], jnp.arange(num_experts + 1, dtype=jnp.int32), side="left").astype(jnp.int32)
+    bounds = _count_before(flat[order], jnp.arange(num_experts + 1, dtype=jnp.int32), "left")
     first, count = bounds[:-1], bounds[1:] - bounds[:-1]
     length = (count + unit - 1) // unit * unit
     end = jnp.cumsum(length, dtype=jnp.int32)
     begin = end - length
     rows = jnp.arange(_row_bound(tokens * k, num_experts, unit), dtype=jnp.int32)
-    owner = jnp.clip(jnp.searchsorted(end, rows, side="right"), 0, num_experts - 1).astype(jnp.int32)
+    owner = jnp.clip(owners(end, rows), 0, num_experts - 1)
     within = rows - begin[owner]
     route = order[jnp.clip(first[owner] + within, 0, tokens * k - 1)]
     expert = jnp.clip(flat, 0, num_experts - 1)
@@ -60,6 +60,18 @@ def lay_out_routes(routing: Routing, num_experts: int, unit: int) -> PaddedRoute
     token = jnp.where(within < count[owner], route // k, tokens)
     row = jnp.where(flat < num_experts, begin[expert] + rank - first[expert], rows.size)
     return PaddedRoutes(token, row, begin, length)
+
+
+def owners(end: Int[Array, " experts"], rows: Int[Array, " rows"]) -> Int[Array, " rows"]:
+    """Find the expert of each row; the number of experts past the last row. `end` are the ends of the experts' rows."""
+    return _count_before(end, rows, "right")
+
+
+def _count_before(
+    ascending: Int[Array, " many"], values: Int[Array, " some"], side: Literal["left", "right"]
+) -> Int[Array, " some"]:
+    # A binary search is a loop, and every step of it some launches; the numbers here are small.
+    return jnp.searchsorted(ascending, values, side=side, method="compare_all").astype(jnp.int32)
 
 
 def rows_of_routes(x: Float[Array, "tokens model"], routes: PaddedRoutes) -> Float[Array, "rows model"]:

@@ -4,6 +4,8 @@ In plain JAX the list is a comparison, two reductions, a sort and two selections
 outputs of every expert for every token.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -33,14 +35,10 @@ def list_distinct(
         token, every = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
         inside = token < tokens
 
-        def matches(j) -> Array:
-            expert = plgpu.load(experts.at[token, j], mask=inside, other=num_experts)
-            return (expert[:, None] == every[None, :]) & (every < num_experts)[None, :]
-
-        def add(j, used):
-            return used | matches(j).astype(jnp.int32)
-
-        used = jnp.max(jax.lax.fori_loop(0, k, add, jnp.zeros((height, width), jnp.int32)), axis=0)
+        # Without a loop: every load of a loop would wait for the one before.
+        chosen = [plgpu.load(experts.at[token, j], mask=inside, other=num_experts) for j in range(k)]
+        matches = [(expert[:, None] == every[None, :]) & (every < num_experts)[None, :] for expert in chosen]
+        used = jnp.max(functools.reduce(jnp.logical_or, matches).astype(jnp.int32), axis=0)
         # Experts that are not used have a slot that is not written.
         slot = jnp.where(used > 0, jnp.cumsum(used, dtype=jnp.int32) - 1, slots)
         plgpu.store(ids.at[slot], every, mask=slot < slots)
@@ -48,18 +46,15 @@ def list_distinct(
         unused = (rest >= jnp.sum(used, dtype=jnp.int32)) & (rest < slots)
         plgpu.store(ids.at[rest], jnp.full((length,), num_experts, jnp.int32), mask=unused)
 
-        def place(j, _):
-            found = jnp.min(jnp.where(matches(j), slot[None, :], slots), axis=1)
-            plgpu.store(places.at[token, j], found, mask=inside)
-            return 0
-
-        jax.lax.fori_loop(0, k, place, 0)
+        for j, match in enumerate(matches):
+            plgpu.store(places.at[token, j], jnp.min(jnp.where(match, slot[None, :], slots), axis=1), mask=inside)
 
     return pl.pallas_call(
         kernel,
         out_shape=(jax.ShapeDtypeStruct((slots,), jnp.int32), jax.ShapeDtypeStruct((tokens, k), jnp.int32)),
         compiler_params=plgpu.CompilerParams(num_warps=4 if width <= 128 else 8, num_stages=1),
         interpret=interpret,
+        name="list_experts",
     )(routing.experts)
 
 
@@ -91,4 +86,5 @@ def sum_places(
         out_shape=jax.ShapeDtypeStruct((tokens, model), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
+        name="sum_experts",
     )(out, places, weights)

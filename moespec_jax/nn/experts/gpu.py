@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from moespec_jax.config import Activation
-from moespec_jax.nn.experts.blocks import lay_out_routes, rows_of_routes
+from moespec_jax.nn.experts.blocks import lay_out_routes, owners, rows_of_routes
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, slot_experts
@@ -105,12 +105,13 @@ def sum_grouped(
 ) -> Float[Array, "tokens model"]:
     """Run every token through its own experts, in blocks of rows of one expert, and sum the outputs by combine weight,
     float32."""
-    routes = lay_out_routes(routing, num_experts, BLOCK)
+    # Computed once: XLA would compute a row's place again for each of its numbers.
+    routes = jax.lax.optimization_barrier(lay_out_routes(routing, num_experts, BLOCK))
     blocks = rows_of_routes(x, routes).reshape(-1, BLOCK, x.shape[1])
     end = routes.begin + routes.length
     starts = jnp.arange(len(blocks), dtype=jnp.int32) * BLOCK
     # Blocks past the last have no expert.
-    out = run(blocks, jnp.searchsorted(end, starts, side="right").astype(jnp.int32))
+    out = run(blocks, owners(end, starts))
     # A route without an expert has the row after the last; rows of unused blocks are undefined, and no route has one.
     mixed = out.reshape(-1, out.shape[-1]).at[routes.row].get(mode="fill", fill_value=0.0)
     return jnp.einsum("tkd,tk->td", mixed.reshape(*routing.weights.shape, -1), routing.weights)

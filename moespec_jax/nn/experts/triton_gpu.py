@@ -150,4 +150,5 @@ def _multiply(
         out_shape=jax.ShapeDtypeStruct((slots, kept, columns), dtype),
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
+        name="experts_down" if len(weights) == 1 else "experts_gate_up",
     )(ids, first, x, *weights)
