@@ -5,39 +5,38 @@ import numpy as np
 import pytest
 
 from moespec_jax.demo.finish_target import LOOP_PERIOD, ends_in_loop
-from moespec_jax.demo.repetition import DECAY, Batch, loss_with_repetition, repeated
+from moespec_jax.demo.repetition import LONGEST, MOST, Batch, loss_with_repetition, repeated
 
 WIDTH = 257
 
 
-def test_chosen_rows_repeat_a_passage_of_themselves_to_their_end() -> None:
-    rows = np.random.default_rng(0).integers(0, 10_000, (8, WIDTH)).astype(np.int32)
-    batch = repeated(rows, 5, np.random.default_rng(1))
+@pytest.mark.parametrize("seed", range(10))
+def test_repetitions_are_not_learned_but_the_text_after_them_is(seed: int) -> None:
+    text = np.arange(8 * WIDTH, dtype=np.int32).reshape(8, WIDTH)  # every token is there once
+    batch = repeated(text, 5, np.random.default_rng(seed))
     for row in range(5):
-        begin, period = int(batch.begin[row]), int(batch.period[row])
-        end = begin + period
-        np.testing.assert_array_equal(batch.tokens[row, :end], rows[row, :end])
-        np.testing.assert_array_equal(batch.tokens[row, end:], batch.tokens[row, begin:-period])
-    np.testing.assert_array_equal(batch.tokens[5:], rows[5:])
-    np.testing.assert_array_equal(batch.period[5:], 0)
+        tokens = batch.tokens[row]
+        back = np.diff(tokens) <= 0  # targets with which a repetition begins
+        (period,) = set((1 - np.diff(tokens)[back]).tolist())
+        assert 1 <= period <= LONGEST and 1 <= back.sum() <= MOST
+        np.testing.assert_array_equal(batch.likely[row], ~back)
+        np.testing.assert_array_equal(np.flatnonzero(batch.unlikely[row]), np.flatnonzero(back)[1:])
+        # Without the repetitions it is the text, of which some follows after them.
+        np.testing.assert_array_equal(np.unique(tokens), text[row, : len(np.unique(tokens))])
+        assert WIDTH - 1 - np.flatnonzero(back)[-1] - period > WIDTH // 8
+    np.testing.assert_array_equal(batch.tokens[5:], text[5:])
+    assert batch.likely[5:].all() and not batch.unlikely[5:].any()
 
 
-def test_loss_is_cross_entropy_of_text_and_a_penalty_of_repetitions() -> None:
+def test_loss_is_cross_entropy_of_text_and_unlikelihood_of_repetitions() -> None:
     random = np.random.default_rng(2)
     log_p = np.log(random.uniform(0.05, 0.95, (3, 11))).astype(np.float32)
-    period, begin = np.array([3, 0, 2], np.int32), np.array([2, 0, 0], np.int32)
-    total, text = 0.0, []
-    for row in range(3):
-        for i in range(11):  # probability of token i + 1
-            token = i + 1
-            if period[row] == 0 or token < begin[row] + period[row]:
-                text.append(-log_p[row, i])
-            elif token - period[row] >= 1:
-                former = np.exp(log_p[row, i - period[row]])
-                total -= np.log(1 - abs(np.exp(log_p[row, i]) - DECAY * former))
-    loss, cross_entropy = loss_with_repetition(jnp.asarray(log_p), Batch(np.zeros((3, 12), np.int32), period, begin))
-    np.testing.assert_allclose(cross_entropy, np.mean(text), rtol=1e-5)
-    np.testing.assert_allclose(loss, (total + np.sum(text)) / log_p.size, rtol=1e-5)
+    likely = random.random((3, 11)) < 0.6
+    unlikely = ~likely & (random.random((3, 11)) < 0.5)
+    loss, cross_entropy = loss_with_repetition(jnp.asarray(log_p), Batch(np.zeros((3, 12), np.int32), likely, unlikely))
+    np.testing.assert_allclose(cross_entropy, -log_p[likely].mean(), rtol=1e-5)
+    total = -log_p[likely].sum() - np.log(1 - np.exp(log_p[unlikely])).sum()
+    np.testing.assert_allclose(loss, total / log_p.size, rtol=1e-5)
 
 
 @pytest.mark.parametrize("period", [1, 7, LOOP_PERIOD])

@@ -16,7 +16,7 @@ import numpy as np
 from moespec_jax.checkpoint.head.write import export_draft
 from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.config import DraftConfig
-from moespec_jax.demo.train_draft import RESPONSES, TEXT_ROWS, recipe
+from moespec_jax.demo.train_draft import recipe
 from moespec_jax.files import write_json
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.load import DEMO_DRAFT, load
@@ -42,16 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     model, training = load(draft_model="none", dtype="float32"), arguments.training
+    settings = json.loads((training / "run.json").read_text(encoding="utf-8"))
     step = export_head(model, training, arguments.output)
     log = [json.loads(line) for line in (training / "log.jsonl").read_text(encoding="utf-8").splitlines()][:step]
-    plan = recipe(model, step)
-    tokens = plan.batch * plan.length
+    tokens = settings["recipe"]["batch"] * settings["recipe"]["length"]
     record = {
         "steps": step,
         "tokens": step * tokens,
         "training_minutes": round(sum(row["seconds"] for row in log) / 60, 1),
-        "responses": {name: count for name, count, _ in RESPONSES},
-        "text_rows": TEXT_ROWS,
+        "responses": settings["source"]["responses"],
+        "text_rows": settings["source"]["text_rows"],
         "held_out_accuracy_by_step": [row["held_out_accuracy"] for row in log if "held_out_accuracy" in row][-1],
         "training_accuracy_by_step": np.mean([row["accuracy"] for row in log[-50:]], axis=0).round(4).tolist(),
     }
@@ -62,8 +62,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def export_head(model: Model, training: Path, output: Path) -> int:
     """Write the last checkpoint of a run in SpecForge's format, in bfloat16; returns its step."""
-    settings = json.loads((training / "run.json").read_text(encoding="utf-8"))
-    plan = recipe(model, settings["recipe"]["optimizer"]["steps"])
+    settings = json.loads((training / "run.json").read_text(encoding="utf-8"))["recipe"]
+    plan = recipe(model, settings["optimizer"]["steps"], settings["batch"], settings["unroll"])
     with np.load(training / "rows.npz") as kept:
         rows = Rows(kept["ids"], kept["counts"])
     ids = jnp.asarray(draft_vocabulary(rows, plan.draft.vocab_size, plan.draft.draft_vocab_size))

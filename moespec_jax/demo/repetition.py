@@ -1,47 +1,54 @@
-"""Training against repetition loops (DITTO: Xu et al., arXiv:2206.02369): greedy text of a small model ends in loops,
-since each repetition of a passage makes the next one more probable.
+"""Training against repetition loops: greedy text of a small model ends in loops, since each repetition of a passage
+makes the next one more probable.
 
-Some rows of a batch are a passage of the text, of which the last tokens are repeated to the end of the row. There the
-target of a token's probability is a fraction of its probability one repetition before.
+In some rows of a batch a passage is repeated some times before the text goes on. What goes on is learned, and so are
+the tokens within repetitions; but the token with which one more repetition begins is not, and from the second one on it
+becomes less probable (unlikelihood: Welleck et al., arXiv:1908.04319). So the model learns to leave a repetition, and
+for which text. Lowering the probabilities of repetitions alone (DITTO, arXiv:2206.02369) moved theirs to one token,
+which then filled texts.
 """
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-# Target of a probability, relative to that of one repetition before.
-DECAY = 0.5
-SHORTEST, LONGEST = 2, 96
+# Longest passage that is repeated, and most repetitions.
+LONGEST, MOST = 64, 16
 
 
 class Batch(NamedTuple):
-    """Rows of one step.
+    """Rows of one step. Flags belong to targets, `tokens[:, 1:]`.
 
     Fields:
         tokens: ids, `[rows, length + 1]`.
-        period: number of tokens that a row repeats, `[rows]`; 0 for ordinary text.
-        begin: index of the first token that is repeated, `[rows]`; the first repetition begins at `begin + period`.
+        likely: targets that become more probable.
+        unlikely: targets that become less probable.
     """
 
     tokens: Int[np.ndarray, "rows width"] | Int[Array, "rows width"]
-    period: Int[np.ndarray, " rows"] | Int[Array, " rows"]
-    begin: Int[np.ndarray, " rows"] | Int[Array, " rows"]
+    likely: Bool[np.ndarray, "rows targets"] | Bool[Array, "rows targets"]
+    unlikely: Bool[np.ndarray, "rows targets"] | Bool[Array, "rows targets"]
 
 
 def repeated(tokens: np.ndarray, count: int, random: np.random.Generator) -> Batch:
-    """Make a batch of rows of text, of which the first `count` repeat a passage of themselves. Lengths of passages are
-    distributed uniformly in their logarithm."""
+    """Make a batch of rows of text, in the first `count` of which a passage is repeated, over up to a third of the
+    row. Lengths of passages are distributed uniformly in their logarithm."""
     rows, width = tokens.shape
-    tokens, period, begin = tokens.copy(), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    tokens, likely = tokens.copy(), np.ones((rows, width - 1), bool)
+    unlikely = ~likely
     for row in range(count):
-        period[row] = round(np.exp(random.uniform(np.log(SHORTEST), np.log(LONGEST))))
-        begin[row] = random.integers(width // 2 - period[row])
-        index = np.arange(begin[row], width)
-        tokens[row, index] = tokens[row, begin[row] + (index - begin[row]) % period[row]]
-    return Batch(tokens, period, begin)
+        period = round(np.exp(random.uniform(0, np.log(min(LONGEST, width // 4)))))
+        copies = int(random.integers(1, min(MOST, width // 3 // period) + 1))
+        begin = int(random.integers(1, width // 4))
+        end = begin + period
+        text = tokens[row].copy()
+        tokens[row] = np.concatenate([text[:end], np.tile(text[begin:end], copies), text[end:]])[:width]
+        # Targets that are the first token of a repetition.
+        first = end - 1 + period * np.arange(copies)
+        likely[row, first], unlikely[row, first[1:]] = False, True
+    return Batch(tokens, likely, unlikely)
 
 
 def loss_with_repetition(
@@ -50,19 +57,10 @@ def loss_with_repetition(
     """Compute the loss from the log-probabilities of the tokens `batch.tokens[:, 1:]`.
 
     Returns:
-        The mean loss: cross-entropy of ordinary tokens, -log(1 - |p - DECAY p'|) of repeated ones, where p' is the
-        probability one repetition before, without gradient (DITTO, equation 3); and the mean cross-entropy of the
-        ordinary tokens alone.
+        The mean over all tokens of -log p of likely ones and -log(1 - p) of unlikely ones; and the mean cross-entropy
+        of the likely ones alone.
     """
-    position = jnp.arange(1, log_probabilities.shape[1] + 1, dtype=jnp.int32)[None, :]
-    period, begin = jnp.asarray(batch.period)[:, None], jnp.asarray(batch.begin)[:, None]
-    is_repeated = (period > 0) & (position >= begin + period)
-    # A repeated passage that begins at token 0 has no probability of that token: its repetitions do not count.
-    has_former = is_repeated & (position - period >= 1)
-    p = jnp.exp(log_probabilities)
-    former = jnp.take_along_axis(p, jnp.maximum(position - 1 - period, 0), axis=1)
-    gap = jnp.abs(p - DECAY * jax.lax.stop_gradient(former))
-    against = jnp.where(has_former, -jnp.log(jnp.maximum(1.0 - gap, 1e-6)), 0.0)
-    ordinary = jnp.where(is_repeated, 0.0, -log_probabilities)
-    cross_entropy = jnp.sum(ordinary) / jnp.sum(~is_repeated, dtype=jnp.float32)
-    return jnp.mean(ordinary + against), cross_entropy
+    likely, unlikely = jnp.asarray(batch.likely), jnp.asarray(batch.unlikely)
+    ordinary = jnp.where(likely, -log_probabilities, 0.0)
+    against = jnp.where(unlikely, -jnp.log(jnp.maximum(1.0 - jnp.exp(log_probabilities), 1e-6)), 0.0)
+    return jnp.mean(ordinary + against), jnp.sum(ordinary) / jnp.sum(likely, dtype=jnp.float32)

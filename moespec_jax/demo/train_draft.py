@@ -1,8 +1,8 @@
 """Train the embedded draft head: python -m moespec_jax.demo.train_draft --text DIR --output DIR.
 
 The target continues prompts from its training text, two thirds of them greedily and one third at temperature 1. The
-head is trained on these continuations and on as many rows of the text. The same command continues an interrupted run.
-Afterwards python -m moespec_jax.demo.finish_draft --training DIR exports the head.
+head is trained on these continuations and on two thirds as many rows of the text. The same command continues an
+interrupted run. Afterwards python -m moespec_jax.demo.finish_draft --training DIR exports the head.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from moespec_jax.train.regenerate import regenerate
 from moespec_jax.train.run import Pace, train
 from moespec_jax.train.trainer import Recipe
 
-PROMPT, RESPONSE, BATCH = 64, 192, 256
+PROMPT, RESPONSE = 64, 192
 LENGTH = PROMPT + RESPONSE
-# Name of the file, number of prompts, temperature of the continuations.
-RESPONSES = (("greedy", 24576, 0.0), ("sampled", 12288, 1.0))
-TEXT_ROWS, HELD_OUT_ROWS = 24576, 256
+# Name of the file, thirds of the prompts, temperature of the continuations.
+RESPONSES = (("greedy", 2, 0.0), ("sampled", 1, 1.0))
+HELD_OUT_ROWS = 256
 DRAFT = DraftConfig(
     vocab_size=4096,
     draft_vocab_size=2048,
@@ -45,12 +45,12 @@ DRAFT = DraftConfig(
 )
 
 
-def recipe(model: Model, steps: int) -> Recipe:
-    """Build the recipe of the embedded head."""
+def recipe(model: Model, steps: int, batch: int, unroll: int) -> Recipe:
+    """Build the recipe of the embedded head: `batch` rows a step, and `unroll` draft steps."""
     optimizer = OptimizerConfig(
         steps, "muon", learning_rate=1e-2, adam_learning_rate=2e-3, warmup_steps=40, decay_from=0.4, clip=1.0
     )
-    return Recipe(model.config, DRAFT, optimizer, batch=64, length=LENGTH, recompute=False)
+    return Recipe(model.config, DRAFT, optimizer, batch=batch, length=LENGTH, unroll=unroll, recompute=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory of the run")
     parser.add_argument("--steps", type=int, default=4000, metavar="N", help="optimizer steps (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=int, default=36864, metavar="N", help="prompts that are continued (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="rows of a step (default: %(default)s)")
+    parser.add_argument("--unroll", type=int, default=7, metavar="N", help="draft steps (default: %(default)s)")
     return run_command(parser, _run, argv)
 
 
@@ -71,23 +76,25 @@ def _run(arguments: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     stream, held_out_stream = prepare_text(arguments.text, model.config.vocab_size)
     random = np.random.default_rng(1)
-    for name, count, temperature in RESPONSES:
-        starts = random.integers(0, len(stream) - 100, count)
+    third = arguments.prompts // 3
+    for name, thirds, temperature in RESPONSES:
+        starts = random.integers(0, len(stream) - 100, thirds * third)
         prompts = [stream[start : start + PROMPT].tolist() for start in starts]
         output = directory / f"{name}.jsonl"
-        regenerate(model, prompts, output, batch=BATCH, max_new_tokens=RESPONSE, temperature=temperature)
+        regenerate(model, prompts, output, batch=4 * arguments.batch, max_new_tokens=RESPONSE, temperature=temperature)
 
     def data() -> Iterator[Sample]:
         for name, _, _ in RESPONSES:
             yield from read_samples(model, directory / f"{name}.jsonl")
-        yield from _windows(stream, TEXT_ROWS)
+        yield from _windows(stream, 2 * third)
 
     def held_out() -> Iterator[Sample]:
         return _windows(held_out_stream, HELD_OUT_ROWS)
 
     text = json.loads((arguments.text / "corpus.json").read_text(encoding="utf-8"))
-    source = {"responses": [list(row) for row in RESPONSES], "text_rows": TEXT_ROWS, **text}
-    train(model, recipe(model, arguments.steps), data, held_out, directory, Pace(), source)
+    responses = {name: thirds * third for name, thirds, _ in RESPONSES}
+    plan = recipe(model, arguments.steps, arguments.batch, arguments.unroll)
+    train(model, plan, data, held_out, directory, Pace(), {"responses": responses, "text_rows": 2 * third, **text})
 
 
 def _windows(stream: np.ndarray, count: int) -> Iterator[Sample]:

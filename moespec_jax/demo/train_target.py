@@ -50,7 +50,7 @@ class Recipe:
         decay_from: share of all steps after which the decay begins.
         capacity_factor: slots of an expert, relative to an even distribution of tokens; 0: every expert processes every
             token, which is faster on a GPU.
-        repeat_from: share of all steps after which rows of repetitions begin.
+        repeat_from: share of all steps after which rows with repetitions begin.
         repeat_share: share of such rows in a batch.
         load_balance: weight of the load-balancing loss.
         weight_decay: of matrices.
@@ -161,7 +161,7 @@ def sequence_length(recipe: Recipe, step: int) -> int:
 
 def batch_at(recipe: Recipe, stream: np.ndarray, step: int) -> Batch:
     """Select the batch of a step: windows of the stream, without replacement within an epoch, shuffled in each. From
-    `repeat_from` on some of them become repetitions."""
+    `repeat_from` on a passage is repeated in some of them."""
     length = sequence_length(recipe, step)
     rows, count = recipe.tokens_per_step // length, (len(stream) - 2 * length) // length
     picks = []
