@@ -57,7 +57,8 @@ class DecoderConfig:
         query_scale: factor on the queries of layers without rotary embedding.
         output_gate: function of a projection of a layer's input, by which the heads' outputs are multiplied.
         output_gate_per_head: whether a head has one gate, instead of one for each number.
-        output_norms: whether the outputs of both blocks of a layer are normed before they are added (AFMoE).
+        input_norms: whether the inputs of both blocks of a layer are normed.
+        output_norms: whether the outputs of both blocks of a layer are normed before they are added (AFMoE, FlexOlmo).
         attention_sinks: whether every head has a sink: a learned score beside those of the tokens, without a value.
         router_bias: whether the router's logits have a bias.
         expert_bias: whether the matrices of routed experts have biases.
@@ -101,6 +102,7 @@ class DecoderConfig:
     query_scale: QueryScale | None = None
     output_gate: OutputGate = "none"
     output_gate_per_head: bool = False
+    input_norms: bool = True
     output_norms: bool = False
     attention_sinks: bool = False
     router_bias: bool = False

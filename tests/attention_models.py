@@ -1,12 +1,12 @@
-"""Random `config.json` of the families whose attention has forms of its own: the published defaults first, then every
-option of the config class in turn."""
+"""Random `config.json` of the families whose attention or norms have forms of their own: the published defaults first,
+then every option of the config class in turn."""
 
 from typing import Any
 
 import numpy as np
 from hf_models import CONTEXT, ROPES, Fields, draw_rope
 
-FAMILIES = ("gpt_oss", "mellum", "exaone_moe", "afmoe", "laguna")
+FAMILIES = ("gpt_oss", "mellum", "exaone_moe", "afmoe", "laguna", "flex_olmo")
 
 
 def draw_fields(family: str, number: int) -> Fields:
@@ -92,6 +92,14 @@ def _laguna(number: int, rng: np.random.Generator) -> dict[str, Any]:
     return fields | ropes
 
 
+def _flex_olmo(number: int, rng: np.random.Generator) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(num_experts=int(rng.choice([3, 5])), sliding_window=None, pad_token_id=None)
+    if number == 0:
+        return fields
+    fields |= dict(attention_bias=coin(rng), norm_topk_prob=coin(rng), hidden_act=("silu", "gelu")[number % 2])
+    return fields | draw_rope(ROPES[number % 5], rng, new_spelling=number // 5 % 2 == 0)
+
+
 def coin(rng: np.random.Generator) -> bool:
     return bool(rng.integers(2))
 
@@ -108,4 +116,5 @@ _OF_FAMILY = {
     "exaone_moe": _exaone_moe,
     "afmoe": _afmoe,
     "laguna": _laguna,
+    "flex_olmo": _flex_olmo,
 }

@@ -144,10 +144,10 @@ def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
     model, heads = config.hidden_size, config.heads_of(int(path[1]))
     bias = {"qkv_bias": config.qkv_bias, "o_bias": config.o_bias}
     rows = attention_table(config, (*path, "attention"), heads=heads, model=model, inputs=model, **bias)
-    norms = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+    second = "pre_mlp_layernorm" if config.output_norms else "post_attention_layernorm"
+    norms = {"input_norm": "input_layernorm", "post_attention_norm": second} if config.input_norms else {}
     if config.output_norms:
-        norms |= {"attention_output_norm": "post_attention_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
-        norms |= {"mlp_output_norm": "post_mlp_layernorm"}
+        norms |= {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
     rows |= {f"{name}.weight": Tensor((*path, place), (model,)) for place, name in norms.items()}
     if config.attention_sinks:
         rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (heads,))

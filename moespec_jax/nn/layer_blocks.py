@@ -27,19 +27,19 @@ from moespec_jax.parallel.mesh import ShardingPlan
 
 @struct.dataclass
 class Layer:
-    """One pre-norm transformer layer without its routed experts; stacked layers have a leading axis.
+    """One transformer layer without its routed experts; stacked layers have a leading axis.
 
     Fields:
-        input_norm: norm before attention.
+        input_norm: norm before attention; None where the family has none.
         attention: weights of attention.
-        post_attention_norm: norm before the feed-forward block.
+        post_attention_norm: norm before the feed-forward block; None where the family has none.
         mlp: weights of that block.
         attention_output_norm, mlp_output_norm: norms of the blocks' outputs; None where the family has none.
     """
 
-    input_norm: Float[Array, "*stack model"]
+    input_norm: Float[Array, "*stack model"] | None
     attention: Attention
-    post_attention_norm: Float[Array, "*stack model"]
+    post_attention_norm: Float[Array, "*stack model"] | None
     mlp: GatedMlp | SparseMlp
     attention_output_norm: Float[Array, "*stack model"] | None = None
     mlp_output_norm: Float[Array, "*stack model"] | None = None

@@ -50,15 +50,18 @@ def rms_norm(
 
 
 def add_norm(
-    x: Float[Array, "*batch model"], y: Float[Array, "*batch model"] | None, weight: Float[Array, " model"], eps: float
+    x: Float[Array, "*batch model"],
+    y: Float[Array, "*batch model"] | None,
+    weight: Float[Array, " model"] | None,
+    eps: float,
 ) -> tuple[Float[Array, "*batch model"], Float[Array, "*batch model"]]:
-    """Compute x + y, or x without `y`, and its norm."""
+    """Compute x + y, or x without `y`, and its norm, or the same sum without `weight`."""
     x = x if y is None else x + y
-    return x, rms_norm(x, weight, eps)
+    return x, x if weight is None else rms_norm(x, weight, eps)
 
 
 # `add_norm`, or a function of its signature.
-AddNorm = Callable[[Array, "Array | None", Array, float], tuple[Array, Array]]
+AddNorm = Callable[[Array, "Array | None", "Array | None", float], tuple[Array, Array]]
 
 
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: Activation) -> Float[Array, "tokens model"]:

@@ -13,10 +13,13 @@ MOST_ROWS, WIDEST = 64, 16384
 
 
 def add_norm_gpu(
-    x: Float[Array, "*batch model"], y: Float[Array, "*batch model"] | None, weight: Float[Array, " model"], eps: float
+    x: Float[Array, "*batch model"],
+    y: Float[Array, "*batch model"] | None,
+    weight: Float[Array, " model"] | None,
+    eps: float,
 ) -> tuple[Float[Array, "*batch model"], Float[Array, "*batch model"]]:
     """Compute `add_norm`: on NVIDIA GPUs with the kernel where rows are few, elsewhere with plain operations."""
-    if x.size > MOST_ROWS * x.shape[-1] or x.shape[-1] > WIDEST:
+    if weight is None or x.size > MOST_ROWS * x.shape[-1] or x.shape[-1] > WIDEST:
         return add_norm(x, y, weight, eps)
 
     def fused(x: Array, y: Array | None, weight: Array) -> tuple[Array, Array]:

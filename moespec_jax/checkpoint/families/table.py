@@ -8,7 +8,7 @@ from moespec_jax.checkpoint.families.granite import GRANITE, GRANITE_SHARED
 from moespec_jax.checkpoint.families.hunyuan import HUNYUAN
 from moespec_jax.checkpoint.families.mixed_attention import AFMOE, EXAONE_MOE, LAGUNA, MELLUM
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
-from moespec_jax.checkpoint.families.olmo import OLMOE
+from moespec_jax.checkpoint.families.olmo import FLEX_OLMO, OLMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moespec_jax.checkpoint.families.sigmoid import DOTS1, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from moespec_jax.checkpoint.quantized.detect import read_format
@@ -19,6 +19,7 @@ from moespec_jax.nn.layers import ACTIVATIONS
 
 FAMILIES: dict[str, Family] = {
     "olmoe": OLMOE,
+    "flex_olmo": FLEX_OLMO,
     "qwen2_moe": QWEN2_MOE,
     "qwen3_moe": QWEN3_MOE,
     "mixtral": MIXTRAL,
