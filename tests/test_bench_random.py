@@ -17,7 +17,7 @@ from moespec_jax.bench.random_pair import (
     skewed,
 )
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.checkpoint.parameters import random_decoder
+from moespec_jax.checkpoint.parameters import random_decoder, random_rows
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
@@ -125,3 +125,15 @@ def test_simulated_lengths_grow_with_the_tree_to_its_longest_path() -> None:
     assert published_accept_length(TreeConfig(7, 10, 60)) == 3.7
     assert published_accept_length(TreeConfig(0, 60, 60)) == 2.0
     assert 1.0 <= published_accept_length(TreeConfig(0, 1, 2)) <= 2.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_matrices_are_drawn_without_a_second_copy(dtype: str) -> None:
+    shape = (64, 256, 512)
+    drawn = random_rows.lower(jax.random.key(0), shape, jnp.dtype(dtype), 0.5).compile()
+    memory = drawn.memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes < 0.2 * memory.output_size_in_bytes
+    values = np.asarray(random_rows(jax.random.key(0), shape, jnp.dtype(dtype), 0.5), np.float64)
+    atol = 0.01 if dtype == "bfloat16" else 1e-3  # JAX draws bfloat16 from 128 uniform numbers
+    assert abs(values.mean()) < atol and abs(values.std() - 0.5) < atol
+    assert len(np.unique(values[:, 0, :8], axis=0)) == shape[0]

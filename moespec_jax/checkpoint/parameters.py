@@ -1,7 +1,9 @@
 """Leaves of a decoder's parameters: their shapes in a back-end's layout, the place of each published tensor, and the
 `Decoder` built of them. Loading, random models and ahead-of-time compilation share this description."""
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +26,8 @@ from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 # Matrices of a routed expert, and their biases.
 MATRICES = ("gate", "up", "down")
 BIASES = tuple(f"{name}_bias" for name in MATRICES)
+# Numbers of a random leaf that are drawn at once: drawing takes several times their memory.
+LARGE = 1 << 27
 
 
 class Place(NamedTuple):
@@ -193,4 +197,16 @@ def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTyp
     by_row = ("q", "k", "v", "embed", "lm_head", "router", "shared_gate", "output_gate")
     fan_in = shape[-1] if name in by_row else shape[-2:][0]
     scale = 0.1 if name.endswith("bias") or name in ("sinks", "correction") else fan_in**-0.5
-    return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)
+    if math.prod(shape) < LARGE:
+        return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)
+    return random_rows(key, shape, dtype, scale)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def random_rows(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike, scale: float) -> jax.Array:
+    """Draw a normal array row by row along its first axis, in the memory of the array and of one row."""
+
+    def row(key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, shape[1:], jnp.dtype(dtype)) * jnp.asarray(scale, dtype)
+
+    return jax.lax.map(row, jax.random.split(key, shape[0]))
