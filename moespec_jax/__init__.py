@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moespec_jax.parallel.mesh import MeshConfig
     from moespec_jax.runtime.load import load
     from moespec_jax.runtime.model import Model
+    from moespec_jax.runtime.profile_costs import read_costs
     from moespec_jax.runtime.results import PromptResult, RunResult
     from moespec_jax.runtime.tuned_profile import read_profile
 
@@ -41,6 +42,7 @@ __all__ = [
     "SamplingConfig",
     "TreeConfig",
     "load",
+    "read_costs",
     "read_profile",
 ]
 
@@ -57,6 +59,7 @@ _MODULES = {
     "parallel.mesh": ["MeshConfig"],
     "runtime.load": ["load"],
     "runtime.model": ["Model"],
+    "runtime.profile_costs": ["read_costs"],
     "runtime.results": ["PromptResult", "RunResult"],
     "runtime.tuned_profile": ["read_profile"],
 }

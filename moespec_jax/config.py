@@ -244,6 +244,16 @@ class TreeConfig:
                 f" {self.top_k} can draft with the root; got {self.size}"
             )
 
+    @classmethod
+    def of_name(cls, name: str) -> "TreeConfig":
+        """Parse size, depth and top-k, as `name` writes them.
+
+        Raises:
+            ValueError: it has another form, or the tree is invalid.
+        """
+        size, depth, top_k = (int(part) for part in name.split("/"))
+        return cls(depth, top_k, size)
+
     @property
     def name(self) -> str:
         """Size, depth and top-k, such as `60/7/10`."""

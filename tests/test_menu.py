@@ -215,7 +215,7 @@ def test_bench_reports_shares_of_rounds_and_the_error_of_the_prediction() -> Non
 @pytest.mark.usefixtures("kept_programs")
 def test_every_round_chooses_by_default_where_the_costs_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the batch at hand, for exact output, and where all shapes were measured."""
-    monkeypatch.setattr(Model, "_costs_identity", lambda self, spec, batch: {"batch": batch})
+    monkeypatch.setattr(Model, "costs_identity", lambda self, spec, batch: {"batch": batch})
     model, default = object.__new__(Model), DecodingSpec("default")
     model.draft, model.round_costs = pair()[3], {}  # pyright: ignore[reportAttributeAccessIssue]
     names = ("plain", "3/1/1")
@@ -246,9 +246,7 @@ def test_the_command_reports_the_choice(tmp_path: Path, capsys: pytest.CaptureFi
     assert "chosen each round" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "more", [["--tree-depth", "2"], ["--profile", "profile.json"], ["--simulate-accept-length", "2"]]
-)
+@pytest.mark.parametrize("more", [["--tree-depth", "2"], ["--simulate-accept-length", "2"]])
 def test_auto_takes_no_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]) -> None:
     flags = [*write_pair(tmp_path, 4), "--prompt-ids", "5,6,7"]
     assert main([*flags, "--speculate", "auto", *more]) == 2

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moespec_jax.cli.compare import agreement
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.timing import TimingCase, spread, tokens_per_second
 
@@ -77,10 +78,10 @@ def same_tokens(turn: Mapping[str, Mapping[str, Any]], name: str, plain: str) ->
 def case_columns(case: TimingCase) -> dict[str, Any]:
     """Columns of a case under SpecForge's names (zeros for plain decoding, none where every round chooses) and ours."""
     tree, budget = case.spec.tree, case.spec.budget
-    assert tree != "default"
-    if tree == "auto":
+    if case.spec.chooses:
         steps = top_k = size = None  # every round has its own
     else:
+        assert tree is None or isinstance(tree, TreeConfig)
         steps, top_k, size = (0, 0, 0) if tree is None else (tree.depth + 1, tree.top_k, tree.size)
     return {
         "batch_size": case.batch, "steps": steps, "topk": top_k, "num_draft_tokens": size,

@@ -15,6 +15,7 @@ from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.mesh import MeshConfig, parse_mesh
 from moespec_jax.runtime.load import DEMO_DRAFT, DEMO_TARGET, load
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.profile_costs import read_costs
 from moespec_jax.runtime.tuned_profile import read_profile
 
 
@@ -74,9 +75,13 @@ def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
     """
     tree, budget = tree_of(arguments), budget_of(arguments)
     if getattr(arguments, "speculate", None) == "auto":
-        if tree is not None or arguments.profile is not None:
-            raise RequestError("expected --speculate auto or the tree of --profile or of flags; got both")
-        return DecodingSpec("auto", budget)
+        if tree is not None:
+            raise RequestError("expected --speculate auto or the tree of flags; got both")
+        if arguments.profile is None:
+            return DecodingSpec("auto", budget)
+        if budget is not None:
+            raise RequestError("expected a budget either from --profile, whose costs are of its own, or from flags")
+        return DecodingSpec(**read_costs(arguments.profile))
     if arguments.profile is None:
         return DecodingSpec(tree or "default", budget)
     if tree is not None or budget is not None:
@@ -197,8 +202,8 @@ def add_speculate_flag(group: argparse._ArgumentGroup) -> None:
         "--speculate",
         choices=["auto"],
         help="auto: choose for every round between plain decoding and a few trees, by the costs of rounds on this"
-        " device, measured in the first runs and kept beside the compiled programs, and what they gain in this text;"
-        " the default where they were measured before and there is no budget",
+        " device and what they gain in this text; costs are those of --profile or else measured in the first runs and"
+        " kept beside the compiled programs; the default where they were measured before and there is no budget",
     )
 
 
@@ -207,5 +212,6 @@ def add_profile_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--profile",
         metavar="FILE",
-        help="profile written by python -m moespec_jax.tune: its tree and budget, in place of the flags for them",
+        help="profile written by python -m moespec_jax.tune: its tree and budget, in place of the flags for them; with"
+        " --speculate auto its budget and costs of rounds",
     )

@@ -59,11 +59,12 @@ def compare(
 ) -> Comparison:
     """Decode plainly, exactly and as requested, in turn; the first turn warms up and is not counted."""
     plain, exact, requested, every_round = [], [], [], []
-    fixed = _best_tree(generate(tree="auto", budget=spec.budget)) if spec.tree == "auto" else None
+    fixed = _best_tree(generate(tree=spec.tree, budget=spec.budget)) if spec.chooses else None
     for _ in range(repeats + 1):
         plain.append(generate(tree=None, budget=None, simulate_accept_length=None))
         if spec.budget is not None:
-            exact.append(generate(tree=spec.tree, budget=None))
+            # A profile's costs are those of rounds under its budget.
+            exact.append(generate(tree="auto" if spec.chooses else spec.tree, budget=None))
         requested.append(generate(tree=spec.tree, budget=spec.budget))
         if fixed is not None:
             every_round.append(generate(tree=fixed, budget=spec.budget))
@@ -88,8 +89,7 @@ def _best_tree(run: RunResult) -> TreeConfig | None:
         return None
     costs, gains = run.choice["round_s"], run.choice["gains"]
     best = max((name for name in costs if name != "plain"), key=lambda name: gains[name] / costs[name])
-    size, depth, top_k = map(int, best.split("/"))
-    return TreeConfig(depth, top_k, size)
+    return TreeConfig.of_name(best)
 
 
 def agreement(plain: list[list[int]], other: list[list[int]]) -> float:

@@ -36,8 +36,7 @@ def parse_tree(text: str) -> TreeConfig | None:
     if text == "plain":
         return None
     try:
-        size, depth, top_k = (int(part) for part in text.split("/"))
-        return TreeConfig(depth, top_k, size)
+        return TreeConfig.of_name(text)
     except ValueError as error:
         raise RequestError(f"expected a tree as SIZE/DEPTH/TOP-K (60/7/10) or plain; got {text!r}: {error}") from None
 

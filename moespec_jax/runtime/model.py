@@ -21,6 +21,7 @@ from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, is_exact
+from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.decoding.drafter import Drafter, SpeculativeParams
 from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
@@ -43,7 +44,7 @@ from moespec_jax.runtime.request import (
 )
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
 from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
-from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known
+from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known, known_by
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.runtime.run_result import measurements, prompt_results
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
@@ -142,7 +143,7 @@ class Model:
         stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         max_length: int | None = None,
-        tree: TreeConfig | Literal["default", "auto"] | None = "default",
+        tree: TreeConfig | Literal["default", "auto"] | CostTable | None = "default",
         budget: BudgetConfig | int | float | None = None,
         simulate_accept_length: float | None = None,
         drafter: Drafter[Any, Any] | None = None,
@@ -162,8 +163,8 @@ class Model:
             ignore_eos: generate beyond the model's stop ids.
             max_length: longest sequence in tokens (default: the model's context).
             tree: shape of the draft tree; None decodes plainly, and with "auto" every round is plain or drafts the tree
-                that pays most by the costs measured on this device. The default is "auto" where those were measured
-                before and there is no budget, else a chain; models without a draft head decode plainly.
+                that pays most by the costs measured on this device, or by those of `read_costs`. The default is "auto"
+                where those were measured before and there is no budget, else a chain; without a head it is None.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
@@ -245,13 +246,12 @@ class Model:
         if spec.tree is None:
             return Run(self.programs, self.autoregressive(sampling), self.params, batch, cache), None
         params = self.speculative_params
-        if spec.tree != "auto":
+        if not spec.chooses:
             return Run(self.programs, self.speculative(spec, sampling), params, batch, cache), None
         trees = [dataclasses.replace(spec, tree=tree) for tree in menu_trees(self.draft, spec)]
         menu = Menu(tuple(self.speculative(tree, sampling) for tree in trees))
-        run = Run(self.programs, menu, params, batch, cache)
-        identity = self._costs_identity(spec, len(batch.prompts))
-        return run, Chooser(menu, params, run, self.programs, identity, self.round_costs)
+        run, identity = Run(self.programs, menu, params, batch, cache), self.costs_identity(spec, len(batch.prompts))
+        return run, Chooser(menu, params, run, self.programs, identity, known_by(spec.tree, identity, self.round_costs))
 
     def resolve(self, spec: DecodingSpec) -> DecodingSpec:
         """Check a spec against this model, and complete it: the default tree, and the budget of each layer.
@@ -298,9 +298,9 @@ class Model:
     def _chosen_by_default(self, spec: DecodingSpec, batch: int) -> DecodingSpec:
         """Let every round choose its shape where no tree is asked for and the costs of rounds are known."""
         auto, free = DecodingSpec("auto"), spec == DecodingSpec("default") and self.draft is not None
-        return auto if free and are_known(self._costs_identity(auto, batch), self.round_costs) else spec
+        return auto if free and are_known(self.costs_identity(auto, batch), self.round_costs) else spec
 
-    def _costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:
+    def costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:
         """List what the costs of rounds depend on."""
         return {
             "model": str(self.directory.resolve()), "config": repr(self.config),

@@ -13,6 +13,7 @@ from tokenizers import Encoding, Tokenizer
 
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.errors import RequestError, shown_value, wrong_type
 from moespec_jax.nn.backend import Backend
 
@@ -39,7 +40,7 @@ def _is_number(value: object) -> bool:
 
 
 def _is_tree(value: object) -> bool:
-    return isinstance(value, TreeConfig) or (isinstance(value, str) and value in ("default", "auto"))
+    return isinstance(value, TreeConfig | CostTable) or (isinstance(value, str) and value in ("default", "auto"))
 
 
 def _are_whole_numbers(value: object) -> bool:

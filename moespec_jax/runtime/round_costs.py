@@ -1,9 +1,11 @@
 """Costs of the rounds of a menu on this device, which decide the shape of every round (`decoding/choice.py`).
 
 They are measured in the first runs, in rounds that count: the text does not depend on the shapes. A file beside the
-compiled programs keeps them for later runs of the same model, device, batch and menu.
+compiled programs keeps them for later runs of the same model, device, batch and menu. A table in their place, that of a
+profile, decides as it is (`profile_costs.py`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.decoding.menu import Menu, MenuState
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import read_json, write_json
@@ -25,6 +28,11 @@ from moespec_jax.runtime.run import Advance, Run
 # Rounds of one measurement, of plain decoding and of a tree, and measurements of each shape.
 PLAIN_ROUNDS, TREE_ROUNDS, TURNS = 24, 8, 3
 _FORMAT = "moespec_jax round costs 1"
+# Settings of a measurement that make it another one, and how a result names them.
+_DIFFERENCES = {
+    "config": "model", "precision": "precision", "backend": "back-end", "batch": "batch", "mesh": "mesh",
+    "device": "device", "cores": "number of cores",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -35,16 +43,18 @@ class RoundCosts:
         seconds: of a round, for each shape and measurement.
         tokens: that a sequence gained in a round, likewise.
         source: where they were measured: `this run`, or the file that holds them.
+        needed: measurements of each shape to decide by.
     """
 
     seconds: list[list[float]]
     tokens: list[list[float]]
     source: str = "this run"
+    needed: int = TURNS
 
     @property
     def complete(self) -> bool:
         """Test whether every shape was measured often enough."""
-        return min(map(len, self.seconds)) >= TURNS
+        return min(map(len, self.seconds)) >= self.needed
 
     @property
     def best(self) -> int:
@@ -126,6 +136,17 @@ class Chooser:
         return self._programs.run(Menu.price, self._menu, self._params, state, costs, gained, donate=True, specs=specs)
 
 
+def known_by(tree: object, identity: dict[str, Any], known: dict[str, RoundCosts]) -> dict[str, RoundCosts]:
+    """Known costs of a run whose tree is "auto"; or those of a table in place of it, whose source then names the
+    settings that it was measured with and that differ."""
+    if not isinstance(tree, CostTable):
+        return known
+    other = [word for name, word in _DIFFERENCES.items() if tree.identity.get(name) != identity[name]]
+    source = tree.source + (f" (measured with another {', '.join(other)})" if other else "")
+    seconds, tokens = ([list(of_shape) for of_shape in part] for part in (tree.seconds, tree.tokens))
+    return {_digest(identity): RoundCosts(seconds, tokens, source, needed=1)}
+
+
 def are_known(identity: dict[str, Any], known: dict[str, RoundCosts]) -> bool:
     """Test whether all costs of this model, device, batch and menu were measured before."""
     costs = known_costs(identity, known)
@@ -158,12 +179,15 @@ def keep_costs(identity: dict[str, Any], names: tuple[str, ...], costs: RoundCos
     file = _file(identity)
     if file is None:
         return
-    fields = {"format": _FORMAT, "identity": identity, "shapes": names}
-    try:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, fields | {"seconds": costs.seconds, "tokens": costs.tokens})
-    except OSError:
-        return
+        write_json(file, cost_fields(identity, names, costs))
+
+
+def cost_fields(identity: dict[str, Any], names: Sequence[str], costs: RoundCosts) -> dict[str, Any]:
+    """Fields of costs in files."""
+    fields = {"format": _FORMAT, "identity": identity, "shapes": list(names)}
+    return fields | {"seconds": costs.seconds, "tokens": costs.tokens}
 
 
 def _of_first(values: Sequence[float], unit: float) -> list[float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, BudgetWarning, budget_warning, resolve
+from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.runtime.drafters import NAMES, Draft, check_drafted, default_tree, menu_of
@@ -29,7 +30,9 @@ def resolved_spec(config: DecoderConfig, draft: Draft | None, directory: Path, s
             f"expected a draft head, or a drafter by name ({NAMES}), to draft a tree with; {directory} was loaded"
             " without one"
         )
-    if tree == "auto":
+    if not isinstance(tree, TreeConfig):
+        for listed in menu_trees(draft, spec):
+            check_drafted(draft, listed)
         if spec.simulate_accept_length is not None:
             raise RequestError("expected a tree to simulate the acceptance of; with auto, rounds have several")
     else:
@@ -38,7 +41,9 @@ def resolved_spec(config: DecoderConfig, draft: Draft | None, directory: Path, s
 
 
 def menu_trees(draft: Draft | None, spec: DecodingSpec) -> list[TreeConfig]:
-    """List the trees that `tree="auto"` chooses from."""
+    """List the trees that `tree="auto"`, or a table of costs, chooses from."""
+    if isinstance(spec.tree, CostTable):
+        return list(spec.tree.trees)
     return list(menu_of(draft if spec.drafter is None else None))
 
 

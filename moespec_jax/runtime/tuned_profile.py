@@ -1,4 +1,5 @@
-"""Profiles: JSON files with the tree and the budget that `moespec_jax.tune` found fastest for a model on a device."""
+"""Profiles: JSON files with the tree and the budget that `moespec_jax.tune` found fastest for a model on a device. The
+costs of rounds in them are read by `profile_costs.py`."""
 
 import dataclasses
 import os
@@ -36,6 +37,23 @@ def read_profile(path: str | os.PathLike[str]) -> ProfileArguments:
     Raises:
         RequestError: the file is missing or is not a profile.
     """
+    path, profile = profile_fields(path)
+    try:
+        tree = None if profile["tree"] is None else TreeConfig(**_check_integers(profile["tree"]))
+        budget = None if profile["budget"] is None else budget_from(profile["budget"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(one_line(f"expected a tree and a budget in {path}; {error}")) from None
+    if tree is None and budget is not None:
+        raise RequestError(f"expected a tree with the budget in {path}; there is none")
+    return ProfileArguments(tree=tree, budget=budget)
+
+
+def profile_fields(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Read the fields of a profile, unchecked; also returns its path.
+
+    Raises:
+        RequestError: the file is missing or is not a profile.
+    """
     if not isinstance(path, str | os.PathLike):
         raise wrong_type("a profile", "a file", path)
     path = expanded(path)
@@ -45,14 +63,7 @@ def read_profile(path: str | os.PathLike[str]) -> ProfileArguments:
         raise RequestError(str(error)) from None
     if profile.get("format") != FORMAT:
         raise RequestError(f"expected a profile of format {FORMAT!r} in {path}; got {shown(profile.get('format'))}")
-    try:
-        tree = None if profile["tree"] is None else TreeConfig(**_check_integers(profile["tree"]))
-        budget = None if profile["budget"] is None else _read_budget(profile["budget"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RequestError(one_line(f"expected a tree and a budget in {path}; {error}")) from None
-    if tree is None and budget is not None:
-        raise RequestError(f"expected a tree with the budget in {path}; there is none")
-    return ProfileArguments(tree=tree, budget=budget)
+    return path, profile
 
 
 def _check_integers(fields: dict[str, Any]) -> dict[str, int]:
@@ -62,8 +73,12 @@ def _check_integers(fields: dict[str, Any]) -> dict[str, int]:
     return fields
 
 
-def _read_budget(fields: dict[str, Any]) -> BudgetConfig:
-    """Read a budget, also with its older field names. A list of experts has one number for each layer."""
+def budget_from(fields: dict[str, Any]) -> BudgetConfig:
+    """Read a budget, also with its older field names. A list of experts has one number for each layer.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: these are not the fields of a budget.
+    """
     fields = current_fields(fields)
     experts = fields.pop("experts")
     if not all(type(count) in (int, float) for count in (experts if isinstance(experts, list) else [experts])):

@@ -2,8 +2,9 @@
 
 Measures what a round costs on this device and what is accepted on these prompts, predicts the speed of every setting,
 times the ten fastest predictions against plain decoding, and writes the fastest measured one to profile.json, which
-python -m moespec_jax.generate reads with --profile. Decoding is greedy, one prompt at a time. By default only exact
-settings are searched (--exact); --max-kl and --min-agreement admit expert budgets whose measured loss is within them.
+python -m moespec_jax.generate reads with --profile (with --speculate auto, the costs of rounds in it). Decoding is
+greedy, one prompt at a time. By default only exact settings are searched (--exact); --max-kl and --min-agreement admit
+expert budgets whose measured loss is within them.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from moespec_jax.runtime.tuned_profile import write_profile
 from moespec_jax.tune.candidates import grid
 from moespec_jax.tune.cost import TERMS
 from moespec_jax.tune.report import bound_text, draw, rows, table, verdict
+from moespec_jax.tune.round_times import cost_tables
 from moespec_jax.tune.search import Bound, Outcome, SearchConfig, find_fastest
 
 EXAMPLE = """
@@ -131,7 +133,9 @@ def _run(arguments: argparse.Namespace) -> None:
     whole = about | flags | {"budgets": search.budgets, "bound": bound._asdict(), "repeats": search.repeats}
     ledger = Ledger(arguments.output / "tune.jsonl", whole)
     outcome = find_fastest(model, prompts, search, ledger)
-    _write(outcome, bound, about, arguments.output)
+    names = {name: about[name] for name in ("model", "draft_model")}
+    costs = cost_tables(outcome.timed, lambda spec: model.costs_identity(spec, 1) | names)
+    _write(outcome, bound, about, costs, arguments.output)
     write_tables(f"{table(outcome)}\n\n{verdict(outcome, bound)}\nprofile: {arguments.output / 'profile.json'}\n")
 
 
@@ -168,7 +172,7 @@ def _about(model: Model, arguments: argparse.Namespace, sets: dict[str, int]) ->
     }  # fmt: skip
 
 
-def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Path) -> None:
+def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], costs: list[dict[str, Any]], directory: Path) -> None:
     found = rows(outcome)
     best = outcome.best
     measured = {
@@ -179,6 +183,7 @@ def _write(outcome: Outcome, bound: Bound, about: dict[str, Any], directory: Pat
         "considered": outcome.considered,
         "refused": outcome.refused,
         "finalists": found,
+        "costs": costs,
     }
     report = f"# Fastest setting ({bound_text(bound)})\n\n{verdict(outcome, bound)}\n\n{table(outcome)}\n\n"
     report += f"{json.dumps(about)}\n"

@@ -19,6 +19,7 @@ from moespec_jax.measure.fidelity import Texts, summary
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import continued
 from moespec_jax.measure.timing import TimingCase, spread, time_interleaved, tokens_per_second
+from moespec_jax.runtime.drafters import menu_of
 from moespec_jax.runtime.model import Model
 from moespec_jax.tune.candidates import (
     ANCHORS,
@@ -32,6 +33,7 @@ from moespec_jax.tune.candidates import (
 )
 from moespec_jax.tune.cost import Cost, Measured, fit, interpolate_experts
 from moespec_jax.tune.replay import path_ranks
+from moespec_jax.tune.round_times import Timed, timed_rounds
 
 FINALISTS, BUDGETED_TREES, ANCHOR_REPEATS = 10, 4, 3
 PLAIN = "plain"
@@ -108,6 +110,7 @@ class Outcome(NamedTuple):
         cost: fitted cost model.
         considered: number of candidates.
         refused: number of candidates whose loss exceeds the bound.
+        timed: rounds of every setting that was timed.
     """
 
     best: Finalist | None
@@ -116,11 +119,12 @@ class Outcome(NamedTuple):
     cost: Cost
     considered: int
     refused: int
+    timed: list[Timed]
 
 
 def find_fastest(model: Model, prompts: Sequence[Sequence[int]], search: SearchConfig, ledger: Ledger) -> Outcome:
     """Find the fastest setting; all measurements are stored in `ledger`."""
-    measured = time_anchors(model, prompts, search, ledger)
+    measured, anchors = time_anchors(model, prompts, search, ledger)
     cost, experts = fit(measured), interpolate_experts([one for one in measured if not one.budgeted])
     longest = max(tree.depth for tree in search.trees) + 1
     texts: list[list[int]] = ledger.task("texts", lambda: continued(model, prompts, search.tokens + longest))
@@ -129,30 +133,32 @@ def find_fastest(model: Model, prompts: Sequence[Sequence[int]], search: SearchC
     budgeted = measure_budgets(model, texts, search, exact, cost, ledger)
     allowed = [c for c in budgeted if search.bound.allows(c)]
     best = sorted([*exact, *allowed], key=lambda c: -c.tokens_per_s)[:FINALISTS]
-    plain, finalists = time_finalists(model, prompts, best, search, ledger)
+    plain, finalists, timed = time_finalists(model, prompts, best, search, ledger)
     faster = finalists[0].tokens_per_s["median"] > plain["median"]
     considered, refused = len(exact) + len(budgeted), len(budgeted) - len(allowed)
-    return Outcome(finalists[0] if faster else None, finalists, plain, cost, considered, refused)
+    found = finalists[0] if faster else None
+    return Outcome(found, finalists, plain, cost, considered, refused, anchors + timed)
 
 
 def time_anchors(
     model: Model, prompts: Sequence[Sequence[int]], search: SearchConfig, ledger: Ledger
-) -> list[Measured]:
-    """Time the settings that the cost of a round is fitted to."""
+) -> tuple[list[Measured], list[Timed]]:
+    """Time the settings that the cost of a round is fitted to, and those that a profile's costs must have: plain
+    decoding and the trees of the menu."""
     narrowest, widest = min(tree.top_k for tree in search.trees), max(tree.top_k for tree in search.trees)
-    anchors = [tree for tree in ANCHORS if narrowest <= tree.top_k <= widest]
-    cases = {tree.name: TimingCase(DecodingSpec(tree)) for tree in anchors}
+    anchors = [tree for tree in (*ANCHORS, *menu_of(model.draft)) if narrowest <= tree.top_k <= widest]
+    cases = {PLAIN: TimingCase(), **{tree.name: TimingCase(DecodingSpec(tree)) for tree in anchors}}
     for tree in BUDGETED_ANCHORS:
         for budget in (min(search.budgets), max(search.budgets)):
             cases[f"{tree.name} B={budget}"] = TimingCase(DecodingSpec(tree, BudgetConfig(budget)))
     turns = time_interleaved(model, prompts, cases, search.tokens, ANCHOR_REPEATS, ledger, label="anchor")
+    timed = timed_rounds(cases, turns)
     found = []
-    for name, case in cases.items():
-        assert isinstance(case.spec.tree, TreeConfig)
-        seconds = spread([turn[name]["decode_s"] / turn[name]["rounds"] for turn in turns])["median"]
-        experts = turns[0][name]["experts_read"]
-        found.append(Measured(case.spec.tree, experts, seconds, case.spec.budget is not None))
-    return found
+    for name, one in zip(cases, timed, strict=True):
+        if isinstance(one.spec.tree, TreeConfig):
+            seconds, experts = spread(one.seconds)["median"], turns[0][name]["experts_read"]
+            found.append(Measured(one.spec.tree, experts, seconds, one.spec.budget is not None))
+    return found, timed
 
 
 def draft_at_all_positions(
@@ -202,15 +208,15 @@ def measure_budgets(
 
 def time_finalists(
     model: Model, prompts: Sequence[Sequence[int]], best: Sequence[Candidate], search: SearchConfig, ledger: Ledger
-) -> tuple[dict[str, float], list[Finalist]]:
-    """Time plain decoding and the candidates in turns; returns the speed of plain decoding, and the finalists, the
-    fastest first."""
+) -> tuple[dict[str, float], list[Finalist], list[Timed]]:
+    """Time plain decoding and the candidates in turns; returns the speed of plain decoding, the finalists, the fastest
+    first, and the rounds of each."""
     cases = {PLAIN: TimingCase(), **{c.name: TimingCase(c.spec) for c in best}}
     turns = time_interleaved(model, prompts, cases, search.tokens, search.repeats, ledger, label="final")
     finalists = [_finalist(c, turns) for c in best]
-    return spread([tokens_per_second(turn[PLAIN]) for turn in turns]), sorted(
-        finalists, key=lambda f: -f.tokens_per_s["median"]
-    )
+    finalists.sort(key=lambda finalist: -finalist.tokens_per_s["median"])
+    plain = spread([tokens_per_second(turn[PLAIN]) for turn in turns])
+    return plain, finalists, timed_rounds(cases, turns)
 
 
 def _finalist(candidate: Candidate, turns: Sequence[dict[str, Any]]) -> Finalist:
