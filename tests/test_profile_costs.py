@@ -75,6 +75,14 @@ def test_a_menu_is_the_fastest_tree_those_of_the_menu_and_others_by_speed(tmp_pa
     assert found.tokens[1:] == ((2.0,), (4.0,), (5.0,), (6.0,), (7.0,))
 
 
+def test_the_costs_of_a_profile_are_known_before_the_first_run(tmp_path: Path) -> None:
+    here = SETTINGS | {"batch": 2, "device": "gpu (a card)"}
+    (costs,) = known_by(read_costs(written(tmp_path / "p.json", ROUNDS))["tree"], here, {}).values()
+    assert costs.complete and costs.round_s == [0.9, 1.4, 2.0] and costs.gains == [1.0, 1.8, 2.2]
+    assert costs.source == f"{tmp_path / 'p.json'} (measured with another batch, device)"
+
+
+@pytest.mark.slow
 def test_the_costs_of_a_profile_decide(tmp_path: Path) -> None:
     """Nothing is measured; the result names the file."""
     here = SETTINGS | {"batch": 2, "shapes": [tree.name for tree in TREES]}

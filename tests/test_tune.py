@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_pair import write_pair
 
-from moespec_jax import TreeConfig, load, read_profile
+from moespec_jax import TreeConfig, load, read_costs, read_profile
 from moespec_jax.cli import arguments
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -147,6 +147,8 @@ def test_a_search_chooses_what_measured_fastest_and_continues_to_the_same(
     chosen = read_profile(tmp_path / "tuned" / "profile.json")
     assert (chosen["tree"] is None) == (profile["chosen"]["setting"] == "plain")
     assert profile["chosen"]["setting"] in first or "Plain decoding is fastest" in first
+    costs = read_costs(tmp_path / "tuned" / "profile.json")
+    assert costs["budget"] == chosen["budget"] and costs["tree"].trees
     # Cut off in the middle of a line, the same command ends with the same bytes: what was measured is kept.
     lines = files["tune.jsonl"].splitlines(keepends=True)
     (tmp_path / "tuned" / "tune.jsonl").write_bytes(b"".join(lines[:-1]) + lines[-1])
