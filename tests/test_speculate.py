@@ -19,7 +19,7 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding import autoregressive
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
-from moespec_jax.decoding.eagle3_drafter import extend_cache
+from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, extend_cache
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
@@ -84,6 +84,17 @@ def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
     for prompt, sequence in zip(PROMPTS[:1], three[:1], strict=True):
         alone = decode(speculating(*pair(backend="slots"), TREES[tree]), FastPrograms(), [prompt], 120).sequences
         assert alone == [sequence]
+
+
+@pytest.mark.slow
+def test_unrolled_levels_draft_the_same_trees() -> None:
+    """As on GPUs (`Backend.unrolled`)."""
+    looped = speculating(*pair(), TREES["16/4/4"])
+    drafter = Eagle3Drafter(pair()[3], pair()[2]._replace(unrolled=True))
+    unrolled = looped._replace(method=dataclasses.replace(looped.method, drafter=drafter))
+    one, other = (decode(decoding, FastPrograms(), PROMPTS, 60) for decoding in (looped, unrolled))
+    assert one.sequences == other.sequences
+    np.testing.assert_array_equal(one.accepted, other.accepted)
 
 
 @pytest.mark.slow
