@@ -22,6 +22,7 @@ from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.menu import Menu, MenuState
+from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.waiting import HeadState
@@ -62,6 +63,20 @@ def run_menu(family: str, sampling: SamplingConfig, prompts: list[list[int]], **
     return run
 
 
+def assert_expected(rounds: list[RoundInfo]) -> None:
+    """Expected tokens of every round are those of `choice.py`'s description: decayed means, drawn to the gains."""
+    assert rounds, "the texts are longer than the measurements"
+    sizes, gained, tried = [1, *(tree.size for tree in TREES)], np.zeros(len(COSTS)), np.zeros(len(COSTS))
+    for info in rounds:
+        assert info.tree is not None and info.accepted is not None and info.expected is not None
+        shape = sizes.index(info.tree.tokens.shape[1])
+        np.testing.assert_allclose(info.expected, (gained[shape] + 2 * GAINS[shape]) / (tried[shape] + 2), rtol=1e-5)
+        decay = np.where(np.arange(len(COSTS)) == shape, 0.9, 0.98)
+        gained, tried = gained * decay, tried * decay
+        gained[shape] += info.accepted.count[info.active].mean()
+        tried[shape] += 1
+
+
 @pytest.mark.slow_except("1.0-qwen3_moe")
 @every_family
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -72,7 +87,9 @@ def test_text_is_plain_decoding_s(family: str, temperature: float) -> None:
     run = run_menu(family, sampling, PROMPTS)
     assert run.sequences == plain and min(run.rounds_of) >= 4
     assert sum(run.rounds_of) == run.rounds
-    assert run_menu(family, sampling, PROMPTS, on_round=lambda number, info: None).sequences == plain
+    rounds: list[RoundInfo] = []
+    assert run_menu(family, sampling, PROMPTS, on_round=lambda number, info: rounds.append(info)).sequences == plain
+    assert_expected(rounds[4 * len(COSTS) :])
     assert run_menu(family, sampling, PROMPTS[:1]).sequences == plain[:1]
 
 
@@ -242,6 +259,8 @@ def test_the_command_reports_the_choice(tmp_path: Path, capsys: pytest.CaptureFi
     records = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
     sizes = [len(record["tokens"]) for record in records]
     assert len(records) == sum(rounds.values()) and sizes.count(1) == rounds["plain"]
+    shapes = [record["shape"] for record in records]
+    assert {name: shapes.count(None if name == "plain" else name) for name in rounds} == rounds
     assert main([*flags, "--speculate", "auto", "--compare"]) == 0
     assert "chosen each round" in capsys.readouterr().err
 

@@ -4,18 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from speculation import FastPrograms
 from test_menu import PROMPTS, TREES, menu
 from tiny_pair import run_json, write_pair
 
 from moespec_jax import BudgetConfig, RequestError, TreeConfig, read_costs, read_profile
+from moespec_jax.cli.round_trace import round_records
+from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.cost_table import CostTable
+from moespec_jax.decoding.round_info import RoundInfo, RoundShape
 from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.decoding.tree import Tree
 from moespec_jax.generate import main
 from moespec_jax.measure.timing import TimingCase
 from moespec_jax.runtime.drafters import MENU
-from moespec_jax.runtime.round_costs import Chooser, known_by
+from moespec_jax.runtime.round_costs import Chooser, known_by, with_shapes
 from moespec_jax.runtime.run import Batch, Run
 from moespec_jax.runtime.tuned_profile import FORMAT, write_profile
 from moespec_jax.tune.round_times import Timed, cost_tables, timed_rounds
@@ -92,13 +97,53 @@ def test_the_costs_of_a_profile_decide(tmp_path: Path) -> None:
         file = written(tmp_path / "p.json", [timed(None, [1.0], 1.0), timed(TREES[0], [tree_s], 1.9), ROUNDS[2]])
         run = Run(programs, method, params, Batch(PROMPTS[:1], [len(PROMPTS[0]) + 40], (), 0))
         chooser = Chooser(method, params, run, programs, here, known_by(read_costs(file)["tree"], here, {}))
-        run.execute(prepare=chooser.prepare, first_parts=chooser.first_parts)
+        seen: list[RoundInfo] = []
+        on_round = with_shapes(lambda number, info, seen=seen: seen.append(info), "auto", chooser)
+        run.execute(None, on_round, chooser.prepare, first_parts=chooser.first_parts)
         texts.append(run.sequences)
         report = chooser.report()
+        shapes = [round_.shape for round_ in seen if round_.shape is not None]
+        assert [shape.seconds for shape in shapes] == [report["round_s"][shape.tree or "plain"] for shape in shapes]
+        assert sum(shape.seconds or 0.0 for shape in shapes) == pytest.approx(report["predicted_s"])
+        assert all(shape.tokens == 1.0 for shape in shapes if shape.tree is None)
         assert max(report["rounds"], key=lambda name: report["rounds"][name]) == shape
         assert report["round_s"] == pytest.approx({"plain": 1.0, "4/2/1": tree_s, "7/1/3": 2.0})
         assert report["source"] == f"{file} (measured with another batch)"
     assert texts[0] == texts[1]
+
+
+def test_a_round_is_reported_with_its_shape() -> None:
+    """Predictions of the costs only where these decided; a tree that was asked for has none."""
+    (method, params), nothing = menu(), jnp.zeros((1,), bool)
+    run = object.__new__(Run)
+    run.rounds_of = [0, 0, 0]
+    table = CostTable(TREES, ((1.0,), (2.0,), (3.0,)), ((1.0,),) * 3, "p.json", SETTINGS)
+    chooser = Chooser(method, params, run, FastPrograms(), SETTINGS, known_by(table, SETTINGS, {}))
+    seen: list[RoundInfo] = []
+    report = with_shapes(lambda number, info: seen.append(info), "auto", chooser)
+    assert report is not None
+    for shape, decides in ((0, False), (2, False), (2, True), (0, True), (1, True)):
+        run.rounds_of[shape] += 1
+        chooser.decides = decides
+        report(0, RoundInfo(nothing, nothing[None, None], nothing[None, None], expected=jnp.float32(1.5)))
+    assert [one.shape for one in seen] == [
+        RoundShape(None), RoundShape("7/1/3"), RoundShape("7/1/3", 3.0, 1.5), RoundShape(None, 1.0, 1.5),
+        RoundShape("4/2/1", 2.0, 1.5),
+    ]  # fmt: skip
+    fixed = with_shapes(lambda number, info: seen.append(info), TREES[1], None)
+    assert fixed is not None and with_shapes(None, "auto", chooser) is None
+    fixed(0, seen[0])
+    assert seen[-1].shape == RoundShape("7/1/3")
+
+
+def test_a_trace_has_the_shape_of_every_round() -> None:
+    one = jnp.ones((1, 1), jnp.int32)
+    tree, accepted = Tree(one, one - 2, jnp.zeros((1, 1))), Accepted(one - 1, one[0], one[0])
+    info = RoundInfo(one[0] > 0, one[None] > 0, one[None] > 0, tree, accepted)
+    (plain,) = round_records(3, info._replace(shape=RoundShape(None, 0.25, 1.0)))
+    assert (plain["shape"], plain["predicted_s"], plain["predicted_tokens"]) == (None, 0.25, 1.0)
+    (drafted,) = round_records(3, info._replace(shape=RoundShape("60/7/10")))
+    assert (drafted["shape"], drafted["predicted_s"], drafted["predicted_tokens"]) == ("60/7/10", None, None)
 
 
 def test_measured_costs_are_known_where_there_is_no_table() -> None:

@@ -136,4 +136,9 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
-    group.add_argument("--trace", metavar="FILE", help="write JSON lines, one for each round and sequence")
+    group.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write JSON lines, one for each round and sequence: tree and its shape, what was accepted, experts; with"
+        " --speculate auto also the seconds and tokens that the costs predicted",
+    )

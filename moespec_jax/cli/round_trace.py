@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moespec_jax.decoding.round_info import RoundInfo
+from moespec_jax.decoding.round_info import RoundInfo, RoundShape
 from moespec_jax.errors import RequestError
 from moespec_jax.files import expanded
 from moespec_jax.runtime.run import OnRound
@@ -44,6 +44,9 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
 
     Its keys:
         sequence, round: indices from 0.
+        shape: size, depth and top-k of the tree (`60/7/10`); None in a plain round.
+        predicted_s, predicted_tokens: where costs decided the shape, the seconds of such a round and the tokens that it
+            was expected to gain; else None.
         root: token id of the root.
         tokens, parents, scores: nodes of the tree, the root first; scores are log-probabilities of the paths.
         accepted: indices of the accepted nodes after the root.
@@ -55,11 +58,14 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
     tree, accepted = info.tree, info.accepted
     assert tree is not None and accepted is not None
     for sequence in np.flatnonzero(info.active).tolist():
-        count = int(accepted.count[sequence])
+        count, shape = int(accepted.count[sequence]), info.shape or RoundShape(None)
         layers, num_experts, budget = info.read.shape[0], info.read.shape[2], info.budget
         yield {
             "sequence": sequence,
             "round": number,
+            "shape": shape.tree,
+            "predicted_s": shape.seconds,
+            "predicted_tokens": None if shape.tokens is None else round(shape.tokens, 6),
             "root": int(tree.tokens[sequence, 0]),
             "tokens": tree.tokens[sequence].tolist(),
             "parents": tree.parents[sequence].tolist(),

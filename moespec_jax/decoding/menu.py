@@ -13,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.decoding.accept import Accept, accept_rule
-from moespec_jax.decoding.choice import Choice, after_round, first_choice
+from moespec_jax.decoding.choice import Choice, after_round, expected_gains, first_choice
 from moespec_jax.decoding.drafter import DraftState, SpeculationState, SpeculativeParams, Weights
 from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, no_tree_rounds, tree_round_info
@@ -24,7 +24,7 @@ from moespec_jax.decoding.speculative import (
     accept_trees,
     append_path,
 )
-from moespec_jax.decoding.state_specs import choice_specs
+from moespec_jax.decoding.state_specs import choice_specs, expected_specs
 from moespec_jax.decoding.states import DecodeState, Prompts, any_unfinished
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.nn.summary import summary
@@ -139,6 +139,7 @@ class Shape(Generic[Weights, DraftState]):
         batch, tree = len(state.speculation.decoding.length), self.method.tree
         size, path = (tree.size, tree.longest_path) if self.index else (1, 1)
         start = no_tree_rounds(self.method.target.config, size, path, self.method.budget, batch)
+        start = _with_expected(start, jnp.float32(0.0))
 
         def proceeds(state: MenuState[DraftState], done: Int[Array, ""]) -> Array:
             chosen = (state.choice.current == self.index) | (done == 0)
@@ -157,12 +158,12 @@ class Shape(Generic[Weights, DraftState]):
         gained = psum(jnp.sum(jnp.where(info.active, info.accepted.count, 0), dtype=jnp.float32), data_axes())
         active = psum(jnp.sum(info.active, dtype=jnp.float32), data_axes())
         choice = after_round(state.choice, self.index, gained / jnp.maximum(active, 1.0))
-        return MenuState(speculation, choice), info
+        return MenuState(speculation, choice), info._replace(expected=expected_gains(state.choice)[self.index])
 
     def specs(self, params: SpeculativeParams[Weights]) -> tuple[MenuState[DraftState], RunInfo]:
         """Sharding of the results of `step` on a mesh."""
         speculation, info = self.method.specs(params)
-        return MenuState(speculation, choice_specs()), info
+        return MenuState(speculation, choice_specs()), _with_expected(info, expected_specs())
 
 
 def plain_round(
@@ -181,6 +182,11 @@ def plain_round(
     draft = method.drafter.skip(state.draft, decoding.length - 1, info.aux_hidden_states)
     new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
     return dataclasses.replace(state, decoding=new, draft=draft), round_info
+
+
+def _with_expected(info: RunInfo, expected: Array) -> RunInfo:
+    assert info.last is not None
+    return info._replace(last=info.last._replace(expected=expected))
 
 
 def _accept_root(method: Speculative[Weights, DraftState]) -> Accept:

@@ -27,6 +27,20 @@ class BudgetInfo(NamedTuple):
     replaced: Float[Array, ""]
 
 
+class RoundShape(NamedTuple):
+    """Shape of a round, and what the costs by which it was chosen predicted.
+
+    Fields:
+        tree: size, depth and top-k (`60/7/10`); None in a plain round.
+        seconds: of the round; None where no costs decided.
+        tokens: that a sequence gains in it, likewise.
+    """
+
+    tree: str | None
+    seconds: float | None = None
+    tokens: float | None = None
+
+
 class RoundInfo(NamedTuple):
     """One round of all sequences.
 
@@ -37,6 +51,8 @@ class RoundInfo(NamedTuple):
         tree: draft trees; None in plain decoding.
         accepted: accepted paths; None in plain decoding.
         budget: None without a budget.
+        expected: tokens that a round of its shape was expected to gain, where every round chooses its shape.
+        shape: of the tree; known on the host, to those that a round is reported to.
     """
 
     active: Bool[Array, " batch"]
@@ -45,6 +61,8 @@ class RoundInfo(NamedTuple):
     tree: Tree | None = None
     accepted: Accepted | None = None
     budget: BudgetInfo | None = None
+    expected: Float[Array, ""] | None = None
+    shape: RoundShape | None = None
 
 
 class BudgetSums(NamedTuple):

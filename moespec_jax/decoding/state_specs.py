@@ -51,6 +51,11 @@ def choice_specs() -> Choice:
     return Choice(*[REPLICATED] * 7)
 
 
+def expected_specs() -> Array:
+    """Spec of `RoundInfo.expected`."""
+    return REPLICATED  # pyright: ignore[reportReturnType]
+
+
 def depth_count_specs() -> Array:
     """Spec of `SpeculationState.depth_counts`."""
     return REPLICATED  # pyright: ignore[reportReturnType]

@@ -44,7 +44,7 @@ from moespec_jax.runtime.request import (
 )
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
 from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
-from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known, known_by
+from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known, known_by, with_shapes
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
 from moespec_jax.runtime.run_result import measurements, prompt_results
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
@@ -213,7 +213,7 @@ class Model:
         run, chooser = self._run(spec, sampling, batch, cache)
         run.execute(
             on_tokens if stops is None else stops.before(on_tokens),
-            on_round,
+            with_shapes(on_round, spec.tree, chooser),
             None if chooser is None else chooser.prepare,
             (lambda: False) if stops is None else stops.all_stopped,
             None if chooser is None else chooser.first_parts,

@@ -17,13 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.decoding.menu import Menu, MenuState
+from moespec_jax.decoding.round_info import RoundInfo, RoundShape
 from moespec_jax.errors import CheckpointError
 from moespec_jax.files import read_json, write_json
 from moespec_jax.parallel.processes import broadcast_from_first, is_first_process
 from moespec_jax.runtime.programs import Programs
-from moespec_jax.runtime.run import Advance, Run
+from moespec_jax.runtime.run import Advance, OnRound, Run
 
 # Rounds of one measurement, of plain decoding and of a tree, and measurements of each shape.
 PLAIN_ROUNDS, TREE_ROUNDS, TURNS = 24, 8, 3
@@ -73,7 +75,11 @@ class RoundCosts:
 
 
 class Chooser:
-    """Costs of one run's menu: kept ones, or measured in its first rounds."""
+    """Costs of one run's menu: kept ones, or measured in its first rounds.
+
+    Fields:
+        decides: whether rounds are chosen by the costs, and no longer to measure them.
+    """
 
     def __init__(
         self, menu: Menu[Any, Any], params: Any, run: Run[Any, Any, Any], programs: Programs, identity: dict[str, Any],
@@ -83,6 +89,7 @@ class Chooser:
         shapes = range(len(menu.names))
         costs = known_costs(identity, known) or RoundCosts([[] for _ in shapes], [[] for _ in shapes])
         self._costs = known[_digest(identity)] = costs
+        self.decides, self._reported = False, [0 for _ in shapes]
 
     @property
     def first_parts(self) -> Sequence[int] | None:
@@ -99,6 +106,7 @@ class Chooser:
             return state
         unknown = [1.0] * len(self._menu.names)  # in a process without the first one's file
         seconds, gains = (self._costs.round_s, self._costs.gains) if self._costs.complete else (unknown, unknown)
+        self.decides = self._costs.complete
         return self._with_costs(state, _of_first(seconds, 1e9), _of_first(gains, 1e6))
 
     def report(self) -> dict[str, Any]:
@@ -112,6 +120,17 @@ class Chooser:
         report |= {k: dict(zip(names, v, strict=True)) for k, v in by_name.items()}
         predicted = float(np.dot(self._run.rounds_of, costs.round_s))
         return report | {"predicted_s": predicted, "source": costs.source}
+
+    def shape_of_round(self, info: RoundInfo) -> RoundShape:
+        """Shape of the round that was run last, with the predictions by which it was chosen, of which there are none
+        while costs are measured. To be called after every round."""
+        counts = self._run.rounds_of
+        ran = next(i for i, (now, before) in enumerate(zip(counts, self._reported, strict=True)) if now > before)
+        self._reported = list(counts)
+        tree = self._menu.names[ran] if ran else None
+        if not self.decides or info.expected is None:
+            return RoundShape(tree)
+        return RoundShape(tree, self._costs.round_s[ran], float(info.expected))
 
     def _measure(self, advance: Advance[MenuState], state: MenuState) -> MenuState:
         """Run the shape that was measured least, until all are measured or every sequence is done."""
@@ -134,6 +153,18 @@ class Chooser:
         costs, gained = (self._programs.put(np.asarray(values, np.float32)) for values in (seconds, gains))
         specs = None if self._programs.mesh is None else self._menu.specs(self._params)[0]
         return self._programs.run(Menu.price, self._menu, self._params, state, costs, gained, donate=True, specs=specs)
+
+
+def with_shapes(on_round: OnRound | None, tree: object, chooser: Chooser | None) -> OnRound | None:
+    """Report the rounds of a tree, or of what a chooser chose, with their shapes."""
+    if on_round is None:
+        return None
+
+    def report(number: int, info: RoundInfo) -> None:
+        shape = RoundShape(tree.name if isinstance(tree, TreeConfig) else None)
+        on_round(number, info._replace(shape=shape if chooser is None else chooser.shape_of_round(info)))
+
+    return report
 
 
 def known_by(tree: object, identity: dict[str, Any], known: dict[str, RoundCosts]) -> dict[str, RoundCosts]:
