@@ -45,8 +45,8 @@ class DecoderConfig:
         sliding_windows: attention window of each layer in tokens, 0 for full attention.
         norm_topk_prob: whether combine weights are renormalised over the k experts of a token.
         qk_norm: RMS norm of queries and keys: `none`, over each `head` (Qwen3), over each head after
-            it is `rotated` (HunYuan), `flat` over all heads (OLMoE), or of `unit` weight over each head of layers with
-            rotary embedding (Llama-4).
+            it is `rotated` (HunYuan), `flat` over all heads (OLMoE), or of `unit` weight over each rotated head of
+            layers with rotary embedding (Llama-4).
         clip_qkv: bound on the absolute value of queries, keys and values; None for none.
         shared_expert_intermediate_size: ffn width of the shared expert, 0 where there is none. Several are one of their
             widths together.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from hf_models import CONTEXT, ROPES, Fields, draw_rope
 
-FAMILIES = ("gpt_oss", "mellum", "exaone_moe", "afmoe", "laguna", "flex_olmo")
+FAMILIES = ("gpt_oss", "mellum", "exaone_moe", "afmoe", "laguna", "flex_olmo", "llama4_text")
 
 
 def draw_fields(family: str, number: int) -> Fields:
@@ -100,6 +100,23 @@ def _flex_olmo(number: int, rng: np.random.Generator) -> dict[str, Any]:
     return fields | draw_rope(ROPES[number % 5], rng, new_spelling=number // 5 % 2 == 0)
 
 
+def _llama4_text(number: int, rng: np.random.Generator) -> dict[str, Any]:
+    fields: dict[str, Any] = dict(num_local_experts=int(rng.choice([3, 5])), intermediate_size_mlp=28)
+    fields |= dict(sliding_window=None, intermediate_size=12, num_experts_per_tok=int(rng.integers(1, 3)))
+    if number == 0:
+        return fields
+    fields |= dict(attention_chunk_size=(5, 8, None)[number % 3], attention_bias=coin(rng), use_qk_norm=coin(rng))
+    fields |= dict(attn_temperature_tuning=coin(rng), floor_scale=int(rng.integers(2, 6)), attn_scale=0.4)
+    fields |= [dict(moe_layers=[0, 3]), dict(interleave_moe_layer_step=2), {}][int(rng.integers(3))]
+    fields |= [dict(no_rope_layers=[1, 0, 1, 1]), dict(no_rope_layer_interval=2), {}][int(rng.integers(3))]
+    if fields["attention_chunk_size"] and coin(rng):
+        fields |= dict(layer_types=["chunked_attention", "full_attention", "full_attention", "chunked_attention"])
+    fields |= draw_rope(ROPES[number % 5], rng, new_spelling=number // 5 % 2 == 0)
+    if number % 10 == 4:  # llama3, as Scout has it: no frequency is between high and low
+        fields["rope_parameters"] |= dict(low_freq_factor=1.0, high_freq_factor=1.0)
+    return fields
+
+
 def coin(rng: np.random.Generator) -> bool:
     return bool(rng.integers(2))
 
@@ -117,4 +134,5 @@ _OF_FAMILY = {
     "afmoe": _afmoe,
     "laguna": _laguna,
     "flex_olmo": _flex_olmo,
+    "llama4_text": _llama4_text,
 }

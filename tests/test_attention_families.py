@@ -1,6 +1,7 @@
 """Families whose attention has forms of its own, against transformers, and that every path has these forms."""
 
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,8 @@ from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.orbax_io import write_orbax
 from moespec_jax.checkpoint.read import load_config, load_parameters, open_source
 from moespec_jax.checkpoint.write import export
-from moespec_jax.config import TreeConfig
+from moespec_jax.config import DecoderConfig, QueryScale, RopeConfig, TreeConfig
+from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.nn.backend import BACKENDS
 
 TOLERANCE = 5e-5  # on logits of standard deviation 1
@@ -89,3 +91,55 @@ def test_speculation_gives_the_tokens_of_plain_decoding(family: str, backend: st
     run = decode(drafted, FastPrograms(), prompts, 20)
     assert run.sequences == plain.sequences
     assert run.accepted.sum() > 3
+
+
+def scout(**changes: Any) -> DecoderConfig:
+    """The text model of Llama-4-Scout, with the fields of its published config.json."""
+    fields = dict(
+        model_type="llama4_text", vocab_size=202048, hidden_size=5120, intermediate_size=8192,
+        intermediate_size_mlp=16384, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, head_dim=128,
+        num_experts_per_tok=1, num_local_experts=16, max_position_embeddings=10485760, rms_norm_eps=1e-5,
+        rope_theta=500000.0, moe_layers=list(range(48)), interleave_moe_layer_step=1, use_qk_norm=True,
+        no_rope_layers=[], attention_chunk_size=8192, attn_temperature_tuning=4, floor_scale=8192, attn_scale=0.1,
+        router_aux_loss_coef=0.001, router_jitter_noise=0.0, cache_implementation="hybrid", for_llm_compressor=False,
+        rope_scaling={
+            "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    )  # fmt: skip
+    return read_config(fields | changes)
+
+
+def test_llama4_as_published() -> None:
+    config = scout()
+    assert config.rope_layers[:5] == (True, True, True, False, True) and all(config.sparse_layers)
+    assert config.attention_chunks[:4] == (8192, 8192, 8192, 0)
+    assert config.rope == RopeConfig("llama3", 500_000.0, 16.0, 8192, high_freq_factor=1.0, interleaved=True)
+    assert config.query_scale == QueryScale(0.1, 8192) and config.context_length == 10485760
+    assert (config.intermediate_size, config.moe_intermediate_size) == (16384, 8192)
+    assert config.shared_expert_intermediate_size == 8192 and config.qk_norm == "unit"
+    maverick = scout(moe_layers=list(range(1, 48, 2)), use_qk_norm=False, num_local_experts=128, rope_scaling=None)
+    assert maverick.sparse_layers == (False, True) * 24 and maverick.qk_norm == "none"
+    assert maverick == scout(
+        moe_layers=None, interleave_moe_layer_step=2, use_qk_norm=False, num_local_experts=128, rope_scaling=None
+    )
+
+
+REFUSED = [
+    ("flex_olmo", dict(clip_qkv=8.0), "clip_qkv"),
+    ("llama4_text", dict(no_rope_layers=[1, 2, 1, 1]), "no_rope_layers"),
+    ("llama4_text", dict(no_rope_layers=[1]), "no_rope_layers"),
+    ("llama4_text", dict(layer_types=["sliding_attention"] * 4), "layer_types"),
+    ("llama4_text", dict(layer_types=["chunked_attention"] * 4, attention_chunk_size=None), "attention_chunk_size"),
+    ("llama4_text", dict(attention_chunk_size=0), "attention_chunk_size"),
+    ("llama4_text", dict(moe_layers="all"), "moe_layers"),
+    ("llama4_text", dict(attn_temperature_tuning="yes"), "attn_temperature_tuning"),
+    ("llama4_text", dict(norm_topk_prob=True), "norm_topk_prob"),
+    ("llama4_text", dict(model_type="llama4"), "llama4_text"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED)
+def test_what_would_be_computed_wrongly_is_refused_by_name(family: str, changes: Any, named: str) -> None:
+    with pytest.raises(UnsupportedConfig, match=named):
+        read_config(draw_fields(family, 0) | changes)

@@ -238,10 +238,13 @@ def test_rows_of_the_cache_are_all_read_before_one_is_written() -> None:
         np.testing.assert_array_equal(np.asarray(new), expected)
 
 
-def launches(dtype: Any = jnp.bfloat16, tokens: int = 3, head: int = 64, **forms: Any) -> int:
+def launches(
+    dtype: Any = jnp.bfloat16, tokens: int = 3, head: int = 64, changed: dict[str, Any] | None = None, **forms: Any
+) -> int:
     """Kernels of Triton in a forward pass of one layer, lowered for an A100."""
     changes = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": head, "num_hidden_layers": 1}
     config, backend = read_config(tiny.CONFIG | changes), BACKENDS["fused"]._replace(**forms)
+    config = dataclasses.replace(config, **changed or {})
     params = abstract_decoder(config, backend, dtype)
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 128, dtype, stacked=False))
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
@@ -267,6 +270,8 @@ def test_every_form_can_be_turned_off() -> None:
         pytest.param({"tokens": 65}, 3, id="a prompt: products of experts, router"),
         pytest.param({"dtype": jnp.float32}, 4, id="float32: norms and router"),
         pytest.param({"head": 32}, 9, id="a narrow head: all but attention"),
+        pytest.param({"changed": {"qk_norm": "unit"}}, 10, id="norms of rotated heads: all but write_qkv"),
+        pytest.param({"changed": {"input_norms": False}}, 9, id="no norms of inputs: one norm instead of three"),
     ],
 )
 def test_what_does_not_fit_runs_in_plain_operations(change: dict[str, Any], expected: int) -> None:

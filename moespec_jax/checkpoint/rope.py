@@ -98,9 +98,9 @@ def _read(given: Fields, fields: Fields, default_theta: float, partial: float | 
     rope = RopeConfig(rope_type=rope_type, rope_theta=theta, partial_rotary_factor=share, **_scaling(given, rope_type))
     if rope_type == "yarn" and theta == 1.0:
         raise UnsupportedConfig("expected rope_theta other than 1 for rope_type 'yarn'")
-    if rope.low_freq_factor >= rope.high_freq_factor:
+    if rope.low_freq_factor > rope.high_freq_factor:
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        raise UnsupportedConfig(f"expected low_freq_factor below high_freq_factor; config.json has {low}, {high}")
+        raise UnsupportedConfig(f"expected low_freq_factor of at most high_freq_factor; config.json has {low}, {high}")
     return rope
 
 

@@ -16,7 +16,7 @@ from moespec_jax.config import DecoderConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SPARSE_BLOCK = re.compile(
-    r"(model\.layers\.[0-9]{1,4}\.)(?:mlp|block_sparse_moe)\."
+    r"(model\.layers\.[0-9]{1,4}\.)(?:mlp|block_sparse_moe|feed_forward)\."
     r"(gate\.weight|(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias"
     r"|router\.weight|(?:input|output)_linear\.weight|(?:shared_)?experts\..+)"
 )

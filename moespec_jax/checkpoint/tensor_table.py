@@ -57,7 +57,9 @@ def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
             rows |= _sparse_table(config, ("layers", i, "mlp"), sparse)
             sparse += 1
         else:
-            rows |= mlp_table("mlp.", ("layers", i, "mlp"), model, config.intermediate_size)
+            rows |= mlp_table(
+                FAMILIES[config.model_type].names.dense, ("layers", i, "mlp"), model, config.intermediate_size
+            )
         table |= {f"model.layers.{i}.{name}": tensor for name, tensor in rows.items()}
     return table
 

@@ -61,7 +61,7 @@ def project_qkv(
     """Compute rotated queries, rotated keys and values; where heads are sharded over `axes`, those of this device.
 
     Order as published: project, norm over all heads (OLMoE), clip, split into heads, norm per head (Qwen3), rotate,
-    norm per rotated head (HunYuan).
+    norm per rotated head (HunYuan, Llama-4).
     """
     parts = []
     for weight, bias, norm in (
@@ -80,13 +80,11 @@ def project_qkv(
         if norm is not None and config.qk_norm == "head":
             y = rms_norm(y, norm, config.rms_norm_eps)
         parts.append(y)
-    if config.qk_norm == "unit":  # before the rotation, which keeps lengths
-        one = jnp.ones(config.head_dim, x.dtype)
-        parts[:2] = (rms_norm(y, one, config.rms_norm_eps) for y in parts[:2])
     q, k = (apply_rope(part, cos, sin, config.rope.interleaved) for part in parts[:2])
-    if config.qk_norm == "rotated":
-        assert weights.q_norm is not None and weights.k_norm is not None
-        q, k = (rms_norm(q, weights.q_norm, config.rms_norm_eps), rms_norm(k, weights.k_norm, config.rms_norm_eps))
+    if config.qk_norm in ("rotated", "unit"):
+        one = jnp.ones(config.head_dim, x.dtype)
+        norms = (one if norm is None else norm for norm in (weights.q_norm, weights.k_norm))
+        q, k = (rms_norm(y, norm, config.rms_norm_eps) for y, norm in zip((q, k), norms, strict=True))
     return q, k, parts[2]
 
 

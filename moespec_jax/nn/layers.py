@@ -160,7 +160,8 @@ def _llama3_frequencies(rope: RopeConfig, inverse: np.ndarray, max_position_embe
     context = rope.original_max_position_embeddings or max_position_embeddings
     wavelength = 2 * np.pi / inverse
     low, high = context / rope.low_freq_factor, context / rope.high_freq_factor
-    smooth = (context / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    span = (rope.high_freq_factor - rope.low_freq_factor) or 1.0  # without one, no frequency is between (Llama-4-Scout)
+    smooth = (context / wavelength - rope.low_freq_factor) / span
     between = (1 - smooth) * inverse / rope.factor + smooth * inverse
     scaled = np.where(wavelength > low, inverse / rope.factor, inverse)
     return np.where((wavelength <= low) & (wavelength >= high), between, scaled).astype(np.float32)

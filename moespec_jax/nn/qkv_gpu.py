@@ -41,7 +41,7 @@ def write_qkv_gpu(
 
     few = layer is None and not axes and x.shape[1] <= MOST_TOKENS and weights.q.shape[0] <= WIDEST
     half = config.head_dim // 2
-    usual = angles[0].shape[-1] == half and not config.rope.interleaved and config.qk_norm != "rotated"
+    usual = angles[0].shape[-1] == half and not config.rope.interleaved and config.qk_norm not in ("rotated", "unit")
     dtypes = x.dtype in DTYPES and x.dtype == weights.q.dtype == kv[0].dtype
     if not (few and usual and dtypes) or half & (half - 1):
         return plain(weights, x, angles, kv, start)

@@ -1,6 +1,5 @@
 """ERNIE-4.5-MoE."""
 
-import dataclasses
 from typing import Any
 
 from moespec_jax.checkpoint.config_fields import Fields, as_number, read_count, require_count, shown
@@ -14,12 +13,9 @@ def _read_ernie(fields: Fields) -> DecoderConfig:
     layers = require_count([fields], "num_hidden_layers")
     active = {"num_experts_per_tok": read_count([fields], "moe_k", fields.get("num_experts_per_tok", 6))}
     width = require_count([fields], "moe_intermediate_size")
-    common = read_common({"tie_word_embeddings": True, **fields, **active}, rope_theta=500_000.0)
-    rope = dataclasses.replace(common.pop("rope"), interleaved=True)
     shared = {"moe_num_shared_experts": fields.get("moe_num_shared_experts", 2) or None}  # 0 stands for none
     return DecoderConfig(
-        **common,
-        rope=rope,
+        **read_common({"tie_word_embeddings": True, **fields, **active}, rope_theta=500_000.0, interleaved=True),
         intermediate_size=require_count([fields], "intermediate_size"),
         moe_intermediate_size=width,
         num_experts=read_count([fields], "moe_num_experts", fields.get("num_experts", 64)),

@@ -24,13 +24,14 @@ HONOURED: tuple[Any, ...] = _Everything()
 
 
 class TensorNames(NamedTuple):
-    """Names of a sparse layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index.
+    """Names of a layer's tensors below `model.layers.{layer}.`; `{expert}` is replaced by the expert's index.
 
     Fields:
         router, gate, up, down: matrices.
         correction: correction of the router's scores.
         correction_row: whether it is stored as a row `[1, experts]`.
         shared: prefix of the shared expert's matrices.
+        dense: prefix of a dense layer's matrices.
         attention: names of a layer's other tensors that differ from the usual ones, by these.
     """
 
@@ -41,6 +42,7 @@ class TensorNames(NamedTuple):
     correction: str = "mlp.gate.e_score_correction_bias"
     correction_row: bool = False
     shared: str = "mlp.shared_experts."
+    dense: str = "mlp."
     attention: Mapping[str, str] = MappingProxyType({})
 
     @property

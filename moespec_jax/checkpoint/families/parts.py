@@ -1,5 +1,6 @@
 """Parts of a `config.json` that several families have in common, read and written."""
 
+import dataclasses
 from typing import Any
 
 from moespec_jax.checkpoint.config_fields import (
@@ -17,9 +18,11 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
 
 
-def read_common(fields: Fields, rope_theta: float = 10_000.0, partial_rotary: float | None = None) -> dict[str, Any]:
-    """Read the fields that all families have; `rope_theta` is the family's default, and `partial_rotary` as in
-    `read_rope`."""
+def read_common(
+    fields: Fields, rope_theta: float = 10_000.0, partial_rotary: float | None = None, interleaved: bool = False
+) -> dict[str, Any]:
+    """Read the fields that all families have; `rope_theta` is the family's default, `partial_rotary` as in `read_rope`,
+    and `interleaved` whether the family rotates neighbouring dimensions."""
     heads, hidden = require_count([fields], "num_attention_heads"), require_count([fields], "hidden_size")
     return dict(
         model_type=fields["model_type"],
@@ -34,7 +37,7 @@ def read_common(fields: Fields, rope_theta: float = 10_000.0, partial_rotary: fl
         rms_norm_eps=as_number("rms_norm_eps", require([fields], "rms_norm_eps")),
         hidden_act=str(fields.get("hidden_act", "silu")),
         tie_word_embeddings=read_flag([fields], "tie_word_embeddings", False),
-        rope=read_rope(fields, rope_theta, partial_rotary),
+        rope=dataclasses.replace(read_rope(fields, rope_theta, partial_rotary), interleaved=interleaved),
     )
 
 

@@ -6,6 +6,7 @@ from moespec_jax.checkpoint.families.family import Family
 from moespec_jax.checkpoint.families.gpt_oss import GPT_OSS
 from moespec_jax.checkpoint.families.granite import GRANITE, GRANITE_SHARED
 from moespec_jax.checkpoint.families.hunyuan import HUNYUAN
+from moespec_jax.checkpoint.families.llama4 import LLAMA4
 from moespec_jax.checkpoint.families.mixed_attention import AFMOE, EXAONE_MOE, LAGUNA, MELLUM
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import FLEX_OLMO, OLMOE
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Family] = {
     "exaone_moe": EXAONE_MOE,
     "afmoe": AFMOE,
     "laguna": LAGUNA,
+    "llama4_text": LLAMA4,
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE_SHARED,
 }
