@@ -68,10 +68,10 @@ def _run(arguments: argparse.Namespace) -> None:
     chat: Any = dict(chat=arguments.chat, system=arguments.system, thinking=not arguments.no_thinking)
     encode = functools.partial(encode_prompt, model, **chat)
     prompts = [encode(prompt) for prompt in asked] + ids
-    if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed])):
+    if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed, arguments.samples])):
         raise RequestError("expected the same prompts and flags in all processes; they differ")
     several = any(prompt.later for prompt in asked)
-    streamed = not arguments.json and len(prompts) == 1 and not several
+    streamed = not arguments.json and len(prompts) == arguments.samples == 1 and not several
     tokenizer, stops = model.tokenizer, arguments.stop or []
     printer = _Printer(tokenizer, prompts[0], stops) if streamed and tokenizer is not None else None
     generate = functools.partial(
@@ -82,6 +82,7 @@ def _run(arguments: argparse.Namespace) -> None:
         stop=arguments.stop,
         ignore_eos=arguments.ignore_eos,
         max_length=arguments.max_length,
+        samples=arguments.samples,
         simulate_accept_length=arguments.simulate_accept_length,
         **{name: getattr(arguments, name) for name in SAMPLING_OPTIONS},
     )
@@ -140,10 +141,12 @@ def _texts(model: Model, prompt: Prompt, chat: dict[str, Any]) -> list[str]:
 
 
 def _print_batch(texts: list[list[str]], result: RunResult, answers: list[list[int]]) -> None:
-    for number, own in enumerate(answers):
+    for sequence, own in enumerate(answers):
+        number, sample = divmod(sequence, result.samples)
         before = texts[number] if number < len(texts) else [""]
         for turn, place in enumerate(own):
             prompt, name = result.prompts[place], f"{number}, turn {turn}" if len(own) > 1 else f"{number}"
+            name += f", sample {sample}" if result.samples > 1 else ""
             text = ",".join(map(str, prompt.token_ids)) if prompt.text is None else before[turn] + prompt.text
             write_output(f"--- prompt {name} ({prompt.new_tokens} new tokens, {prompt.finish_reason})\n{text}\n")
 

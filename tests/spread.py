@@ -33,6 +33,7 @@ from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.mesh import make_mesh, parse_mesh
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Batch, Run
+from moespec_jax.runtime.samples import with_samples
 
 # Eight heads and eight experts of width 16, so that eight devices have something to split; few key/value heads, which
 # are repeated then.
@@ -82,7 +83,9 @@ class Pair:
 
     def decode(self, way: str, groups: int) -> dict[str, Any]:
         """Tokens and what was read; a balanced budget divides it among so many groups of experts."""
-        batch = Batch(PROMPTS, [len(p) + NEW for p in PROMPTS], (), 5)
+        samples = 4 if way == "samples" else 1
+        prompts = with_samples(PROMPTS, samples)
+        batch = Batch(prompts, [len(p) + NEW for p in prompts], (), 5, samples)
         method, params = self._method(way, groups)
         run = Run(self.programs, method, params, batch)
 
@@ -97,7 +100,7 @@ class Pair:
 
     def _method(self, way: str, groups: int) -> tuple[Any, Any]:
         """The method and its parameters."""
-        sampling = SamplingConfig(1.0) if way == "sampled" else SamplingConfig()
+        sampling = SamplingConfig(1.0) if way in ("sampled", "samples") else SamplingConfig()
         plain = Autoregressive(self.config, sampling, BACKENDS["slots"])
         if way == "plain":
             return plain, self.params
@@ -120,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--mesh", nargs="+", default=[])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=(*WAYS, "samples"))
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process-id", type=int)
     parser.add_argument("--coordinator")

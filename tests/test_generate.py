@@ -69,6 +69,7 @@ RUN_FIELDS = {
     "quantization": type(None),
     "versions": dict,
     "choice": type(None),
+    "samples": int,
 }
 PROMPT_FIELDS = {
     "text": str,
@@ -80,6 +81,7 @@ PROMPT_FIELDS = {
     "accepted_by_depth": list,
     "finish_reason": str,
     "cached_tokens": int,
+    "sample": int,
 }
 
 

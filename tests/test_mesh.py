@@ -32,7 +32,7 @@ from moespec_jax.runtime.load import _placement, load
 
 MESHES = {
     "olmoe": ("tensor=8", ["tree"]),
-    "qwen3_moe": ("data=2,expert=2,tensor=2", ["plain", "tree", "sampled", "balanced", "menu"]),
+    "qwen3_moe": ("data=2,expert=2,tensor=2", ["plain", "tree", "sampled", "balanced", "menu", "samples"]),
     "qwen2_moe": ("expert=8", ["tree", "global"]),
     "mixtral": ("data=8", ["tree", "global"]),
 }

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ def load_tokenizer(directory: Path) -> Tokenizer | None:
         return _transformers_tokenizer(directory)._tokenizer
     except Exception as error:  # of any type: transformers and sentencepiece document none
         raise CheckpointError(f"expected a tokenizer in {directory}; {first_line(error)}") from None
+
+
+def decode_after(tokenizer: Tokenizer, token_ids: Sequence[int], after: Sequence[int]) -> str:
+    """Decode token ids that follow others, without special tokens."""
+    before = tokenizer.decode(list(after), skip_special_tokens=True)
+    whole = tokenizer.decode([*after, *token_ids], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 def _check_merges(file: Path) -> None:

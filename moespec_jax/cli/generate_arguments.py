@@ -67,10 +67,10 @@ def check_turns(arguments: argparse.Namespace, prompts: Sequence[Prompt]) -> Non
         RequestError: it does.
     """
     conversation = next((prompt.conversation for prompt in prompts if prompt.later), None)
-    if conversation is not None and (arguments.trace is not None or arguments.compare):
+    if conversation is not None and (arguments.trace is not None or arguments.compare or arguments.samples != 1):
         raise RequestError(
-            f"--trace and --compare describe one batch; expected prompts of one turn with them, got several turns in"
-            f" {conversation.where}"
+            f"--trace, --compare and --samples are of one batch; expected prompts of one turn with them, got several"
+            f" turns in {conversation.where}"
         )
 
 
@@ -136,6 +136,13 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+    group.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="continuations of each prompt, which is read once: those of a batch that has it N times (default: 1)",
+    )
     group.add_argument(
         "--trace",
         metavar="FILE",

@@ -22,7 +22,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
         ("sampling", _sampling(result)),
         *_drafting(result),
         ("compilation", f"{result.compile_s:.2f} s"),
-        ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {sum(p.prompt_tokens for p in result.prompts)} tokens"),
+        ("prefill", f"{result.prefill_s * 1e3:.1f} ms for {_tokens_read(result)} tokens"),
         ("decoding", f"{result.tokens_per_s:.1f} tokens/s"),
         (
             "experts",
@@ -33,6 +33,11 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     if comparison is not None:
         rows.append(("comparison", _compared(comparison)))
     return "\n" + "\n".join(f"{name:{NAME_WIDTH}} {value}" for name, value in rows)
+
+
+def _tokens_read(result: RunResult) -> int:
+    """Tokens of the prompts; the samples of a prompt share them."""
+    return sum(prompt.prompt_tokens for prompt in result.prompts[:: result.samples])
 
 
 def _output(result: RunResult) -> str:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.chat import render_messages
 from moespec_jax.checkpoint.generation_config import PublishedSampling
+from moespec_jax.checkpoint.tokenizer import decode_after
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
@@ -43,10 +44,11 @@ from moespec_jax.runtime.request import (
     sequence_limits,
 )
 from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sampling, requested_sampling
-from moespec_jax.runtime.results import RunResult, device_name, exactness, versions
+from moespec_jax.runtime.results import RunResult, device_name, versions
 from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known, known_by, with_shapes
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
-from moespec_jax.runtime.run_result import measurements, prompt_results
+from moespec_jax.runtime.run_result import as_requested, measurements, prompt_results
+from moespec_jax.runtime.samples import with_samples
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
 from moespec_jax.runtime.stop_strings import StopStrings, listed_stops
 
@@ -126,13 +128,7 @@ class Model:
 
         `after` are the ids that precede them: some tokenizers drop a leading space at the start of a text.
         """
-        if self.tokenizer is None:
-            return None
-        before = self.tokenizer.decode(list(after), skip_special_tokens=True)
-        whole = self.tokenizer.decode([*after, *token_ids], skip_special_tokens=True)
-        if whole.startswith(before):
-            return whole[len(before) :]
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return None if self.tokenizer is None else decode_after(self.tokenizer, token_ids, after)
 
     def generate(
         self,
@@ -145,6 +141,7 @@ class Model:
         max_length: int | None = None,
         tree: TreeConfig | Literal["default", "auto"] | CostTable | None = "default",
         budget: BudgetConfig | int | float | None = None,
+        samples: int = 1,
         simulate_accept_length: float | None = None,
         drafter: Drafter[Any, Any] | None = None,
         prompt_cache: PromptCache | None = None,
@@ -167,6 +164,8 @@ class Model:
                 where those were measured before and there is no budget, else a chain; without a head it is None.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
+            samples: number of continuations of each prompt, which is read once; the result is that of a batch in which
+                the prompt occurs so often in succession, with `PromptResult.sample` from 0.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
             drafter: in place of the draft head.
             prompt_cache: keeps the state for the next call, whose prompt may begin with this one and its continuation;
@@ -190,7 +189,7 @@ class Model:
         settings = (max_new_tokens, seed, *options.values())
         check_not_traced("generate", prompts, settings, self.speculative_params)
         check_types(
-            max_new_tokens=max_new_tokens, seed=seed, max_length=max_length, tree=tree, budget=budget,
+            max_new_tokens=max_new_tokens, seed=seed, max_length=max_length, tree=tree, budget=budget, samples=samples,
             simulate_accept_length=simulate_accept_length, adapt=adapt, on_tokens=on_tokens, on_round=on_round,
         )  # fmt: skip
         try:
@@ -202,7 +201,8 @@ class Model:
             raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
         ids = self._token_ids(prompts)
         limit = sequence_limits(self.config, ids, max_new_tokens, max_length)
-        batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed)
+        ids, limit = with_samples(ids, samples), with_samples(limit, samples)
+        batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed, int(samples))
         spec = DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt)
         spec = self.resolve(self._chosen_by_default(spec, len(ids)))
         if spec.tree is None and on_round is not None:
@@ -218,17 +218,12 @@ class Model:
             (lambda: False) if stops is None else stops.all_stopped,
             None if chooser is None else chooser.first_parts,
         )
-        exact = self.is_exact(spec, len(ids))
         return RunResult(
             prompts=prompt_results(run, batch, self.decode, max_new_tokens, stops),
-            exact=exact,
-            exactness=exactness(exact, spec.tree, spec.budget, simulate_accept_length, str(self.dtype)),
+            samples=batch.samples,
             greedy=sampling.greedy,
             sampling=describe_sampling(sampling, self.published_sampling, options),
-            budget=None if spec.budget is None else spec.budget.as_dict(),
-            tree=dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
             draft_model=self.drafter_name(spec),
-            simulated_accept_length=simulate_accept_length,
             mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
             device=device_name(),
             dtype=str(self.dtype),
@@ -236,6 +231,7 @@ class Model:
             backend=self.expert_form,
             versions=versions(),
             choice=None if chooser is None else chooser.report(),
+            **as_requested(spec, self.is_exact(spec, len(ids)), str(self.dtype)),
             **measurements(run, batch),
         )
 

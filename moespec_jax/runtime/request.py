@@ -58,6 +58,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "check": (callable, "a function"),
     "max_new_tokens": (is_whole_number, "a whole number"),
     "seed": (is_whole_number, "a whole number"),
+    "samples": (is_whole_number, "a whole number"),
     "max_length": (is_whole_number, "a whole number"),
     "tree": (_is_tree, "a TreeConfig, 'default', 'auto' or None"),
     "budget": (lambda value: isinstance(value, Real | BudgetConfig), "a number or a BudgetConfig"),
@@ -66,7 +67,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "on_tokens": (callable, "a function"),
     "on_round": (callable, "a function"),
 }
-_REQUIRED = ("model", "max_new_tokens", "seed")
+_REQUIRED = ("model", "max_new_tokens", "seed", "samples")
 
 
 def check_types(**arguments: object) -> None:

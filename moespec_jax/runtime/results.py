@@ -25,6 +25,7 @@ class PromptResult:
         finish_reason: "stop" (a stop id), "stop string" (which the text does not have, but `token_ids` do), "length"
             (`max_new_tokens`) or "context".
         cached_tokens: tokens of the prompt that were in the prompt cache, and were not read.
+        sample: number of this continuation among the samples of its prompt, from 0.
     """
 
     text: str | None
@@ -36,6 +37,7 @@ class PromptResult:
     accepted_by_depth: list[float]
     finish_reason: str
     cached_tokens: int = 0
+    sample: int = 0
 
     def __repr__(self) -> str:
         return (
@@ -49,7 +51,7 @@ class RunResult:
     """Result of one batch. Numbers of experts are means over rounds and sparse layers.
 
     Fields:
-        prompts: one result for each prompt.
+        prompts: one result for each prompt, or for each of its samples.
         experts_wanted: distinct experts that a layer's rows selected.
         experts_read: distinct experts that were read.
         experts_max_per_device: the most that one device of the mesh read.
@@ -74,6 +76,7 @@ class RunResult:
         choice: where every round chose its shape: `rounds` of each shape, and the seconds and gained tokens of a round
             of each that decided (`round_s`, `gains`), measured in this run or read from a file (`source`);
             `predicted_s`, the seconds of all rounds by these costs, is to be compared with `decode_s`.
+        samples: of each prompt.
     """
 
     prompts: list[PromptResult]
@@ -101,6 +104,7 @@ class RunResult:
     backend: str
     versions: dict[str, str]
     choice: dict[str, Any] | None = None
+    samples: int = 1
 
     @property
     def drafts(self) -> bool:

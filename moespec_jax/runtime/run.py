@@ -12,18 +12,18 @@ from moespec_jax.decoding.autoregressive import bucket_lengths
 from moespec_jax.decoding.method import Method, MethodOfParts, Params, PrefillState, ResumableMethod, State
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
-from moespec_jax.decoding.states import NO_TOKEN, Prompts
-from moespec_jax.errors import CheckpointError
+from moespec_jax.decoding.states import Prompts
 from moespec_jax.parallel.processes import broadcast_from_first, fetch
-from moespec_jax.runtime.padding import padded, without_padding
+from moespec_jax.runtime.padding import in_rows, padded, stop_slots, without_padding
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.prompt_cache import PromptCache, Resumed
+from moespec_jax.runtime.samples import Repetition, repeat_rows, rows_of_one_read
+from moespec_jax.runtime.sequences import fetch_sequences
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
 # Rounds of a rehearsal after the first one, which takes longest, and about the most seconds for them.
 _SETTLING_ROUNDS, _SETTLING_S = 16, 0.25
-_STOP_SLOTS = 8
 
 Result = TypeVar("Result")
 InputState = TypeVar("InputState")
@@ -61,12 +61,14 @@ class Batch(NamedTuple):
         limit: length that each sequence may reach.
         stop_ids: token ids that end a sequence.
         seed: of all random draws; those of a sequence depend on its place in `prompts`, too.
+        samples: of each prompt; so many equal ones follow each other in `prompts`, and are read once.
     """
 
     prompts: list[list[int]]
     limit: list[int]
     stop_ids: tuple[int, ...]
     seed: int
+    samples: int = 1
 
 
 class Run(Generic[Params, PrefillState, State]):
@@ -95,17 +97,17 @@ class Run(Generic[Params, PrefillState, State]):
         self._parts = method.parts if isinstance(method, MethodOfParts) else (method,)
         self.rounds_of = [0] * len(self._parts)
         self._prompts, self._limit = padded(batch.prompts, batch.limit, programs.mesh)
+        self._shared = rows_of_one_read(len(batch.prompts), batch.samples, programs.mesh)
         self._cache, self._resumed = cache, None
         self._lay_out(0)
-        if cache is not None and (resumed := cache.take(method.prefill, batch.prompts)) is not None:
+        read = batch.prompts[:: self._shared]
+        if cache is not None and (resumed := cache.take(method.prefill, read)) is not None:
             self._lay_out(resumed.start)
             if resumed.slots >= self._slots:
                 self._resumed, self._slots = resumed, resumed.slots
             else:
                 self._lay_out(0)
-        # Padded, so that neither `ignore_eos` nor a few more stop ids compile anything anew.
-        stops = [*batch.stop_ids, *[NO_TOKEN] * max(1, _STOP_SLOTS - len(batch.stop_ids))]
-        self._stops = programs.put(np.array(stops, np.int32))
+        self._stops = programs.put(stop_slots(batch.stop_ids))
         self._compiled_before, self._rehearsal_s = programs.compile_s, 0.0
         self.prefill_s = self.decode_s = 0.0
         self.rounds = 0
@@ -204,7 +206,7 @@ class Run(Generic[Params, PrefillState, State]):
         state is freed before that of the run is made. A chunk of each length is read."""
         chunks = list(dict.fromkeys(self._chunks))
         decodes = max(map(operator.sub, self._limit, map(len, self._prompts))) > 1
-        shapes = (len(self._prompts), self._slots)
+        shapes = (len(self._prompts), self._shared, self._slots)
         keys: set[Hashable] = {(self._method.prefill, chunk, shapes) for chunk in chunks}
         keys |= {(self._method, "begin", shapes)}
         keys |= {(part, "step", shapes) for part in (self._parts[i] for i in parts if decodes)}
@@ -242,23 +244,25 @@ class Run(Generic[Params, PrefillState, State]):
     def _prefill(self, chunks: Sequence[int], resumed: Resumed | None = None) -> State:
         """Read chunks of the prompts, and draw the first tokens."""
         prefill, programs, prompts, slots = self._method.prefill, self._programs, self._prompts, self._slots
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        tokens = np.zeros((len(prompts), slots), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        specs, batch = None if programs.mesh is None else prefill.specs(self._params), len(prompts)
-        start, prompt_lengths = 0, programs.put(lengths, BY_SEQUENCE)
+        tokens, lengths = in_rows(prompts, slots)
+        read, read_lengths = tokens[:: self._shared], programs.put(lengths[:: self._shared], BY_SEQUENCE)
+        specs, batch, start = None if programs.mesh is None else prefill.specs(self._params), len(read), 0
         if resumed is None:
             state = programs.make((prefill, batch, slots), lambda: prefill.init(self._params, batch, slots), specs)
         else:
             state, start = resumed.state, resumed.start
         for chunk in chunks:
-            part = programs.put(tokens[:, start : start + chunk + prefill.lookahead], BY_SEQUENCE)
+            part = programs.put(read[:, start : start + chunk + prefill.lookahead], BY_SEQUENCE)
             at = programs.put(np.array(start, np.int32))
-            state = self._timed("prefill_s", type(prefill).read, prefill, state, part, at, prompt_lengths, specs=specs)
+            state = self._timed("prefill_s", type(prefill).read, prefill, state, part, at, read_lengths, specs=specs)
             start += chunk
-        ends, key = programs.put(np.array(self._limit, np.int32), BY_SEQUENCE), programs.key(self._batch.seed)
-        given = Prompts(programs.put(tokens, BY_SEQUENCE), prompt_lengths, ends, self._stops, key)
+        if self._shared > 1:
+            repetition = Repetition(prefill, self._shared)
+            state = self._timed("prefill_s", repeat_rows, repetition, state, specs=specs)
+        tokens, lengths, ends = (
+            programs.put(array, BY_SEQUENCE) for array in (tokens, lengths, np.array(self._limit, np.int32))
+        )
+        given = Prompts(tokens, lengths, ends, self._stops, programs.key(self._batch.seed))
         method, specs = self._method, None if programs.mesh is None else self._method.specs(self._params)
         return self._timed("prefill_s", type(method).begin, method, state, given, specs=specs and specs[0])
 
@@ -307,14 +311,7 @@ class Run(Generic[Params, PrefillState, State]):
             self.accepted = before + accepted
 
     def _collect(self, state: State, on_tokens: OnTokens | None) -> None:
-        decoding, count = self._method.sequences(state), len(self._batch.prompts)
-        tokens, length = fetch(decoding.tokens)[:count], fetch(decoding.length)[:count]
-        sequences = [row[:n].tolist() for row, n in zip(tokens, length, strict=True)]
-        if any(NO_TOKEN in new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)):
-            raise CheckpointError(
-                "expected finite logits; came NaN or infinity, from weights that are not finite (named by python -m"
-                " convert.check --files) or from values too large for this dtype"
-            )
+        sequences = fetch_sequences(self._method.sequences(state), len(self._batch.prompts))
         if on_tokens:
             on_tokens([new[len(old) :] for new, old in zip(sequences, self.sequences, strict=True)])
         self.sequences = sequences

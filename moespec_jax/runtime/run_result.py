@@ -1,11 +1,25 @@
 """Fields of a result, from the run."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moespec_jax.runtime.results import PromptResult
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.runtime.results import PromptResult, exactness
 from moespec_jax.runtime.run import Batch, Run
 from moespec_jax.runtime.stop_strings import StopStrings
+
+
+def as_requested(spec: DecodingSpec, exact: bool, dtype: str) -> dict[str, Any]:
+    """Fields of `results.RunResult` that follow from a resolved spec."""
+    return {
+        "exact": exact,
+        "exactness": exactness(exact, spec.tree, spec.budget, spec.simulate_accept_length, dtype),
+        "budget": None if spec.budget is None else spec.budget.as_dict(),
+        "tree": dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
+        "simulated_accept_length": spec.simulate_accept_length,
+    }
 
 
 def measurements(run: Run[Any, Any, Any], batch: Batch) -> dict[str, Any]:
@@ -65,4 +79,5 @@ def _prompt_result(
         accepted_by_depth=by_depth,
         finish_reason=reason,
         cached_tokens=run.cached_tokens,
+        sample=number % batch.samples,
     )
