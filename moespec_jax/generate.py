@@ -83,6 +83,7 @@ def _run(arguments: argparse.Namespace) -> None:
         ignore_eos=arguments.ignore_eos,
         max_length=arguments.max_length,
         samples=arguments.samples,
+        logprobs=arguments.logprobs,
         simulate_accept_length=arguments.simulate_accept_length,
         **{name: getattr(arguments, name) for name in SAMPLING_OPTIONS},
     )

@@ -95,13 +95,15 @@ class Pair:
             return self.programs.run(Menu.price, method, params, state, costs, gains, donate=True, specs=specs)
 
         run.execute(prepare=price if way == "menu" else None)
-        sums = {name: round(value / max(run.rounds, 1), 4) for name, value in run.sums.items()}
+        sums: dict[str, Any] = {name: round(value / max(run.rounds, 1), 4) for name, value in run.sums.items()}
+        if run.logprobs is not None:
+            sums["logprobs"] = run.logprobs.token[: len(prompts), : max(batch.limit)].tolist()
         return {"tokens": run.sequences, "rounds": run.rounds, "accepted": run.accepted.tolist(), **sums}
 
     def _method(self, way: str, groups: int) -> tuple[Any, Any]:
         """The method and its parameters."""
         sampling = SamplingConfig(1.0) if way in ("sampled", "samples") else SamplingConfig()
-        plain = Autoregressive(self.config, sampling, BACKENDS["slots"])
+        plain = Autoregressive(self.config, sampling, BACKENDS["slots"], logprobs=2 if way == "samples" else None)
         if way == "plain":
             return plain, self.params
         budget = {"global": BudgetConfig(**BUDGET), "balanced": BudgetConfig(**BUDGET, groups=groups)}.get(way)

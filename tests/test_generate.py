@@ -70,6 +70,7 @@ RUN_FIELDS = {
     "versions": dict,
     "choice": type(None),
     "samples": int,
+    "logprobs_of": type(None),
 }
 PROMPT_FIELDS = {
     "text": str,
@@ -82,6 +83,7 @@ PROMPT_FIELDS = {
     "finish_reason": str,
     "cached_tokens": int,
     "sample": int,
+    "logprobs": type(None),
 }
 
 

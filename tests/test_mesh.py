@@ -67,6 +67,7 @@ def same(found: dict[str, Any]) -> None:
             budgeted = ("experts_read", "mass_kept", "replaced") if way in ("global", "balanced") else ()
             for name in ("rounds", "experts_wanted", *budgeted):
                 assert here[name] == pytest.approx(one[name], abs=2e-4), (mesh, way, name)  # rounded to 1e-4
+            np.testing.assert_allclose(here.get("logprobs", 0), one.get("logprobs", 0), atol=1e-4)  # float32
             assert here["experts_max_per_device"] <= one["experts_max_per_device"]
             if way == "balanced":
                 budget, shards = 4, parse_mesh(mesh).expert

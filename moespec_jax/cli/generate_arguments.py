@@ -52,6 +52,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """
     if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
         raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
+    if arguments.logprobs is not None and not arguments.json:
+        raise RequestError("--logprobs are part of the JSON output; expected --json with it")
     if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
         for flag in _DRAFTING:
             if getattr(arguments, flag) not in (None, False, "none"):
@@ -142,6 +144,13 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="continuations of each prompt, which is read once: those of a batch that has it N times (default: 1)",
+    )
+    group.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: the log-probability of every new token under the target's raw logits, before temperature and"
+        " penalties, and the K most probable tokens at its place",
     )
     group.add_argument(
         "--trace",

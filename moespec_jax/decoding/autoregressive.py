@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.decoding.logprobs import no_logprobs
 from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, no_plain_rounds, plain_round_info
 from moespec_jax.decoding.sampling import SamplingConfig, draw
@@ -99,12 +100,15 @@ class Autoregressive:
         config: the target's settings.
         sampling: how tokens are drawn.
         backend: expert compute and attention.
+        logprobs: number of most probable tokens that are recorded with the log-probability of every token; None records
+            nothing.
     """
 
     config: DecoderConfig
     sampling: SamplingConfig
     backend: Backend
     margin: int = 0
+    logprobs: int | None = None
 
     @property
     def prefill(self) -> TargetPrefill:
@@ -123,6 +127,7 @@ class Autoregressive:
             stop_ids=prompts.stop_ids,
             key=prompts.key,
             cache=dataclasses.replace(state.cache, length=prompts.lengths),
+            logprobs=None if self.logprobs is None else no_logprobs(prompts.tokens, self.logprobs),
         )
         return self._append(decoding, unembed(params, state.last_hidden))
 
@@ -171,14 +176,14 @@ class Autoregressive:
 
     def specs(self, params: Decoder) -> tuple[DecodeState, RunInfo]:
         """Sharding of the results of `step` on a mesh."""
-        return decode_state_specs(params), plain_run_info_specs()
+        return decode_state_specs(params, logprobs=self.logprobs is not None), plain_run_info_specs()
 
     def _append(self, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:
         """Draw a token for every unfinished sequence and append it."""
         drawn = draw(self.sampling, state.key, logits, state.histories)
         # `NO_TOKEN` ends a sequence, as it pads the stop ids; `Run` then reports the logits.
         drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
-        return append_tokens(state, drawn[:, None], jnp.ones_like(state.length))
+        return append_tokens(state, drawn[:, None], jnp.ones_like(state.length), logits[:, None])
 
 
 def row_at(

@@ -180,7 +180,7 @@ def plain_round(
     accepted = accept_trees(_accept_root(method), decoding, trees, logits, None)
     round_info = tree_round_info(method.target.config, ~decoding.done, trees, accepted, info)
     draft = method.drafter.skip(state.draft, decoding.length - 1, info.aux_hidden_states)
-    new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
+    new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
     return dataclasses.replace(state, decoding=new, draft=draft), round_info
 
 

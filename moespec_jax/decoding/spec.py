@@ -21,6 +21,8 @@ class DecodingSpec:
         simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
         drafter: in place of the model's draft head.
         adapt: replaces functions of the method (`speculative.Speculative`).
+        logprobs: number of most probable tokens that are recorded with the log-probability of every token; None records
+            nothing.
     """
 
     tree: TreeConfig | Literal["default", "auto"] | CostTable | None = None
@@ -28,6 +30,7 @@ class DecodingSpec:
     simulate_accept_length: float | None = None
     drafter: Drafter[Any, Any] | None = None  # of any kind of parameters and state
     adapt: Adapt | None = None
+    logprobs: int | None = None
 
     @property
     def chooses(self) -> bool:

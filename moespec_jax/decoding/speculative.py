@@ -31,12 +31,7 @@ from moespec_jax.decoding.drafter import (
 from moespec_jax.decoding.method import run_rounds
 from moespec_jax.decoding.round_info import RoundInfo, RunInfo, committed_depths, no_tree_rounds, tree_round_info
 from moespec_jax.decoding.sampling import sequence_keys
-from moespec_jax.decoding.state_specs import (
-    decode_state_specs,
-    depth_count_specs,
-    prefill_state_specs,
-    tree_run_info_specs,
-)
+from moespec_jax.decoding.state_specs import depth_count_specs, prefill_state_specs, tree_run_info_specs
 from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, any_unfinished, append_tokens
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.attention import tree_mask
@@ -153,7 +148,7 @@ class Speculative(Generic[Weights, DraftState]):
         decoding = state.decoding
         logits, cache, info = self.verify(params, state, trees)
         accepted = accept_trees(self.accept, decoding, trees, logits, kept_nodes(self.budget, info, trees))
-        state, round_info = self.commit(state, trees, accepted, cache, info)
+        state, round_info = self.commit(state, trees, accepted, logits, cache, info)
         return state, round_info
 
     def propose(
@@ -200,6 +195,7 @@ class Speculative(Generic[Weights, DraftState]):
         state: SpeculationState[DraftState],
         trees: Tree,
         accepted: Accepted,
+        logits: Float[Array, "batch nodes vocab"],
         cache: Cache,
         info: ForwardInfo,
     ) -> tuple[SpeculationState[DraftState], RoundInfo]:
@@ -212,7 +208,7 @@ class Speculative(Generic[Weights, DraftState]):
         round_info = tree_round_info(self.target.config, ~decoding.done, trees, accepted, info)
         committed = committed_depths(accepted, ~decoding.done)
         counts = psum(jnp.sum(committed, axis=0, dtype=jnp.float32), data_axes())
-        new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
+        new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
         # Longer where other shapes of a menu have longer paths.
         counts = state.depth_counts + jnp.pad(counts, (0, len(state.depth_counts) - len(counts)))
         return dataclasses.replace(state, decoding=new, draft=draft, depth_counts=counts), round_info
@@ -239,7 +235,7 @@ class Speculative(Generic[Weights, DraftState]):
 
     def specs(self, params: SpeculativeParams[Weights]) -> tuple[SpeculationState[DraftState], RunInfo]:
         """Sharding of the results of `step` on a mesh."""
-        decoding = decode_state_specs(params.target)
+        decoding = self.target.specs(params.target)[0]
         draft = self.drafter.specs(params)
         state = SpeculationState(decoding, draft, depth_count_specs(), self.target.sampling)
         budgeted = self.budget is not None and self.target.config.num_sparse_layers > 0
@@ -280,9 +276,15 @@ def kept_nodes(budget: BudgetConfig | None, info: ForwardInfo, trees: Tree) -> B
     return restricted.kept.reshape(trees.tokens.shape)
 
 
-def append_path(decoding: DecodeState, trees: Tree, accepted: Accepted) -> DecodeState:
-    """Append accepted tokens and the bonus token to every unfinished sequence."""
+def append_path(
+    decoding: DecodeState, trees: Tree, accepted: Accepted, logits: Float[Array, "batch nodes vocab"]
+) -> DecodeState:
+    """Append accepted tokens and the bonus token to every unfinished sequence: each was drawn from the logits of the
+    node before it."""
     step = jnp.arange(accepted.path.shape[1], dtype=jnp.int32)[None, :]
     path_tokens = jnp.take_along_axis(trees.tokens, accepted.path, axis=1)
     new = jnp.where(step < accepted.count[:, None] - 1, jnp.roll(path_tokens, -1, axis=1), accepted.bonus[:, None])
-    return append_tokens(decoding, new, accepted.count)
+    if decoding.logprobs is None:
+        return append_tokens(decoding, new, accepted.count)
+    on_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
+    return append_tokens(decoding, new, accepted.count, on_path)

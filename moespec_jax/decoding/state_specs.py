@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from moespec_jax.decoding.accept import Accepted
 from moespec_jax.decoding.choice import Choice
+from moespec_jax.decoding.logprobs import Logprobs
 from moespec_jax.decoding.round_info import BudgetInfo, BudgetSums, RoundInfo, RunInfo
 from moespec_jax.decoding.states import DecodeState, PrefillState
 from moespec_jax.decoding.tree import Tree
@@ -32,8 +33,8 @@ def prefill_state_specs(params: Decoder) -> PrefillState:
     return PrefillState(cache_specs(params.sharding, stacked=params.stacked), BY_SEQUENCE)
 
 
-def decode_state_specs(params: Decoder) -> DecodeState:
-    """Specs of a batch of sequences."""
+def decode_state_specs(params: Decoder, *, logprobs: bool) -> DecodeState:
+    """Specs of a batch of sequences, with or without log-probabilities."""
     return DecodeState(
         tokens=BY_SEQUENCE,
         length=BY_SEQUENCE,
@@ -43,6 +44,7 @@ def decode_state_specs(params: Decoder) -> DecodeState:
         stop_ids=REPLICATED,
         key=REPLICATED,
         cache=cache_specs(params.sharding, stacked=params.stacked),
+        logprobs=Logprobs(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE) if logprobs else None,
     )
 
 

@@ -8,6 +8,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.history import History
+from moespec_jax.decoding.logprobs import Logprobs, record
+from moespec_jax.decoding.slots import write_slots
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import data_axes, pmax
@@ -59,6 +61,7 @@ class DecodeState:
         stop_ids: token ids that end a sequence.
         key: random key of the whole batch.
         cache: the target's KV cache, which holds every token but the newest.
+        logprobs: of the generated tokens, where they are asked for.
     """
 
     tokens: Int[Array, "batch slots"]
@@ -69,6 +72,7 @@ class DecodeState:
     stop_ids: Int[Array, " stops"]
     key: Array
     cache: Cache
+    logprobs: Logprobs | None = None
 
     __repr__ = summary
 
@@ -83,9 +87,15 @@ def any_unfinished(state: DecodeState) -> Bool[Array, ""]:
     return pmax(~jnp.all(state.done), data_axes())
 
 
-def append_tokens(state: DecodeState, new: Int[Array, "batch path"], count: Int[Array, " batch"]) -> DecodeState:
+def append_tokens(
+    state: DecodeState,
+    new: Int[Array, "batch path"],
+    count: Int[Array, " batch"],
+    logits: Float[Array, "batch path vocab"] | None = None,
+) -> DecodeState:
     """Append the first `count[b]` of `new[b]` to every unfinished sequence b, cut after its first stop id or at its
-    limit, where plain decoding would have stopped."""
+    limit, where plain decoding would have stopped. Where log-probabilities are asked for, they are those of `logits`,
+    which the tokens were drawn from."""
     width = new.shape[1]
     step = jnp.arange(width, dtype=jnp.int32)[None, :]
     stops = jnp.any(new[:, :, None] == state.stop_ids[None, None, :], axis=-1)
@@ -93,14 +103,14 @@ def append_tokens(state: DecodeState, new: Int[Array, "batch path"], count: Int[
     room = jnp.maximum(state.limit - state.length, 0)
     count = jnp.where(state.done, 0, jnp.minimum(jnp.minimum(count, until_stop), room))
     stopped = jnp.any(stops & (step < count[:, None]), axis=1)
-    length = state.length + count
-    # Which of the new tokens each slot of the buffer takes, if any: a scatter would be slower.
-    index = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)[None, :] - state.length[:, None]
-    written = (index >= 0) & (index < count[:, None])
-    taken = jnp.take_along_axis(new, jnp.clip(index, 0, width - 1), axis=1)
+    length, logprobs = state.length + count, state.logprobs
+    if logprobs is not None:
+        assert logits is not None
+        logprobs = record(logprobs, new, logits, state.length, count)
     return dataclasses.replace(
         state,
-        tokens=jnp.where(written, taken, state.tokens),
+        tokens=write_slots(state.tokens, new, state.length, count),
         length=length,
         done=state.done | stopped | (length >= state.limit),
+        logprobs=logprobs,
     )

@@ -107,7 +107,7 @@ def forced_round(
     counts = state.depth_counts + jnp.sum(committed, axis=0, dtype=jnp.float32)
     cache = keep_rows(cache, decoding.length - 1, accepted.path, method.tree.size)
     draft = method.drafter.commit(state.draft, accepted, info.aux_hidden_states)
-    decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted)
+    decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
     return accepted, logits, info, dataclasses.replace(state, decoding=decoding, draft=draft, depth_counts=counts)
 
 

@@ -38,6 +38,7 @@ from moespec_jax.runtime.prompt_cache import PromptCache, usable
 from moespec_jax.runtime.request import (
     are_messages,
     check_not_traced,
+    check_ranges,
     check_types,
     known_ids,
     listed_prompts,
@@ -142,6 +143,7 @@ class Model:
         tree: TreeConfig | Literal["default", "auto"] | CostTable | None = "default",
         budget: BudgetConfig | int | float | None = None,
         samples: int = 1,
+        logprobs: int | None = None,
         simulate_accept_length: float | None = None,
         drafter: Drafter[Any, Any] | None = None,
         prompt_cache: PromptCache | None = None,
@@ -166,6 +168,7 @@ class Model:
                 the default rule.
             samples: number of continuations of each prompt, which is read once; the result is that of a batch in which
                 the prompt occurs so often in succession, with `PromptResult.sample` from 0.
+            logprobs: return every token's log-probability, and so many most probable tokens with theirs, by raw logits.
             simulate_accept_length: accept this many tokens a round on average, for timing; the text is meaningless.
             drafter: in place of the draft head.
             prompt_cache: keeps the state for the next call, whose prompt may begin with this one and its continuation;
@@ -190,26 +193,26 @@ class Model:
         check_not_traced("generate", prompts, settings, self.speculative_params)
         check_types(
             max_new_tokens=max_new_tokens, seed=seed, max_length=max_length, tree=tree, budget=budget, samples=samples,
-            simulate_accept_length=simulate_accept_length, adapt=adapt, on_tokens=on_tokens, on_round=on_round,
+            logprobs=logprobs, simulate_accept_length=simulate_accept_length, adapt=adapt, on_tokens=on_tokens,
+            on_round=on_round,
         )  # fmt: skip
         try:
             sampling = requested_sampling(self.published_sampling, options)
             budget = budget if budget is None or isinstance(budget, BudgetConfig) else BudgetConfig(budget)
         except ValueError as error:
             raise RequestError(str(error)) from None
-        if not 0 <= seed < 2**32:
-            raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
+        check_ranges(self.config, seed, logprobs)
         ids = self._token_ids(prompts)
         limit = sequence_limits(self.config, ids, max_new_tokens, max_length)
         ids, limit = with_samples(ids, samples), with_samples(limit, samples)
         batch = Batch(ids, limit, () if ignore_eos else self.stop_ids, seed, int(samples))
-        spec = DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt)
+        spec = DecodingSpec(tree, budget, simulate_accept_length, drafter, adapt, logprobs)
         spec = self.resolve(self._chosen_by_default(spec, len(ids)))
         if spec.tree is None and on_round is not None:
             raise RequestError(NOTHING_DRAFTED)
         texts = listed_stops(stop, self.tokenizer)
         stops = StopStrings(texts, self.tokenizer, ids) if texts and self.tokenizer is not None else None
-        cache = usable(prompt_cache, self.config, (self.programs, spec))
+        cache = usable(prompt_cache, self.config, (self.programs, dataclasses.replace(spec, logprobs=None)))
         run, chooser = self._run(spec, sampling, batch, cache)
         run.execute(
             on_tokens if stops is None else stops.before(on_tokens),
@@ -219,7 +222,7 @@ class Model:
             None if chooser is None else chooser.first_parts,
         )
         return RunResult(
-            prompts=prompt_results(run, batch, self.decode, max_new_tokens, stops),
+            prompts=prompt_results(run, batch, self.tokenizer, max_new_tokens, stops),
             samples=batch.samples,
             greedy=sampling.greedy,
             sampling=describe_sampling(sampling, self.published_sampling, options),
@@ -240,7 +243,7 @@ class Model:
     ) -> tuple[Run[Any, Any, Any], Chooser | None]:
         """Make the run of a batch by a resolved spec and, where rounds choose their shape, what chooses."""
         if spec.tree is None:
-            return Run(self.programs, self.autoregressive(sampling), self.params, batch, cache), None
+            return Run(self.programs, self.autoregressive(sampling, spec.logprobs), self.params, batch, cache), None
         params = self.speculative_params
         if not spec.chooses:
             return Run(self.programs, self.speculative(spec, sampling), params, batch, cache), None
@@ -266,9 +269,9 @@ class Model:
             return False
         return spec.budget is None or is_exact(spec.budget, self.config, batch)
 
-    def autoregressive(self, sampling: SamplingConfig) -> Autoregressive:
-        """Plain decoding."""
-        return Autoregressive(self.config, sampling, self.backend)
+    def autoregressive(self, sampling: SamplingConfig, logprobs: int | None = None) -> Autoregressive:
+        """Plain decoding, which may record log-probabilities."""
+        return Autoregressive(self.config, sampling, self.backend, logprobs=logprobs)
 
     def speculative(self, spec: DecodingSpec, sampling: SamplingConfig) -> Speculative[Any, Any]:
         """Speculative decoding by a resolved spec; its drafter has parameters and a state of its own kind."""
@@ -278,7 +281,7 @@ class Model:
             assert self.draft is not None
             drafter = drafter_of(self.draft, self.config, self.backend)
         accept = accept_rule(sampling, spec.tree.longest_path, spec.simulate_accept_length)
-        method = Speculative(self.autoregressive(sampling), drafter, spec.tree, accept, spec.budget)
+        method = Speculative(self.autoregressive(sampling, spec.logprobs), drafter, spec.tree, accept, spec.budget)
         return method if spec.adapt is None else spec.adapt(method)
 
     @property
@@ -293,7 +296,8 @@ class Model:
 
     def _chosen_by_default(self, spec: DecodingSpec, batch: int) -> DecodingSpec:
         """Let every round choose its shape where no tree is asked for and the costs of rounds are known."""
-        auto, free = DecodingSpec("auto"), spec == DecodingSpec("default") and self.draft is not None
+        auto = DecodingSpec("auto", logprobs=spec.logprobs)
+        free = spec == dataclasses.replace(auto, tree="default") and self.draft is not None
         return auto if free and are_known(self.costs_identity(auto, batch), self.round_costs) else spec
 
     def costs_identity(self, spec: DecodingSpec, batch: int) -> dict[str, Any]:

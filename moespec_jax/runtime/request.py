@@ -58,6 +58,7 @@ _EXPECTED: dict[str, tuple[Callable[[object], bool], str]] = {
     "check": (callable, "a function"),
     "max_new_tokens": (is_whole_number, "a whole number"),
     "seed": (is_whole_number, "a whole number"),
+    "logprobs": (is_whole_number, "a whole number"),
     "samples": (is_whole_number, "a whole number"),
     "max_length": (is_whole_number, "a whole number"),
     "tree": (_is_tree, "a TreeConfig, 'default', 'auto' or None"),
@@ -80,6 +81,18 @@ def check_types(**arguments: object) -> None:
         fits, expected = _EXPECTED[name]
         if not (fits(value) or (value is None and name not in _REQUIRED)):
             raise wrong_type(name, expected, value)
+
+
+def check_ranges(config: DecoderConfig, seed: int, logprobs: int | None) -> None:
+    """Check a seed and a number of log-probabilities.
+
+    Raises:
+        RequestError: one is out of its range.
+    """
+    if not 0 <= seed < 2**32:
+        raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
+    if logprobs is not None and not 0 <= logprobs <= config.vocab_size:
+        raise RequestError(f"expected logprobs from 0 to the vocabulary's {config.vocab_size} tokens, got {logprobs}")
 
 
 def are_messages(prompts: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:

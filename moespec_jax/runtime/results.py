@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from moespec_jax.runtime.token_logprobs import TokenLogprob
+
 
 @dataclasses.dataclass
 class PromptResult:
@@ -26,6 +28,7 @@ class PromptResult:
             (`max_new_tokens`) or "context".
         cached_tokens: tokens of the prompt that were in the prompt cache, and were not read.
         sample: number of this continuation among the samples of its prompt, from 0.
+        logprobs: of every new token, None if they were not asked for.
     """
 
     text: str | None
@@ -38,6 +41,7 @@ class PromptResult:
     finish_reason: str
     cached_tokens: int = 0
     sample: int = 0
+    logprobs: list[TokenLogprob] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -77,6 +81,7 @@ class RunResult:
             of each that decided (`round_s`, `gains`), measured in this run or read from a file (`source`);
             `predicted_s`, the seconds of all rounds by these costs, is to be compared with `decode_s`.
         samples: of each prompt.
+        logprobs_of: the distribution that `PromptResult.logprobs` are of, in words; None if they were not asked for.
     """
 
     prompts: list[PromptResult]
@@ -105,6 +110,7 @@ class RunResult:
     versions: dict[str, str]
     choice: dict[str, Any] | None = None
     samples: int = 1
+    logprobs_of: str | None = None
 
     @property
     def drafts(self) -> bool:
@@ -133,6 +139,14 @@ def exactness(exact: bool, tree: object, budget: object, simulated: float | None
         f"the distribution is the target's; {passes} round differently in {dtype}, so a tie or near-tie of two tokens"
         " may fall otherwise"
     )
+
+
+def logprobs_of(exact: bool, budget: object) -> str:
+    """Describe the distribution that log-probabilities are of."""
+    raw = "log-softmax of raw logits, before penalties, temperature, top-k, top-p and min-p"
+    if budget is not None and not exact:
+        return f"the target under the expert budget, but for the first token, which the prompt gives: {raw}"
+    return f"the target: {raw}" if exact else f"the target, with the replaced functions of the round: {raw}"
 
 
 def joined(results: Sequence[RunResult], order: Sequence[tuple[int, int]]) -> RunResult:

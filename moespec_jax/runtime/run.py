@@ -18,7 +18,7 @@ from moespec_jax.runtime.padding import in_rows, padded, stop_slots, without_pad
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.prompt_cache import PromptCache, Resumed
 from moespec_jax.runtime.samples import Repetition, repeat_rows, rows_of_one_read
-from moespec_jax.runtime.sequences import fetch_sequences
+from moespec_jax.runtime.sequences import fetch_logprobs, fetch_sequences
 
 SMALLEST_CACHE = 256
 _STREAM_INTERVAL_S = 0.1
@@ -82,6 +82,7 @@ class Run(Generic[Params, PrefillState, State]):
         active: rounds that each sequence took part in.
         accepted: `accepted[b, d]` counts the rounds of sequence b that committed a node of depth d + 1.
         rounds_of: rounds of each part of the method; it has one part, itself, unless it is a menu.
+        logprobs: of the sequences, if the method records them.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Run(Generic[Params, PrefillState, State]):
         self.sums: dict[str, float] = {}
         self.active = np.zeros(len(batch.prompts), np.int64)
         self.accepted = np.zeros((len(batch.prompts), 0), np.int64)
-        self.sequences = batch.prompts
+        self.sequences, self.logprobs = batch.prompts, None
 
     def _lay_out(self, start: int) -> None:
         """Choose chunks that read the prompts from `start` on, and the capacity of the buffers."""
@@ -168,6 +169,7 @@ class Run(Generic[Params, PrefillState, State]):
         while not self.is_done(state) and not is_ended():
             limit = 1 if on_round else self._rounds_per_call() if on_tokens else max(self._batch.limit)
             state, _ = advance(state, self._part(state), limit)
+        self.logprobs = fetch_logprobs(self._method.sequences(state))
         self._keep(state)
 
     def _tokens(self) -> int:

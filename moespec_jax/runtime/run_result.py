@@ -1,14 +1,17 @@
 """Fields of a result, from the run."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from moespec_jax.checkpoint.tokenizer import decode_after
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
-from moespec_jax.runtime.results import PromptResult, exactness
+from moespec_jax.runtime.results import PromptResult, exactness, logprobs_of
 from moespec_jax.runtime.run import Batch, Run
 from moespec_jax.runtime.stop_strings import StopStrings
+from moespec_jax.runtime.token_logprobs import token_logprobs
 
 
 def as_requested(spec: DecodingSpec, exact: bool, dtype: str) -> dict[str, Any]:
@@ -19,6 +22,7 @@ def as_requested(spec: DecodingSpec, exact: bool, dtype: str) -> dict[str, Any]:
         "budget": None if spec.budget is None else spec.budget.as_dict(),
         "tree": dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
         "simulated_accept_length": spec.simulate_accept_length,
+        "logprobs_of": None if spec.logprobs is None else logprobs_of(exact or spec.adapt is None, spec.budget),
     }
 
 
@@ -43,19 +47,21 @@ def measurements(run: Run[Any, Any, Any], batch: Batch) -> dict[str, Any]:
 def prompt_results(
     run: Run[Any, Any, Any],
     batch: Batch,
-    decode: Callable[[Sequence[int], Sequence[int]], str | None],
+    tokenizer: Tokenizer | None,
     max_new_tokens: int,
     stops: StopStrings | None,
 ) -> list[PromptResult]:
-    """Make the result of every prompt; `decode` makes text of ids and of those before them."""
-    return [_prompt_result(run, batch, number, decode, max_new_tokens, stops) for number in range(len(batch.prompts))]
+    """Make the result of every prompt."""
+    return [
+        _prompt_result(run, batch, number, tokenizer, max_new_tokens, stops) for number in range(len(batch.prompts))
+    ]
 
 
 def _prompt_result(
     run: Run[Any, Any, Any],
     batch: Batch,
     number: int,
-    decode: Callable[[Sequence[int], Sequence[int]], str | None],
+    tokenizer: Tokenizer | None,
     max_new_tokens: int,
     stops: StopStrings | None,
 ) -> PromptResult:
@@ -65,9 +71,9 @@ def _prompt_result(
     if stopped is not None:
         new, text, reason = new[: stopped.tokens], stopped.text, "stop string"
     else:
-        text = decode(new, prompt)
+        text = None if tokenizer is None else decode_after(tokenizer, new, prompt)
         reason = "stop" if new[-1] in batch.stop_ids else "length" if len(new) == max_new_tokens else "context"
-    rounds = int(run.active[number])
+    rounds, found = int(run.active[number]), run.logprobs
     by_depth = (run.accepted[number] / max(rounds, 1)).tolist()
     return PromptResult(
         text=text,
@@ -80,4 +86,5 @@ def _prompt_result(
         finish_reason=reason,
         cached_tokens=run.cached_tokens,
         sample=number % batch.samples,
+        logprobs=None if found is None else token_logprobs(found, number, new, len(prompt), tokenizer),
     )

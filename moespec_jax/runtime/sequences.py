@@ -1,5 +1,8 @@
 """Sequences of a state of decoding, on the host."""
 
+import jax
+
+from moespec_jax.decoding.logprobs import Logprobs
 from moespec_jax.decoding.states import NO_TOKEN, DecodeState
 from moespec_jax.errors import CheckpointError
 from moespec_jax.parallel.processes import fetch
@@ -19,3 +22,8 @@ def fetch_sequences(decoding: DecodeState, count: int) -> list[list[int]]:
             " convert.check --files) or from values too large for this dtype"
         )
     return sequences
+
+
+def fetch_logprobs(decoding: DecodeState) -> Logprobs | None:
+    """Copy the log-probabilities of all sequences, if they were asked for."""
+    return jax.tree.map(fetch, decoding.logprobs)
