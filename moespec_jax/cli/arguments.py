@@ -176,6 +176,17 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_mesh_flag(group: argparse._ArgumentGroup) -> None:
+    """Add the flag that shards the model over several devices."""
+    group.add_argument(
+        "--mesh",
+        metavar="data=1,expert=4,tensor=2",
+        help="shard over devices: sequences over data, the experts of a layer over expert, the width of an expert over"
+        " tensor, attention and output head over expert and tensor together; auto: over all devices (default: one"
+        " device)",
+    )
+
+
 def add_tree_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the draft tree's shape."""
     group.add_argument(

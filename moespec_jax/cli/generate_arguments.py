@@ -5,7 +5,13 @@ from collections.abc import Sequence
 
 import jax
 
-from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_speculate_flag, add_tree_flags
+from moespec_jax.cli.arguments import (
+    add_mesh_flag,
+    add_model_flags,
+    add_profile_flag,
+    add_speculate_flag,
+    add_tree_flags,
+)
 from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
@@ -126,13 +132,7 @@ def _add_drafting_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_device_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--mesh",
-        metavar="data=1,expert=4,tensor=2",
-        help="shard over devices: sequences over data, the experts of a layer over expert, the width of an expert over"
-        " tensor, attention and output head over expert and tensor together; auto: over all devices (default: one"
-        " device)",
-    )
+    add_mesh_flag(group)
     add_process_flags(group)
 
 

@@ -1,12 +1,11 @@
 """Table of statistics after a run."""
 
 import dataclasses
-import math
 
 from moespec_jax.cli.compare import Comparison, SpeedUp
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.results import RunResult
+from moespec_jax.runtime.results import RunResult, devices_text
 
 NAME_WIDTH = 12
 _NEUTRAL = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
@@ -16,7 +15,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     """Format one line for each statistic: model, device, exactness, acceptance, times and experts read."""
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
-        ("device", f"{_devices(result)}, {model.precision}, experts by {result.backend}"),
+        ("device", f"{devices_text(result.device, result.mesh)}, {model.precision}, experts by {result.backend}"),
         ("output", _output(result)),
         ("exactness", result.exactness),
         ("sampling", _sampling(result)),
@@ -66,13 +65,6 @@ def _sampling(result: RunResult) -> str:
     ]
     text += f"; by generation_config.json: {', '.join(taken)}" if taken else ""
     return text + (f"; not applied: {', '.join(f'{n} {v}' for n, v in ignored.items())}" if ignored else "")
-
-
-def _devices(result: RunResult) -> str:
-    if result.mesh is None:
-        return result.device
-    shape = ", ".join(f"{axis} {size}" for axis, size in result.mesh.items())
-    return f"{math.prod(result.mesh.values())} x {result.device} ({shape})"
 
 
 def _by_device(result: RunResult) -> str:

@@ -17,6 +17,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.nn.routing import Choice, Restricted, Routing, Shortlist, combine_weights, finish_weights
 from moespec_jax.parallel.collectives import data_axes, pmax, psum
+from moespec_jax.parallel.mesh import Axes
 
 # `restrict`, or a function of its signature.
 RestrictTree = Callable[..., Restricted]
@@ -46,7 +47,8 @@ def restrict(
     """
     assert isinstance(budget.experts, tuple)
     most = jnp.asarray(budget.experts, jnp.int32)[layer]
-    return restrict_to(budget, nodes, norm_topk_prob, most, probabilities, natural, valid, shortlist)
+    rest = (probabilities, natural, valid, shortlist, data_axes())
+    return restrict_to(budget, nodes, norm_topk_prob, most, *rest)
 
 
 def restrict_to(
@@ -58,12 +60,14 @@ def restrict_to(
     natural: Routing,
     valid: Bool[Array, " rows"],
     shortlist: Shortlist | None = None,
+    axes: Axes = (),
 ) -> Restricted:
-    """As `restrict`, with at most `most` experts in `budget.slots` slots."""
+    """As `restrict`, with at most `most` experts in `budget.slots` slots, which the rows of all devices along `axes`
+    share."""
     row_weight = jnp.where(valid, budget.rule("score")(nodes).reshape(-1), 0.0)
     rest = (row_weight, most, probabilities, natural, valid)
-    plain = partial(_restrict_rows, budget, nodes, norm_topk_prob)
-    if shortlist is None or natural.choice is not None or not budget.by_score_alone or data_axes():
+    plain = partial(_restrict_rows, budget, nodes, norm_topk_prob, axes)
+    if shortlist is None or natural.choice is not None or not budget.by_score_alone or axes:
         return plain(*rest)
     return shortlist(plain, budget.rule("credit"), norm_topk_prob, budget.slots, *rest)
 
@@ -72,6 +76,7 @@ def _restrict_rows(
     budget: BudgetConfig,
     nodes: Nodes,
     norm_topk_prob: bool,
+    axes: Axes,
     row_weight: Float[Array, " rows"],
     most: Int[Array, ""],
     probabilities: Float[Array, "rows experts"],
@@ -83,8 +88,8 @@ def _restrict_rows(
     weights = combine_weights(natural, every)
     selected = weights > 0
     credit = budget.rule("credit")(probabilities, selected, weights)
-    scores = psum(jnp.sum(row_weight[:, None] * credit, axis=0), data_axes())
-    precedence = _precedence(budget, nodes, selected)
+    scores = psum(jnp.sum(row_weight[:, None] * credit, axis=0), axes)
+    precedence = _precedence(budget, nodes, selected, axes)
     order = rank(scores, precedence)
     count = jnp.clip(budget.rule("size")(scores[order], budget.mass), k, most)
     if budget.groups > 1:
@@ -125,14 +130,14 @@ def rank_in_groups(
 
 
 def _precedence(
-    budget: BudgetConfig, nodes: Nodes, selected: Bool[Array, "rows experts"]
+    budget: BudgetConfig, nodes: Nodes, selected: Bool[Array, "rows experts"], axes: Axes
 ) -> Float[Array, " experts"] | None:
     """Precedence of each expert over the scores: the largest of the anchored rows that selected it."""
     anchor = budget.rule("anchor")
     if anchor is None:
         return None
     rows = anchor(nodes, budget.anchor_probability).reshape(-1)
-    return pmax(jnp.max(jnp.where(selected, rows[:, None], 0.0), axis=0), data_axes())
+    return pmax(jnp.max(jnp.where(selected, rows[:, None], 0.0), axis=0), axes)
 
 
 def _keeps_weight(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moespec_jax.cli.arguments import (
+    add_mesh_flag,
     add_model_flags,
     add_profile_flag,
     add_tree_flags,
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__, EXAMPLE)
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(group := parser.add_argument_group("model"))
+    add_mesh_flag(group)
     group = parser.add_argument_group("tree and budgets (default tree: that of moespec_jax.generate)")
     add_tree_flags(group)
     group.add_argument(
@@ -229,7 +231,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "model": shown_name(arguments.model),
         "draft_model": None if draft is None else shown_name(draft.name),
         "num_experts": model.config.num_experts, "num_experts_per_tok": model.config.num_experts_per_tok,
-        "device": device_name(), "dtype": model.precision,
+        "device": device_name(), "mesh": model.programs.mesh_sizes, "dtype": model.precision,
         "backend": model.backend.name, "versions": versions(), "chat": arguments.chat, "temperature": 0.0,
     }  # fmt: skip
 

@@ -146,7 +146,7 @@ def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]
     longer = [[*text.tokens, 0] for text in texts]
     batch = Batch([text[:count] for text, count in zip(longer, given, strict=True)], [len(t) for t in longer], (), 0)
     params = model.speculative_params
-    state = with_texts(Run(model.programs, method, params, batch).state_after(0), longer, given)
+    state = with_texts(model.programs, Run(model.programs, method, params, batch).state_after(0), longer, given)
     _, found = model.programs.run(score_forced, method, params, state, donate=True)
     log_p, best, last = (np.array(values) for values in found)
     if any(text.given == 1 for text in texts):

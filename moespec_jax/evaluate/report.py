@@ -5,6 +5,7 @@ from typing import Any
 
 from moespec_jax.measure.markdown import markdown_table
 from moespec_jax.runtime.drafters import described
+from moespec_jax.runtime.results import devices_text
 
 _TEXTS = (
     "decoding", "output", "divergence", "same first choice", "perplexity", "bits per byte", "nats lost per token",
@@ -30,8 +31,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def heading(row: dict[str, Any]) -> str:
     """Format model, device and versions."""
     jax, own = row["versions"]["jax"], row["versions"]["moespec_jax"]
-    drafts = described(row["draft_model"])
-    return f"{row['model']} with {drafts}; {row['device']}, {row['dtype']}, jax {jax}, moespec_jax {own}"
+    drafts, devices = described(row["draft_model"]), devices_text(row["device"], row["mesh"])
+    return f"{row['model']} with {drafts}; {devices}, {row['dtype']}, jax {jax}, moespec_jax {own}"
 
 
 def rule_text(budget: dict[str, Any]) -> str:

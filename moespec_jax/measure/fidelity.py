@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -15,8 +14,11 @@ from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.drafter import SpeculationState
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
-from moespec_jax.measure.teacher_forcing import ForcedStats, log_probabilities, teacher_force
+from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.measure.teacher_forcing import ForcedStats, forced_stats_specs, log_probabilities, teacher_force
+from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import Batch, Run
 
 DRAWS = 2000
@@ -56,21 +58,28 @@ class Texts:
         """
         resolved = None if budget is None else resolve(budget, self.model.config)
         method = dataclasses.replace(self._method, budget=resolved)
-        at_most = jnp.int32(self.model.config.num_experts if most is None else most)
-        run = partial(self.model.programs.run, teacher_force, method, self.model.speculative_params)
-        parts = [jax.tree.map(np.asarray, run(state, exact, at_most)) for state, exact in self._parts]
+        programs = self.model.programs
+        at_most = programs.put(np.array(self.model.config.num_experts if most is None else most, np.int32))
+        run = partial(programs.run, teacher_force, method, self.model.speculative_params, specs=forced_stats_specs())
+        parts = [
+            jax.tree.map(lambda values, count=count: fetch(values)[:count], run(state, exact, at_most))
+            for state, exact, count in self._parts
+        ]
         return jax.tree.map(lambda *values: np.concatenate(values), *parts)
 
     def _begun(
         self, texts: Sequence[Sequence[int]], prompts: Sequence[int], longest: int
-    ) -> tuple[SpeculationState[Any], Array]:
-        """Prefill the prompts; also compute the exact log-probabilities of the texts in one plain pass."""
+    ) -> tuple[SpeculationState[Any], Array, int]:
+        """Prefill the prompts; also compute the exact log-probabilities of the texts in one plain pass, and count the
+        texts, after which a mesh may need finished ones."""
         begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
         batch = Batch(begun, [longest] * len(texts), (), 0)
-        run = Run(self.model.programs, self._method, self.model.speculative_params, batch)
-        state = with_texts(run.state_after(0), texts, prompts)
-        tokens, target = state.decoding.tokens[:, :longest], self._method.target
-        return state, self.model.programs.run(log_probabilities, target, self.model.params, tokens)
+        programs, target, by_text = self.model.programs, self._method.target, cast(Any, BY_SEQUENCE)
+        run = Run(programs, self._method, self.model.speculative_params, batch)
+        state = with_texts(programs, run.state_after(0), texts, prompts)
+        tokens = programs.put(fetch(state.decoding.tokens)[:, :longest], BY_SEQUENCE)
+        exact = programs.run(log_probabilities, target, self.model.params, tokens, specs=by_text)
+        return state, exact, len(texts)
 
 
 def summary(stats: ForcedStats) -> dict[str, Any]:
@@ -107,19 +116,16 @@ def interval(by_text: np.ndarray, share: float = 0.95) -> list[float]:
 
 
 def with_texts(
-    state: SpeculationState[Any], texts: Sequence[Sequence[int]], prompts: Sequence[int]
+    programs: Programs, state: SpeculationState[Any], texts: Sequence[Sequence[int]], prompts: Sequence[int]
 ) -> SpeculationState[Any]:
-    """Replace the token drawn after prefill by the text's own, and append the rest of the text."""
-    tokens = np.zeros(state.decoding.tokens.shape, np.int32)
-    for row, text in zip(tokens, texts, strict=True):
+    """Replace the token drawn after prefill by the text's own, and append the rest of the text. Sequences after the
+    texts, which fill the devices of a mesh, are finished."""
+    shape = state.decoding.tokens.shape
+    tokens, length, limit = np.zeros(shape, np.int32), np.ones(shape[0], np.int32), np.ones(shape[0], np.int32)
+    for row, text in zip(tokens, texts, strict=False):
         row[: len(text)] = text
-    length = np.array([prompt + 1 for prompt in prompts], np.int32)
-    limit = np.array([len(text) for text in texts], np.int32)
-    decoding = dataclasses.replace(
-        state.decoding,
-        tokens=jnp.asarray(tokens),
-        length=jnp.asarray(length),
-        limit=jnp.asarray(limit),
-        done=jnp.asarray(length >= limit),
-    )
-    return dataclasses.replace(state, decoding=decoding)
+    length[: len(texts)] = [prompt + 1 for prompt in prompts]
+    limit[: len(texts)] = [len(text) for text in texts]
+    given = {"tokens": tokens, "length": length, "limit": limit, "done": length >= limit}
+    placed = {name: programs.put(array, BY_SEQUENCE) for name, array in given.items()}
+    return dataclasses.replace(state, decoding=dataclasses.replace(state.decoding, **placed))

@@ -26,12 +26,14 @@ from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.round_info import committed_depths, experts_read, experts_wanted
 from moespec_jax.decoding.speculative import Speculative, append_path, kept_nodes
-from moespec_jax.decoding.states import DecodeState
+from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.decoding.states import DecodeState, any_unfinished
 from moespec_jax.decoding.tree import Tree
-from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.cache import empty_cache, keep_rows
-from moespec_jax.nn.decoder import Decoder, ForwardInfo, forward, unembed
+from moespec_jax.measure.plain_pass import plain_pass
+from moespec_jax.nn.cache import keep_rows
+from moespec_jax.nn.decoder import Decoder, ForwardInfo, unembed
 from moespec_jax.nn.routing import Restricted, Routing
+from moespec_jax.parallel.collectives import data_axes, pmean, psum
 
 
 class ForcedStats(NamedTuple):
@@ -59,6 +61,11 @@ class ForcedStats(NamedTuple):
     replaced: Float[Array, " texts"]
 
 
+def forced_stats_specs() -> ForcedStats:
+    """Sharding of the stats on a mesh."""
+    return ForcedStats(*[BY_SEQUENCE] * len(ForcedStats._fields))  # pyright: ignore[reportArgumentType]
+
+
 # The drafter may be of any kind.
 Method = Speculative[Any, Any]
 State = SpeculationState[Any]
@@ -84,7 +91,7 @@ def teacher_force(
         return after, add_sums(method, stats, ~state.decoding.done, accepted, info)
 
     start = (state, empty_stats(method, exact))
-    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].decoding.done), step, start)[1]
+    return jax.lax.while_loop(lambda carry: any_unfinished(carry[0].decoding), step, start)[1]
 
 
 def forced_round(
@@ -104,7 +111,7 @@ def forced_round(
     if kept is not None:
         accepted = jax.vmap(cut_path)(trees, accepted, kept)
     committed = committed_depths(accepted, ~decoding.done)
-    counts = state.depth_counts + jnp.sum(committed, axis=0, dtype=jnp.float32)
+    counts = state.depth_counts + psum(jnp.sum(committed, axis=0, dtype=jnp.float32), data_axes())
     cache = keep_rows(cache, decoding.length - 1, accepted.path, method.tree.size)
     draft = method.drafter.commit(state.draft, accepted, info.aux_hidden_states)
     decoding = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
@@ -216,7 +223,7 @@ def restrict_each(
     return Restricted(
         routing=dataclasses.replace(routing, max_distinct=None),
         shortlist=found.shortlist[0],
-        mass_kept=jnp.mean(found.mass_kept),
+        mass_kept=pmean(jnp.mean(found.mass_kept), data_axes()),
         replaced=found.replaced.reshape(-1),
         kept=found.kept.reshape(-1),
     )
@@ -235,11 +242,7 @@ def log_probabilities(
     target: Autoregressive, params: Decoder, texts: Int[Array, "texts tokens"]
 ) -> Float[Array, "texts positions vocab"]:
     """Compute the exact target's log-probabilities after every token but the last, in one forward pass."""
-    ids, config = texts[:, :-1], target.config
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
-    mask = causal_mask(positions, ids.shape[1])
-    cache = empty_cache(config, ids.shape[0], ids.shape[1], params.embed.dtype, stacked=params.stacked)
-    hidden, _, _ = forward(config, params, ids, positions, mask, cache, target.backend)
+    hidden, _ = plain_pass(target.config, target.backend, params, texts[:, :-1])
     return jax.nn.log_softmax(unembed(params, hidden), axis=-1)
 
 

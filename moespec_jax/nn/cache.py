@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.summary import summary
+from moespec_jax.parallel.collectives import axis_size
+from moespec_jax.parallel.mesh import Axes
 
 
 @struct.dataclass
@@ -40,9 +42,12 @@ class Cache:
         return jax.tree.leaves(self.k)[0].shape[-2]
 
 
-def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, *, stacked: bool) -> Cache:
-    """Allocate a cache of `slots` tokens for each sequence, all free."""
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+def empty_cache(
+    config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, *, stacked: bool, heads: Axes = ()
+) -> Cache:
+    """Allocate a cache of `slots` tokens for each sequence, all free; inside a program that runs on every device of a
+    mesh, a device's shard of it, whose heads are sharded over the axes `heads`."""
+    shape = (batch, config.num_key_value_heads // axis_size(heads), slots, config.head_dim)
 
     def zeros() -> Array | tuple[Array, ...]:
         if stacked:

@@ -22,7 +22,7 @@ from moespec_jax.nn.layer_blocks import Angles, Context, Layer, LayerForm, atten
 from moespec_jax.nn.layers import rope_angles
 from moespec_jax.nn.moe import Restrict, RouterInfo
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import all_gather, axis_index
+from moespec_jax.parallel.collectives import all_gather, axis_index, axis_size
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
@@ -124,7 +124,7 @@ def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Arra
     axes, head = params.sharding.vocabulary, params.lm_head
     if head is None:
         # An embedding is replicated for its look-ups; as output matrix, each device multiplies by its part of it.
-        size = len(params.embed) // jax.lax.axis_size(axes) if axes else len(params.embed)
+        size = len(params.embed) // axis_size(axes)
         head = jax.lax.dynamic_slice_in_dim(params.embed, axis_index(axes) * size, size) if axes else params.embed
     logits = all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
     return logits if params.logits_scaling == 1.0 else logits / params.logits_scaling

@@ -37,6 +37,11 @@ def axis_index(axes: Axes) -> Array | int:
     return jax.lax.axis_index(axes) if axes else 0
 
 
+def axis_size(axes: Axes) -> int:
+    """Return the number of shards of a dimension that is sharded over `axes`; 1 without axes."""
+    return jax.lax.axis_size(axes) if axes else 1
+
+
 def data_axes() -> Axes:
     """Return the axes over which the batch is sharded in the program being traced."""
     return (DATA,) if DATA in jax.sharding.get_abstract_mesh().manual_axes else ()

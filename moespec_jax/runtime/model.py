@@ -227,7 +227,7 @@ class Model:
             greedy=sampling.greedy,
             sampling=describe_sampling(sampling, self.published_sampling, options),
             draft_model=self.drafter_name(spec),
-            mesh=None if self.programs.mesh is None else dict(self.programs.mesh.shape),
+            mesh=self.programs.mesh_sizes,
             device=device_name(),
             dtype=str(self.dtype),
             quantization=self.quantization,
@@ -307,7 +307,7 @@ class Model:
             "draft_model": self.drafter_name(spec), "precision": self.precision, "backend": self.expert_form,
             "batch": batch, "shapes": [tree.name for tree in menu_trees(self.draft, spec)],
             "budget": None if spec.budget is None else spec.budget.as_dict(),
-            "mesh": None if self.programs.mesh is None else dict(self.programs.mesh.shape),
+            "mesh": self.programs.mesh_sizes,
             "device": device_name(), "cores": os.cpu_count(), "versions": versions(),
         }  # fmt: skip
 

@@ -66,6 +66,11 @@ class Programs:
         self._executed: set[Hashable] = set()
         self._rehearsing = False
 
+    @property
+    def mesh_sizes(self) -> dict[str, int] | None:
+        """Devices along each axis of the mesh, None for one device."""
+        return None if self.mesh is None else dict(self.mesh.shape)
+
     def __repr__(self) -> str:
         return f"Programs({len(self)} compiled in {self.compile_s:.1f} s)"
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -175,6 +176,13 @@ def device_name() -> str:
     """Platform and kind of the first device: `cpu (cpu)`, `gpu (NVIDIA H100 80GB HBM3)`."""
     device = jax.devices()[0]
     return f"{device.platform} ({device.device_kind})"
+
+
+def devices_text(device: str, mesh: Mapping[str, int] | None) -> str:
+    """Name the devices of a result: `8 x tpu (TPU v5 lite) (data 1, expert 4, tensor 2)`; one device by its name."""
+    if mesh is None:
+        return device
+    return f"{math.prod(mesh.values())} x {device} ({', '.join(f'{axis} {size}' for axis, size in mesh.items())})"
 
 
 def versions() -> dict[str, str]:

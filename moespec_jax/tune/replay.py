@@ -106,7 +106,7 @@ def drafts_along(
     params = model.speculative_params
     begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
     run = Run(model.programs, method, params, Batch(begun, [len(text) for text in texts], (), 0))
-    state = with_texts(run.state_after(0), texts, prompts)
+    state = with_texts(model.programs, run.state_after(0), texts, prompts)
     return jax.jit(partial(_along, method, read, steps, max(map(len, texts))))(params, state)
 
 
