@@ -22,7 +22,7 @@ from moespec_jax.measure.timing import TimingCase
 from moespec_jax.runtime.drafters import MENU
 from moespec_jax.runtime.round_costs import Chooser, known_by, with_shapes
 from moespec_jax.runtime.run import Batch, Run
-from moespec_jax.runtime.tuned_profile import FORMAT, write_profile
+from moespec_jax.runtime.tuned_profile import FORMAT, setting_fields, write_profile
 from moespec_jax.tune.round_times import Timed, cost_tables, timed_rounds
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -70,6 +70,25 @@ def test_rounds_are_timed_by_the_turns_of_a_search() -> None:
     case = TimingCase(DecodingSpec(TREES[0]))
     stats = [{"a": {"decode_s": s, "rounds": 4, "accept_length": g}} for s, g in ((2.0, 1.5), (1.0, 1.75))]
     assert timed_rounds({"a": case}, stats) == [Timed(case.spec, [0.5, 0.25], [1.5, 1.75])]
+
+
+def test_within_a_divergence_only_trees_measured_so_are_chosen(tmp_path: Path) -> None:
+    """Under the budget of the fastest setting; where that is exact, all trees."""
+    rounds = [*ROUNDS, timed(TREES[1], [1.2], 2.9, BUDGET)]
+    settings = [(TREES[0], BUDGET, 0.01, 5.0), (TREES[1], BUDGET, 0.03, 9.0), (None, None, None, 3.0)]
+    finalists = [
+        setting_fields(tree, budget)
+        | {"exact": kl is None, "loss": {"kl": kl}, "tokens_per_s": {"median": tokens_per_s}}
+        for tree, budget, kl, tokens_per_s in settings
+    ]
+    file, costs = tmp_path / "p.json", cost_tables(rounds, identity)
+    write_profile(file, None, None, {"costs": costs, "finalists": finalists})
+    assert read_costs(file, max_kl=0.05)["tree"].trees == TREES
+    within = read_costs(file, max_kl=0.02)
+    assert within["budget"] == BUDGET and within["tree"].trees == TREES[:1]
+    assert within["tree"].seconds == ((1.0, 1.2, 0.9), (1.1,))
+    exact = read_costs(file, max_kl=0.001)
+    assert exact["budget"] is None and exact["tree"].trees == TREES
 
 
 def test_a_menu_is_the_fastest_tree_those_of_the_menu_and_others_by_speed(tmp_path: Path) -> None:

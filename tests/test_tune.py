@@ -147,6 +147,8 @@ def test_a_search_chooses_what_measured_fastest_and_continues_to_the_same(
     chosen = read_profile(tmp_path / "tuned" / "profile.json")
     assert (chosen["tree"] is None) == (profile["chosen"]["setting"] == "plain")
     assert profile["chosen"]["setting"] in first or "Plain decoding is fastest" in first
+    within = read_profile(tmp_path / "tuned" / "profile.json", max_kl=5.0)
+    assert within == chosen, "the bound of the search"
     costs = read_costs(tmp_path / "tuned" / "profile.json")
     assert costs["budget"] == chosen["budget"] and costs["tree"].trees
     # Cut off in the middle of a line, the same command ends with the same bytes: what was measured is kept.

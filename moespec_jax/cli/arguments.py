@@ -73,7 +73,7 @@ def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
     Raises:
         RequestError: tree or budget is invalid, or there are both a profile and flags.
     """
-    tree, budget = tree_of(arguments), budget_of(arguments)
+    tree, budget, max_kl = tree_of(arguments), budget_of(arguments), max_kl_of(arguments)
     if getattr(arguments, "speculate", None) == "auto":
         if tree is not None:
             raise RequestError("expected --speculate auto or the tree of flags; got both")
@@ -81,12 +81,23 @@ def requested_spec(arguments: argparse.Namespace) -> DecodingSpec:
             return DecodingSpec("auto", budget)
         if budget is not None:
             raise RequestError("expected a budget either from --profile, whose costs are of its own, or from flags")
-        return DecodingSpec(**read_costs(arguments.profile))
+        return DecodingSpec(**read_costs(arguments.profile, max_kl=max_kl))
     if arguments.profile is None:
         return DecodingSpec(tree or "default", budget)
     if tree is not None or budget is not None:
         raise RequestError("expected a tree and a budget either from --profile or from flags; got both")
-    return DecodingSpec(**read_profile(arguments.profile))
+    return DecodingSpec(**read_profile(arguments.profile, max_kl=max_kl))
+
+
+def max_kl_of(arguments: argparse.Namespace) -> float | None:
+    """Read `--max-kl`; None without it.
+
+    Raises:
+        RequestError: there is no profile to choose a setting from.
+    """
+    if arguments.max_kl is not None and arguments.profile is None:
+        raise RequestError("--max-kl chooses among the settings of a profile; expected --profile with it")
+    return arguments.max_kl
 
 
 def tree_of(arguments: argparse.Namespace) -> TreeConfig | None:
@@ -219,10 +230,17 @@ def add_speculate_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def add_profile_flag(group: argparse._ArgumentGroup) -> None:
-    """Add the flag that reads tree and budget from a file."""
+    """Add the flags that read tree and budget from a file."""
     group.add_argument(
         "--profile",
         metavar="FILE",
         help="profile written by python -m moespec_jax.tune: its tree and budget, in place of the flags for them; with"
         " --speculate auto its budget and costs of rounds",
+    )
+    group.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="X",
+        help="with --profile: the fastest of all settings timed for it whose measured divergence from the exact target"
+        " is at most X nats a token, in place of its own; lossy unless that is an exact one",
     )

@@ -24,7 +24,7 @@ from moespec_jax.runtime.load import DEMO_TARGET
 # Flags that have no meaning in plain decoding.
 _DRAFTING = (
     "draft_boundaries", "draft_revision", "speculate", "tree_depth", "tree_top_k", "tree_size",
-    "simulate_accept_length", "trace", "compare", "expert_budget", "profile",
+    "simulate_accept_length", "trace", "compare", "expert_budget", "profile", "max_kl",
 )  # fmt: skip
 
 

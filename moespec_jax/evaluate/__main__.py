@@ -24,6 +24,7 @@ from moespec_jax.cli.arguments import (
     add_profile_flag,
     add_tree_flags,
     load_requested,
+    max_kl_of,
     shown_name,
     tree_of,
 )
@@ -176,10 +177,11 @@ def _requested_specs(
         RequestError: tree or budgets are invalid, or there are both a profile and flags.
     """
     tree, rule, texts = tree_of(arguments), rule_of(arguments), arguments.expert_budget
+    max_kl = max_kl_of(arguments)
     if arguments.profile is not None:
         if tree is not None or rule or texts:
             raise RequestError("expected a tree and a budget either from --profile or from flags; got both")
-        profile = read_profile(arguments.profile)
+        profile = read_profile(arguments.profile, max_kl=max_kl)
         return profile["tree"], [] if profile["budget"] is None else [profile["budget"]]
     if texts is None:
         return tree or "default", None

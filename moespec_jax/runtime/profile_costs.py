@@ -3,6 +3,7 @@
 import math
 import os
 import statistics
+from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
 
 from moespec_jax.config import TreeConfig
@@ -10,7 +11,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.cost_table import CostTable
 from moespec_jax.errors import RequestError, one_line
 from moespec_jax.runtime.drafters import MENU
-from moespec_jax.runtime.tuned_profile import budget_from, profile_fields, read_profile
+from moespec_jax.runtime.tuned_profile import budget_from, profile_fields, read_profile, settings_within
 
 _PLAIN = "plain"
 
@@ -22,21 +23,28 @@ class CostArguments(TypedDict):
     budget: BudgetConfig | None
 
 
-def read_costs(path: str | os.PathLike[str]) -> CostArguments:
+def read_costs(path: str | os.PathLike[str], *, max_kl: float | None = None) -> CostArguments:
     """Read the costs of rounds under a profile's budget, and the budget, as arguments of `generate`:
     `model.generate(prompt, **read_costs("profile.json"))`. Every round is then plain, or drafts the tree that pays most
-    by these costs.
+    by these costs. With `max_kl` the budget is that of `read_profile(path, max_kl=max_kl)`, and under it there are only
+    trees whose measured divergence is at most that.
 
     Raises:
-        RequestError: the file is missing or is not a profile, or has no costs of rounds under its budget.
+        RequestError: the file is missing or is not a profile, or has no costs of rounds under the budget.
     """
-    budget = read_profile(path)["budget"]
-    return CostArguments(tree=cost_table(path, budget), budget=budget)
+    budget, trees = read_profile(path, max_kl=max_kl)["budget"], None
+    if max_kl is not None and budget is not None:
+        within = [setting for _, setting in settings_within(*profile_fields(path), max_kl)]
+        trees = {setting["tree"] for setting in within if setting["budget"] == budget}
+    return CostArguments(tree=cost_table(path, budget, trees), budget=budget)
 
 
-def cost_table(path: str | os.PathLike[str], budget: BudgetConfig | None) -> CostTable:
+def cost_table(
+    path: str | os.PathLike[str], budget: BudgetConfig | None, among: Collection[TreeConfig | None] | None = None
+) -> CostTable:
     """Read the costs of rounds that a profile has for a budget: of plain decoding, the tree that gains most tokens a
-    second, those of the menu without a profile, and then the fastest others, one more than that menu has.
+    second, those of the menu without a profile, and then the fastest others, one more than that menu has; only trees
+    `among` some.
 
     Raises:
         RequestError: there are none.
@@ -47,6 +55,8 @@ def cost_table(path: str | os.PathLike[str], budget: BudgetConfig | None) -> Cos
         table = _read(found[0], str(path)) if found else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RequestError(one_line(f"expected costs of rounds in {path}; {error}")) from None
+    if table is not None and among is not None:
+        table = _part(table, [tree for tree in table.trees if tree in among])
     if table is None or not table.trees:
         under = "" if budget is None else f" under a budget of {budget.name}"
         raise RequestError(
@@ -78,10 +88,13 @@ def _menu(table: CostTable) -> CostTable:
     speeds = {tree: statistics.fmean(tokens) / min(seconds) for tree, seconds, tokens in measured}
     fastest = sorted(speeds, key=lambda tree: -speeds[tree])
     order = dict.fromkeys([fastest[0], *(tree for tree in MENU if tree in speeds), *fastest])
-    trees = tuple(sorted(list(order)[: len(MENU) + 1], key=lambda tree: tree.size))
+    return _part(table, sorted(list(order)[: len(MENU) + 1], key=lambda tree: tree.size))
+
+
+def _part(table: CostTable, trees: Sequence[TreeConfig]) -> CostTable:
     places = [0, *(1 + table.trees.index(tree) for tree in trees)]
     seconds, tokens = (tuple(part[i] for i in places) for part in (table.seconds, table.tokens))
-    return CostTable(trees, seconds, tokens, table.source, table.identity)
+    return CostTable(tuple(trees), seconds, tokens, table.source, table.identity)
 
 
 def _budget(table: dict[str, Any]) -> BudgetConfig | None:

@@ -2,7 +2,9 @@
 costs of rounds in them are read by `profile_costs.py`."""
 
 import dataclasses
+import math
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -24,20 +26,74 @@ class ProfileArguments(TypedDict):
 
 def write_profile(path: Path, tree: TreeConfig | None, budget: BudgetConfig | None, about: dict[str, Any]) -> None:
     """Write a profile; `about` describes the measurement and is not read back."""
-    chosen = {
-        "tree": None if tree is None else dataclasses.asdict(tree),
+    write_json(path, {"format": FORMAT, **setting_fields(tree, budget), **about})
+
+
+def setting_fields(tree: object, budget: BudgetConfig | None) -> dict[str, Any]:
+    """Fields of a setting: those of its tree, which is none in plain decoding, and of its budget."""
+    return {
+        "tree": dataclasses.asdict(tree) if isinstance(tree, TreeConfig) else None,
         "budget": None if budget is None else budget.as_dict(),
     }
-    write_json(path, {"format": FORMAT, **chosen, **about})
 
 
-def read_profile(path: str | os.PathLike[str]) -> ProfileArguments:
+def read_profile(path: str | os.PathLike[str], *, max_kl: float | None = None) -> ProfileArguments:
     """Read tree and budget as arguments of `generate`: `model.generate(prompt, **read_profile("profile.json"))`.
 
+    With `max_kl` they are those of the fastest setting that `tune` timed whose measured divergence from the exact
+    target, mean nats a token, is at most that; in place of those of the profile's own bound.
+
     Raises:
-        RequestError: the file is missing or is not a profile.
+        RequestError: the file is missing or is not a profile, or has no such setting.
     """
     path, profile = profile_fields(path)
+    if max_kl is None:
+        return _arguments(profile, path)
+    own = settings_within(path, profile, max_kl)
+    return max(own, key=lambda setting: setting[0])[1]
+
+
+def settings_within(path: Path, profile: dict[str, Any], max_kl: float) -> list[tuple[float, ProfileArguments]]:
+    """List the settings that were timed whose measured divergence is at most `max_kl` nats, each with its tokens a
+    second. Exact settings have none.
+
+    Raises:
+        RequestError: `max_kl` is no divergence, or there are none.
+    """
+    if isinstance(max_kl, bool) or not isinstance(max_kl, Real):
+        raise wrong_type("max_kl", "a number", max_kl)
+    if not 0 <= max_kl < math.inf:
+        raise RequestError(f"expected a divergence of at least 0 nats (--max-kl); got {max_kl}")
+    try:
+        rows = [row for row in profile.get("finalists", []) if "tree" in row]
+        timed = [(_divergence(row), _positive(row["tokens_per_s"]["median"]), row) for row in rows]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RequestError(one_line(f"expected timed settings in {path}; {error}")) from None
+    if not timed:
+        raise RequestError(
+            f"expected the settings that were timed, to choose one by its divergence (--max-kl), in {path}; it has"
+            " none: tune again"
+        )
+    found = [(speed, _arguments(row, path)) for divergence, speed, row in timed if divergence <= max_kl]
+    if not found:
+        least = min(divergence for divergence, _, _ in timed)
+        raise RequestError(f"expected a setting of divergence {max_kl:g} or less in {path}; the least is {least:g}")
+    return found
+
+
+def _divergence(row: dict[str, Any]) -> float:
+    if row["exact"] is True:
+        return 0.0
+    return _positive(row["loss"]["kl"])
+
+
+def _positive(number: object) -> float:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
+        raise ValueError(f"a measurement is {shown(number)}, expected a number of at least 0")
+    return float(number)
+
+
+def _arguments(profile: dict[str, Any], path: Path) -> ProfileArguments:
     try:
         tree = None if profile["tree"] is None else TreeConfig(**_check_integers(profile["tree"]))
         budget = None if profile["budget"] is None else budget_from(profile["budget"])

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moespec_jax.files import replacing
+from moespec_jax.runtime.tuned_profile import setting_fields
 from moespec_jax.tune.search import PLAIN, Bound, Finalist, Outcome
 
 
@@ -38,6 +39,7 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "setting": one.candidate.name,
+            **setting_fields(one.candidate.spec.tree, one.candidate.spec.budget),
             "exact": one.exact,
             "predicted_tokens_per_s": round(one.candidate.tokens_per_s, 2),
             "tokens_per_s": _rounded(one.tokens_per_s),
@@ -49,7 +51,8 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
         }
         for one in outcome.finalists
     ]
-    return [*found, {"setting": PLAIN, "exact": True, "tokens_per_s": _rounded(outcome.plain_tokens_per_s)}]
+    plain = {"setting": PLAIN, **setting_fields(None, None), "exact": True}
+    return [*found, plain | {"tokens_per_s": _rounded(outcome.plain_tokens_per_s)}]
 
 
 def table(outcome: Outcome) -> str:
