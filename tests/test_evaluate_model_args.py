@@ -41,6 +41,7 @@ def test_arguments_are_flags_without_dashes(least: str) -> None:
         ({"budget_anchor": None}, "budget_anchor", "none"),
         ({"dtype": None}, "dtype", None),
         ({"batch_size": "auto"}, "batch_size", AUTO_BATCH),
+        ({"profile": "p.json", "max_kl": 0.01}, "max_kl", 0.01),
     ],
 )
 def test_none_and_defaults(given: dict[str, Any], name: str, value: Any) -> None:
