@@ -3,13 +3,10 @@
 Each function returns head and rows.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 Table = tuple[list[str], list[list[str]]]
-# Memory sizes of common GPUs in GB.
-CARDS = (16, 24, 48, 80, 141)
 
 
 def chip_memory(verifications: dict[str, Any], rounds: dict[str, Any]) -> Table:
@@ -26,18 +23,26 @@ def chip_memory(verifications: dict[str, Any], rounds: dict[str, Any]) -> Table:
     return ["model", "weights and head", "caches", *(f"one {chip}" for chip in chips)], found
 
 
-def card_memory(rounds: dict[str, Any]) -> Table:
-    """List which model fits which GPU memory: one row a model, one column a size.
-
-    "yes": weights, head and caches fit the share that JAX reserves by default; "with `.95`": they fit a larger share.
-    """
+def plan_cards(plan: dict[str, Any]) -> Table:
+    """List how many of each card hold a model, with the floor of a token: one row a model and precision, one column a
+    card."""
+    rows = plan["rows"]
+    cards = list(dict.fromkeys(_card_of(row) for row in rows))
     found = []
-    for model, needed in whole_models(rounds).items():
-        size = needed["weights_gb"] + needed["cache_mb"] / 1e3
-        shares = {"yes": 0.75, "with `.95`": 0.95, "no": math.inf}
-        cells = [next(word for word, share in shares.items() if size <= share * card) for card in CARDS]
-        found.append([model, f"{size:.1f} GB", *cells])
-    return ["model", "needs", *(f"{card} GB" for card in CARDS)], found
+    for model, experts in dict.fromkeys((row["model"], row["experts"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["experts"]) == (model, experts)]
+        fitting = {_card_of(row): row for row in own if row["fits"]}
+        found.append([model, experts, *(_cards_needed(fitting[card]) if card in fitting else "no" for card in cards)])
+    return ["model", "experts", *cards], found
+
+
+def _card_of(row: dict[str, Any]) -> str:
+    return row["cards"].removeprefix(f"{row['devices']}x")
+
+
+def _cards_needed(row: dict[str, Any]) -> str:
+    share = "" if row["memory_fraction"] == 0.75 else f" with `{row['memory_fraction']:g}`".replace("0.", ".")
+    return f"**{row['devices']}**{share}: {row['token_floor_ms']:.2g} ms"
 
 
 def whole_models(rounds: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -239,7 +244,7 @@ def int8_quality(report: dict[str, Any]) -> Table:
 # Function and result files of each table.
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "chip_memory": (chip_memory, ("tpu_verify.json", "tpu_speculate.json")),
-    "card_memory": (card_memory, ("tpu_speculate.json",)),
+    "plan_cards": (plan_cards, ("plan_cards.json",)),
     "embedded_pair": (embedded_pair, ("tpu_pair.json",)),
     "headline": (headline, ("gpu_h100.json", "budget_quality.json")),
     "gpu_rounds": (gpu_rounds, ("gpu_h100.json", "gpu_h100_triton.json")),

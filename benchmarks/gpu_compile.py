@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_compile --out benchmarks/results
 
-compiles the experts of one MoE layer ahead of time, for GPUs as `GPUS` describes them, at the shapes of published
-checkpoints in bfloat16, and writes `gpu_compile.json`. The layer's index is traced and the weights hold `LAYERS`
-layers, as in our programs. Nothing runs, so there are no times.
+compiles the experts of one MoE layer ahead of time, for GPUs as `plan/cuda.py` describes them, at the shapes of
+published checkpoints in bfloat16, and writes `gpu_compile.json`. The layer's index is traced and the weights hold
+`LAYERS` layers, as in our programs. Nothing runs, so there are no times.
 
 `slots` is how many experts the program can visit: all that the tokens may select, or a budget of a quarter of them all.
 `temp_mb` is the compiler's temporary memory. `copies` lists the values of an expert's size that the program writes to
@@ -21,13 +21,11 @@ after what to fuse into a matrix multiplication is, so they do not undo a copy.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
 import re
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.tpu_hlo import computations
@@ -47,35 +44,13 @@ from moespec_jax.nn.experts.mosaic_gpu import mosaic_experts
 from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.experts.triton_gpu import triton_experts
 from moespec_jax.nn.routing import Routing
+from moespec_jax.plan.cuda import GPUS, PLUGINS, described_devices, installed_versions, lowering_for
 
 # An importing program may have imported JAX before.
 jax.config.update("jax_platforms", "cpu")
 
 TOKENS, LAYERS, DTYPE = (1, 4, 60), 2, jnp.bfloat16
 COMPUTES = {"slots": slot_experts, "mosaic": mosaic_experts, "triton": triton_experts}
-# What Pallas goes by, which from jax 0.12 on lowers for a GPU that it knows or not at all.
-KINDS = {"sm_80": "NVIDIA A100", "sm_89": "NVIDIA L40", "sm_90": "NVIDIA H100"}
-PLUGINS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
-
-# An A100 of 80 GB, an L40S, an H100 SXM: what the compiler's cost model asks of a GPU.
-GPUS = {
-    "sm_80": """cuda_compute_capability { major: 8 } core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41
-        memory_bandwidth: 2039000000000 l2_cache_size: 41943040 device_memory_size: 84942979072
-        threads_per_core_limit: 2048 shared_memory_per_core: 167936 shared_memory_per_block_optin: 166912""",
-    "sm_89": """cuda_compute_capability { major: 8 minor: 9 } core_count: 142 fpus_per_core: 128 clock_rate_ghz: 2.52
-        memory_bandwidth: 864000000000 l2_cache_size: 100663296 device_memory_size: 47810871296
-        threads_per_core_limit: 1536 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376""",
-    "sm_90": """cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } core_count: 132
-        fpus_per_core: 128 clock_rate_ghz: 1.98 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-        device_memory_size: 84942979072 threads_per_core_limit: 2048 shared_memory_per_core: 233472
-        shared_memory_per_block_optin: 232448""",
-}
-_TARGET = """platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
-gpu_device_info {{ name: "{name}" threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-    block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-    thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-    registers_per_core_limit: 65536 registers_per_block_limit: 65536 {of_its_own} }}"""
-
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
 # What names values that are there already or, as `*-start`, ones that `*-done` names again.
 _VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|call|bitcast|constant|opt-barrier|.*-start")
@@ -134,18 +109,6 @@ def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) 
     }
 
 
-def described_device(gpu: str) -> Any:
-    """A GPU as `GPUS` describes it, to compile for."""
-    target = _TARGET.format(name=gpu, of_its_own=GPUS[gpu])
-    return topologies.get_topology_desc(gpu, platform="cuda", topology="1x1x1", target_config=target).devices[0]
-
-
-def lowering_for(gpu: str) -> AbstractContextManager[object]:
-    """Context in which Pallas lowers kernels for such a GPU."""
-    device = jax.sharding.AbstractDevice(device_kind=KINDS[gpu], num_cores=None, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-
-
 def check_compiler(versions: dict[str, str]) -> None:
     """End the program where no plugin with the CUDA compiler is among the installed `versions`."""
     if not any(plugin in versions for plugin in PLUGINS):
@@ -154,7 +117,7 @@ def check_compiler(versions: dict[str, str]) -> None:
 
 def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tuple[Any, ...]:
     """Experts, layer, tokens and routing, as shapes on the GPU."""
-    sharding = SingleDeviceSharding(described_device(gpu))
+    sharding = SingleDeviceSharding(described_devices(gpu)[0])
 
     def array(*shape: int, dtype: Any = DTYPE) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -191,12 +154,6 @@ def _multiplies(line: str, bodies: dict[str, list[str]]) -> bool:
 
 def _called(line: str) -> list[str]:
     return re.findall(r" calls=%?([\w.\-]+)", line)
-
-
-def installed_versions() -> dict[str, str]:
-    """Of what compiles."""
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return {name: found[name] for name in ("jax", "jaxlib", *PLUGINS) if name in found}
 
 
 if __name__ == "__main__":

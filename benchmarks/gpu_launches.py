@@ -23,11 +23,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_compile import check_compiler, installed_versions
+from benchmarks.gpu_compile import check_compiler
 from benchmarks.gpu_programs import SHALLOW, TREE, examine
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.plan.cuda import installed_versions
 
 CASES = [(model, gpu) for model in ("OLMoE-1B-7B", "Qwen3-30B-A3B") for gpu in ("sm_80", "sm_90")]
 PROGRAMS = ("plain", "tree 60/7/10", "tree 60/7/10 N/4")

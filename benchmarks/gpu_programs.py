@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_programs OLMoE-1B-7B triton sm_90
 
 compiles the loop of plain decoding, and of speculative rounds with a chain, a tree, and a tree under a budget of a
-quarter of the experts, ahead of time for a GPU as `gpu_compile.GPUS` describes it. Shapes are those of published
+quarter of the experts, ahead of time for a GPU as `plan/cuda.py` describes it. Shapes are those of published
 checkpoints, bfloat16, batch 1, caches of 1024 slots. It prints one line of JSON for each program. Nothing runs: there
 are no times, and no autotuning (see `gpu_compile.py`).
 
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.gpu_compile import COMPUTES, GPUS, check_compiler, described_device, installed_versions, lowering_for
+from benchmarks.gpu_compile import COMPUTES, check_compiler
 from benchmarks.tpu_hlo import computations, large_values
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import TreeConfig
@@ -44,6 +44,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.parallel.mesh import MeshConfig, make_mesh
+from moespec_jax.plan.cuda import GPUS, described_devices, installed_versions, lowering_for
 from moespec_jax.plan.program import Workload, abstract_round
 from moespec_jax.runtime.programs import Programs
 
@@ -118,7 +119,7 @@ def step_of(
     """A method's `step`, with parameters, state and number of rounds as shapes on the GPU."""
     cut = {} if layers is None else {"num_hidden_layers": layers}
     config, (tree, budget) = read_config(MODELS[model] | cut), PROGRAMS[program]
-    device = described_device(gpu)
+    (device,) = described_devices(gpu)
     boundaries = {} if layers is None else {"boundaries": (1, layers // 2, layers - 1)}
     mesh, draft = make_mesh(MeshConfig(), [device]), draft_config(model, config, **boundaries)
     limit = None if budget is None else BudgetConfig(budget)

@@ -43,20 +43,8 @@ from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.plan.ahead import (
-    DTYPE,
-    SLOTS,
-    TOPOLOGIES,
-    OutOfMemory,
-    Program,
-    compile_lowered,
-    copyable_sizes,
-    devices,
-    local_bytes,
-    placed,
-    versions,
-    with_layers,
-)
+from moespec_jax.plan.abstract import copyable_sizes, local_bytes, placed, with_layers
+from moespec_jax.plan.ahead import DTYPE, SLOTS, TOPOLOGIES, OutOfMemory, Program, compile_lowered, devices, versions
 from moespec_jax.runtime.programs import Programs
 
 CHUNK = 512

@@ -41,11 +41,12 @@ from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.tree import Tree
-from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.parallel.mesh import best_mesh, make_mesh
-from moespec_jax.plan.ahead import compile_lowered, copyable_sizes, devices, local_bytes, versions, with_layers
+from moespec_jax.plan.abstract import copyable_sizes, local_bytes, with_layers
+from moespec_jax.plan.ahead import compile_lowered, devices, versions
 from moespec_jax.plan.collectives import traffic
 from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round, on_mesh
 from moespec_jax.plan.sizing import HBM, SLICES
@@ -61,7 +62,7 @@ BUDGETS = ("none", "global", "balanced")
 def main() -> None:
     """Compile all and write `tpu_mesh.json`."""
     parser = argparse.ArgumentParser(description="Compile rounds for TPU slices ahead of time.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(HEADS))
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--quantizations", nargs="+", choices=("none", "int8"), default=["none", "int8"])
     parser.add_argument("--out", type=Path, help="directory to write to")

@@ -30,7 +30,8 @@ from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.states import Prompts
 from moespec_jax.nn.backend import BACKENDS
-from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, placed, versions
+from moespec_jax.plan.abstract import placed
+from moespec_jax.plan.ahead import TOPOLOGIES, compile_lowered, devices, versions
 from moespec_jax.runtime.drafters import DEFAULT_TREE
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model

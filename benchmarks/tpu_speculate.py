@@ -35,20 +35,11 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.sampling import SamplingConfig
-from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.parallel.mesh import MeshConfig, make_mesh
-from moespec_jax.plan.ahead import (
-    SLOTS,
-    TOPOLOGIES,
-    compile_lowered,
-    copyable_sizes,
-    devices,
-    local_bytes,
-    placed,
-    versions,
-    with_layers,
-)
+from moespec_jax.plan.abstract import copyable_sizes, local_bytes, placed, with_layers
+from moespec_jax.plan.ahead import SLOTS, TOPOLOGIES, compile_lowered, devices, versions
 from moespec_jax.plan.program import Round, Workload, abstract_round
 from moespec_jax.runtime.programs import Programs
 
@@ -72,7 +63,7 @@ def main() -> None:
     """Compile what was asked for and write `tpu_speculate.json` and the table made of it, or print the JSON."""
     parser = argparse.ArgumentParser(description="Compile speculative rounds for TPUs ahead of time.")
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(HEADS))
     parser.add_argument("--backends", nargs="+", choices=("pallas", "slots"), default=["pallas", "slots"])
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--samplings", nargs="+", choices=SAMPLINGS, default=list(SAMPLINGS))

@@ -48,19 +48,10 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
-from moespec_jax.measure.published_shapes import MODELS, draft_config
+from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
-from moespec_jax.plan.ahead import (
-    DTYPE,
-    SLOTS,
-    TOPOLOGIES,
-    OutOfMemory,
-    Program,
-    compile_lowered,
-    placed,
-    versions,
-    with_layers,
-)
+from moespec_jax.plan.abstract import placed, with_layers
+from moespec_jax.plan.ahead import DTYPE, SLOTS, TOPOLOGIES, OutOfMemory, Program, compile_lowered, versions
 from moespec_jax.runtime.programs import Programs
 
 TREE, BACKEND = TREES["tree"], BACKENDS["pallas"]
@@ -72,7 +63,7 @@ def main() -> None:
     """Compile what was asked for and write `tpu_verify.json` and the table made of it, or print the JSON."""
     parser = argparse.ArgumentParser(description="Compile verification under expert budgets for TPUs ahead of time.")
     parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES))
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(HEADS))
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--out", type=Path, help="directory to write to")
     options = parser.parse_args()

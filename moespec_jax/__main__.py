@@ -14,7 +14,7 @@ COMMANDS = {
     "moespec_jax.evaluate": "measure the quality that a budget costs",
     "moespec_jax.evaluate.lm_eval": "run lm-evaluation-harness on a model",
     "moespec_jax.study": "measure routing, trees and budgets, with figures",
-    "moespec_jax.plan": "find the TPU slices that a model fits",
+    "moespec_jax.plan": "find the GPUs and TPU slices that a model fits",
     "moespec_jax.train": "train an EAGLE-3 draft head",
     "moespec_jax.train.regenerate": "let a target write the training data",
     "convert.to_orbax": "convert a checkpoint to orbax",

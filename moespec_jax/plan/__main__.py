@@ -1,12 +1,13 @@
-"""Find the TPU slices that a model fits: `python -m moespec_jax.plan --model Qwen3-30B-A3B`.
+"""Find the GPUs and TPU slices that a model fits: `python -m moespec_jax.plan --model Qwen3-30B-A3B --cards`.
 
-Compiles a round of speculative decoding for TPU slices, on any machine and without the weights (`pip install libtpu`).
-Prints a table of what fits, the memory needed on a device, and the bytes that devices exchange.
+Without a GPU or TPU and without the weights. With --cards: sizes of weights, head and caches on NVIDIA cards and
+machines with several; also the temporaries of programs, where the CUDA compiler is installed (`pip install
+"jax[cuda12]"`); and the least time of a token and of a round. Without --cards: a round of speculative decoding,
+compiled for TPU slices (`pip install libtpu`), with the bytes that devices exchange.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ from moespec_jax.files import expanded, write_text
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.mesh import MeshConfig, shard_decoder
-from moespec_jax.plan.table import table
+from moespec_jax.plan.hardware import Hardware, cards_of, slices_of
+from moespec_jax.plan.program import Load
+from moespec_jax.status_line import showing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,34 +38,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if importlib.util.find_spec("libtpu") is None:
-        raise RequestError("expected the TPU compiler, which needs no TPU: pip install libtpu")
-    # Imported here: the module configures JAX for compilation without devices.
-    from moespec_jax.plan.ahead import versions
-    from moespec_jax.plan.sizing import SLICES
-
-    if unknown := [name for name in arguments.slices or () if name not in SLICES]:
-        raise RequestError(f"expected --slices of {', '.join(SLICES)}; got {', '.join(unknown)}")
+    hardware = cards_of(arguments.cards) if arguments.cards is not None else slices_of(arguments.slices)
+    if arguments.cards is not None and arguments.slices is not None:
+        raise RequestError("expected either --slices of TPU chips or --cards of GPUs; got both")
+    print(*(f"note: {note}" for note in hardware.notes), sep="\n", end="\n" * bool(hardware.notes), file=sys.stderr)
     rows = []
-    for row in _rows(arguments, arguments.slices or list(SLICES)):
+    for row in _rows(arguments, hardware):
         rows.append(row)
-        print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+        print(hardware.table([row]).splitlines()[-1], file=sys.stderr, flush=True)
     tree, budget = tree_of(arguments) or TreeConfig(), budget_of(arguments)
     about = {
-        "versions": versions(), "cache_slots": arguments.cache_slots, "batch": arguments.batch,
+        "versions": hardware.versions(), "cache_slots": arguments.cache_slots, "batch": arguments.batch,
         "tree": dataclasses.asdict(tree), "budget": None if budget is None else budget.as_dict(),
     }  # fmt: skip
     report = json.dumps(about | {"rows": rows}, indent=1) + "\n"
     if arguments.out is not None:
         write_text(arguments.out, report)
-    write_tables(report if arguments.json else table(rows) + "\n")
+    write_tables(report if arguments.json else hardware.table(rows) + "\n" + hardware.legend)
 
 
-def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str, Any]]:
-    """Size up every model in every precision on every requested slice. Without a request, slices of each chip follow
-    from the smallest up to the first that fits."""
-    from moespec_jax.plan.sizing import Load, size_up
-
+def _rows(arguments: argparse.Namespace, hardware: Hardware) -> Iterator[dict[str, Any]]:
+    """Size up every model in every precision on all requested hardware. Without a request, slices of each chip and
+    machines with each card follow from the smallest up to the first that fits."""
     tree, budget, mesh = tree_of(arguments) or TreeConfig(), budget_of(arguments), mesh_of(arguments)
     mesh = None if mesh == "auto" else mesh
     if mesh is not None and arguments.batch % mesh.data:
@@ -73,15 +70,16 @@ def _rows(arguments: argparse.Namespace, slices: list[str]) -> Iterator[dict[str
         load = Load(target, draft_config(name, target), tree, arguments.cache_slots, arguments.batch, budget, mesh)
         for quantization in arguments.quantization or (None, *QUANTIZATIONS):
             fitting: set[str] = set()
-            for where in slices:
-                chip = where.partition("-")[0]
-                if arguments.slices is None and chip in fitting:
+            for where in hardware.names:
+                chip = hardware.chip(where)
+                if not hardware.requested and chip in fitting:
                     continue
                 try:
-                    row = size_up(load, where, None if quantization == "none" else quantization)
+                    with showing(f"{name}, {quantization or 'bfloat16'}, {where}: compiling"):
+                        row = hardware.size_up(load, where, None if quantization == "none" else quantization)
                 except ValueError as error:
                     # The model, or the requested mesh, cannot have this number of devices.
-                    if arguments.slices is None:
+                    if not hardware.requested:
                         continue
                     raise RequestError(f"{error} ({name} on {where})") from None
                 fitting |= {chip} if row["fits"] else set()
@@ -127,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SLICE",
         help="v5e-8, v5p-8, ... (default: of each chip, from the smallest slice up to the first that fits)",
+    )
+    parser.add_argument(
+        "--cards",
+        nargs="*",
+        metavar="CARD",
+        help="NVIDIA GPUs in place of TPU slices: RTX4090, H100, 8xH100, ... (without names: of each card, one and more"
+        " up to the first machine that fits)",
     )
     parser.add_argument(
         "--quantization",

@@ -3,9 +3,7 @@
 Importing this module configures JAX: programs are compiled for described chips, and run on none.
 """
 
-import dataclasses
 import importlib.metadata
-import math
 import os
 import re
 import time
@@ -21,8 +19,6 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-
-from moespec_jax.config import DecoderConfig
 
 # JAX ignores the environment variable if it was imported before this module.
 jax.config.update("jax_platforms", "cpu")
@@ -90,38 +86,6 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Program:
         compile_s=seconds,
         hlo=compiled.as_text() or "",
     )
-
-
-def placed(tree: Any, sharding: Any) -> Any:
-    """Set the sharding of every leaf of an abstract tree: one for all, or a tree of shardings."""
-    if isinstance(sharding, jax.sharding.Sharding):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, sharding)
-
-
-def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
-    """Truncate a decoder to its first `layers` layers."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    kept = {name: value[:layers] for name, value in values.items() if isinstance(value, tuple)}
-    return dataclasses.replace(config, num_hidden_layers=layers, **kept)
-
-
-def local_size(leaf: Any) -> int:
-    """Count the elements of an abstract leaf on one device."""
-    sharding = getattr(leaf, "sharding", None)
-    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-
-
-def local_bytes(tree: Any) -> int:
-    """Count the bytes of an abstract tree on one device, without padding."""
-    return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def copyable_sizes(config: DecoderConfig, tree: Any) -> set[tuple[str, int]]:
-    """List types and element counts by which `tpu_hlo.large_values` finds copies of weights and caches: those of the
-    tree's leaves on one device, whole, of one layer, and of one expert."""
-    parts = [1, max(config.num_hidden_layers, 1), max(config.num_sparse_layers * config.num_experts, 1)]
-    return {("bf16", local_size(leaf) // part) for leaf in jax.tree.leaves(tree) for part in parts}
 
 
 def versions() -> dict[str, str]:

@@ -2,14 +2,15 @@
 
 from typing import Any, NamedTuple
 
-from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decoding.budget_config import BudgetConfig
+from jax.sharding import Mesh
+
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.quantization import Quantization
-from moespec_jax.parallel.mesh import MeshConfig, best_mesh, make_mesh
-from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices, local_bytes
+from moespec_jax.parallel.mesh import make_mesh
+from moespec_jax.plan.abstract import local_bytes
+from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices
 from moespec_jax.plan.collectives import traffic
-from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round
+from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lower_round, mesh_for
 
 
 class Slice(NamedTuple):
@@ -36,28 +37,6 @@ SLICES = {
 HBM = {"v5e": 15.75 * 2**30, "v6e": 31.25 * 2**30, "v5p": 95 * 2**30}
 
 
-class Load(NamedTuple):
-    """Workload before the choice of a slice.
-
-    Fields:
-        target: the target's settings.
-        draft: the head's settings.
-        tree: shape of the draft tree.
-        slots: cache slots of a sequence.
-        batch: number of sequences.
-        budget: expert budget.
-        mesh: None for the best mesh of each slice.
-    """
-
-    target: DecoderConfig
-    draft: DraftConfig
-    tree: TreeConfig
-    slots: int
-    batch: int
-    budget: BudgetConfig | None
-    mesh: MeshConfig | None
-
-
 def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[str, Any]:
     """Compute a row of the table. Sizes are bytes of one device; collectives are, for each kind, the number of
     executions in a round and the bytes of their results.
@@ -67,11 +46,10 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     """
     topology, count = SLICES[name]
     chip = name.partition("-")[0]
-    mesh = best_mesh(load.target, count) if load.mesh is None else load.mesh
-    if load.batch % mesh.data:
-        raise ValueError(f"expected a slice whose devices share the model, or a larger --batch; got a mesh of {mesh}")
+    mesh = mesh_for(load, count)
+    placed = make_mesh(mesh, devices(chip, topology)[:count])
     work = Workload(
-        load.target, load.draft, make_mesh(mesh, devices(chip, topology)[:count]), BACKENDS["pallas"], load.tree,
+        load.target, load.draft, placed, BACKENDS["pallas"], load.tree,
         load.slots, load.batch, load.budget, quantization,
     )  # fmt: skip
     round_ = abstract_round(work)
@@ -87,13 +65,13 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     }
     # Compiled only where weights and caches fit.
     fits = row["weights"] + row["cache"] < row["available"]
-    return row | (_compiled(round_, work) if fits else {"fits": False})
+    return row | (_compiled(round_, placed) if fits else {"fits": False})
 
 
-def _compiled(round_: Round, work: Workload) -> dict[str, Any]:
+def _compiled(round_: Round, mesh: Mesh) -> dict[str, Any]:
     """Compile a round; returns the columns that the compiler determines."""
     try:
-        program = compile_lowered(lower_round(round_, work.mesh))
+        program = compile_lowered(lower_round(round_, mesh))
     except OutOfMemory:
         return {"fits": False}
     found = traffic(program.hlo)
