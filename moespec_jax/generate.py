@@ -34,7 +34,7 @@ from moespec_jax.cli.generate_arguments import (
     check_turns,
 )
 from moespec_jax.cli.process_flags import join_processes
-from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids
+from moespec_jax.cli.prompts import Prompt, chat_text, encode_prompt, gather_prompts, parse_prompt_ids, read_tools_file
 from moespec_jax.cli.round_trace import tracing
 from moespec_jax.cli.sampling_flags import SAMPLING_OPTIONS
 from moespec_jax.cli.summary import NAME_WIDTH, statistics_table
@@ -42,6 +42,7 @@ from moespec_jax.cli.wide_table import folded
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
+from moespec_jax.files import expanded
 from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
@@ -62,10 +63,11 @@ def _run(arguments: argparse.Namespace) -> None:
     check_turns(arguments, asked)
     model = load_requested(arguments, spec.budget)
     first = is_first_process()
-    shows_notes = first and arguments.draft_model is not None and not arguments.json
+    shows_notes = first and arguments.draft_model is not None and not (arguments.json or arguments.answer_only)
     if shows_notes and model.draft is not None and model.draft.notes:
         print("\n".join(model.draft.notes), file=sys.stderr)
-    chat: Any = dict(chat=arguments.chat, system=arguments.system, thinking=not arguments.no_thinking)
+    tools = None if arguments.tools is None else read_tools_file(expanded(arguments.tools))
+    chat: Any = dict(chat=arguments.chat, system=arguments.system, thinking=not arguments.no_thinking, tools=tools)
     encode = functools.partial(encode_prompt, model, **chat)
     prompts = [encode(prompt) for prompt in asked] + ids
     if not same_everywhere(json.dumps([prompts, arguments.max_new_tokens, arguments.seed, arguments.samples])):
@@ -73,7 +75,8 @@ def _run(arguments: argparse.Namespace) -> None:
     several = any(prompt.later for prompt in asked)
     streamed = not arguments.json and len(prompts) == arguments.samples == 1 and not several
     tokenizer, stops = model.tokenizer, arguments.stop or []
-    printer = _Printer(tokenizer, prompts[0], stops) if streamed and tokenizer is not None else None
+    shows_prompts = not arguments.answer_only
+    printer = _Printer(tokenizer, prompts[0], stops, shows_prompts) if streamed and tokenizer is not None else None
     generate = functools.partial(
         model.generate,
         prompts,
@@ -100,8 +103,9 @@ def _run(arguments: argparse.Namespace) -> None:
         extra |= {"conversations": answers} if several else {}
         write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
         return
-    printer.finish() if printer else _print_batch([_texts(model, prompt, chat) for prompt in asked], result, answers)
-    if first:
+    texts = [_texts(model, prompt, chat) for prompt in asked] if shows_prompts else []
+    printer.finish() if printer else _print_batch(texts, result, answers)
+    if first and not arguments.answer_only:
         table = statistics_table(model, result, comparison)
         width = shutil.get_terminal_size().columns
         print(folded(table, width, NAME_WIDTH + 1) if sys.stderr.isatty() else table, file=sys.stderr)
@@ -119,10 +123,10 @@ def _ignore_round(number: int, info: RoundInfo) -> None:
 
 
 class _Printer:
-    """Prints one sequence while it is generated, the text of its prompt first."""
+    """Prints one sequence while it is generated, if asked to the text of its prompt first."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]):
-        self._visible, self._printed_prompt = VisibleText(tokenizer, prompt, stops), False
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str], shows_prompt: bool):
+        self._visible, self._printed_prompt = VisibleText(tokenizer, prompt, stops), not shows_prompt
 
     def __call__(self, new: list[list[int]]) -> None:
         # The prompt is printed with the first new token, so that a rejected request prints nothing.
@@ -144,7 +148,7 @@ def _texts(model: Model, prompt: Prompt, chat: dict[str, Any]) -> list[str]:
 def _print_batch(texts: list[list[str]], result: RunResult, answers: list[list[int]]) -> None:
     for sequence, own in enumerate(answers):
         number, sample = divmod(sequence, result.samples)
-        before = texts[number] if number < len(texts) else [""]
+        before = texts[number] if number < len(texts) else [""] * len(own)
         for turn, place in enumerate(own):
             prompt, name = result.prompts[place], f"{number}, turn {turn}" if len(own) > 1 else f"{number}"
             name += f", sample {sample}" if result.samples > 1 else ""

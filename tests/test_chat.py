@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import pytest
-from chats import PLAIN, write_chat_model
+from chats import PLAIN, QWEN3, write_chat_model
 
 from moespec_jax.chat.__main__ import main
 from moespec_jax.checkpoint.tokenizer import render_chat
@@ -114,6 +114,22 @@ def test_an_interrupted_answer_is_kept(talk: Talk, monkeypatch: pytest.MonkeyPat
     out, err = talk("hello", "again")
     assert "interrupted" in err and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
     assert out == "".join(m["content"] + "\n" for m in talk.messages[1::2]) and len(out) > 2
+
+
+def test_tools_are_rendered_and_kept(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """In the file too, from which a later call has them; a template without them is refused at once."""
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    flags = ("--tools", str(tmp_path / "tools.json"))
+    directory = write_chat_model(tmp_path / "model", QWEN3, max_position_embeddings=1024)
+    talk = Talk(directory, tmp_path / "talk.json", monkeypatch, capsys)
+    _, err = talk("hello", flags=(*flags, "--stats"))
+    asked = render_chat(directory, [{"role": "user", "content": "hello"}], ask=True, tools=tools)
+    assert f"prompt of {len(load(directory).encode(asked, special_tokens=False))} tokens" in err
+    talk("again")
+    assert json.loads(talk.file.read_text())["tools"] == tools and len(talk.messages) == 4
+    plain = Talk(write_chat_model(tmp_path / "plain", PLAIN), tmp_path / "other.json", monkeypatch, capsys)
+    assert "it leaves out the tools" in plain("hello", flags=flags, status=2)[1]
 
 
 def test_messages_are_a_prompt_in_python(directory: Path) -> None:

@@ -117,6 +117,20 @@ def test_text_is_the_prompt_and_what_json_says(directory: Path, capsys: pytest.C
         assert row in err
 
 
+def test_the_answer_alone(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of one prompt, streamed, and of several; no prompt, and nothing on standard error."""
+    whole = tmp_path / "prompt.py"
+    whole.write_text("def add(a,\n        b")
+    flags = ["--prompt", "the cat", "--prompt-text", str(whole)]
+    first, second = run_json(capsys, directory, *flags)["prompts"]
+    assert run(capsys, directory, *flags[:2], "--answer-only") == (first["text"] + "\n", "")
+    out, err = run(capsys, directory, *flags, "--answer-only")
+    assert out.splitlines()[0].startswith("--- prompt 0") and f"\n{first['text']}\n--- prompt 1 (" in out
+    assert out.endswith(f")\n{second['text']}\n") and err == ""
+    assert main(["--answer-only", "--json"]) == 2
+    assert "expected neither --json nor --compare with it" in capsys.readouterr().err
+
+
 def test_several_prompts_are_printed_apart(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--prompt", "the cat", "--prompt", "def add"]
     first, second = run_json(capsys, directory, *argv)["prompts"]

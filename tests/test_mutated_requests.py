@@ -129,7 +129,7 @@ QUESTION = {"question_id": 1, "turns": ["def add(a, b):", "and now?"], "referenc
 def test_prompt_file(suffix: str, model: Model, tmp_path: Path) -> None:
     """Prompts that pass are texts, and their ids are those of the tokenizer."""
     file = tmp_path / f"prompts{suffix}"
-    asked = argparse.Namespace(prompt=None, prompt_file=[str(file)], prompt_ids=None)
+    asked = argparse.Namespace(prompt=None, prompt_text=None, prompt_file=[str(file)], prompt_ids=None)
 
     @bounded_examples(40)
     @given(json_files(QUESTION), st.sampled_from([b"\n", b"\r\n", b"\x00", b"\n\n\n", b"\xe2\x80\xa8"]))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chats import chat_model
+from chats import PLAIN, QWEN3, chat_model
 
 from moespec_jax.cli.prompts import (
     DEFAULT_PROMPT,
@@ -15,15 +15,20 @@ from moespec_jax.cli.prompts import (
     parse_prompt_ids,
     read_prompt_file,
     read_prompts,
+    read_tools_file,
+    read_turns,
 )
-from moespec_jax.errors import RequestError
+from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.measure.prompt_sets import prompt_sets
 
 
 def arguments(
-    prompt: list[str] | None = None, prompt_file: list[str] | None = None, prompt_ids: list[str] | None = None
+    prompt: list[str] | None = None,
+    prompt_text: list[str] | None = None,
+    prompt_file: list[str] | None = None,
+    prompt_ids: list[str] | None = None,
 ) -> argparse.Namespace:
-    return argparse.Namespace(prompt=prompt, prompt_file=prompt_file, prompt_ids=prompt_ids)
+    return argparse.Namespace(prompt=prompt, prompt_text=prompt_text, prompt_file=prompt_file, prompt_ids=prompt_ids)
 
 
 def test_prompts_come_in_order_and_a_dash_reads_standard_input(tmp_path: Path) -> None:
@@ -32,6 +37,51 @@ def test_prompts_come_in_order_and_a_dash_reads_standard_input(tmp_path: Path) -
     given = arguments(prompt=["first", "-"], prompt_file=[str(file)])
     found = gather_prompts(given, io.StringIO("second\nline").read)
     assert found == [Prompt(text) for text in ("first", "second\nline", "third", "fourth")]
+
+
+def test_a_file_can_be_one_prompt(tmp_path: Path) -> None:
+    """With its line ends, whatever its name ends in; between those of --prompt and of --prompt-file."""
+    whole, lines = tmp_path / "whole.jsonl", tmp_path / "lines.txt"
+    whole.write_text("def add(a, b):\n\n    return\n", encoding="utf-8")
+    lines.write_text("c\nd\n", encoding="utf-8")
+    given = arguments(prompt=["a"], prompt_text=[str(whole)], prompt_file=[str(lines)])
+    found = gather_prompts(given, io.StringIO().read)
+    assert found == [Prompt(text) for text in ("a", "def add(a, b):\n\n    return\n", "c", "d")]
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_text(" \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in ((empty, "it is empty"), (binary, "it is not UTF-8 text"), (tmp_path, "Is a directory")):
+        with pytest.raises(RequestError, match=f"^expected a prompt at .*; {reason}$"):
+            gather_prompts(arguments(prompt_text=[str(path)]), io.StringIO().read)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("value", [TOOLS, {"tools": TOOLS}, {"functions": [TOOLS[0]["function"]]}])
+def test_tools_reach_the_chat_template(value: Any, tmp_path: Path) -> None:
+    """As those of a conversation do; a template without them, and a text that none renders, are refused."""
+    file = tmp_path / "tools.json"
+    file.write_text(json.dumps(value))
+    tools, model, prompt = read_tools_file(file), chat_model(tmp_path / "model", QWEN3), Prompt("hi")
+    assert tools == TOOLS
+    messages = {"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS}
+    own = read_turns(messages, "line 1")
+    assert encode_prompt(model, prompt, chat=True, tools=tools) == encode_prompt(model, own, chat=False)
+    assert encode_prompt(model, own, chat=False, tools=tools) == encode_prompt(model, own, chat=False)
+    with pytest.raises(RequestError, match="expected one list of tools in line 1; it has its own beside --tools"):
+        encode_prompt(model, own, chat=True, tools=[{"type": "function", "function": {"name": "other"}}])
+    with pytest.raises(RequestError, match="--tools are parts of a conversation; expected --chat with them"):
+        encode_prompt(model, prompt, chat=False, tools=tools)
+    with pytest.raises(CheckpointError, match="expected a chat template that renders all .*; it leaves out the tools"):
+        encode_prompt(chat_model(tmp_path / "plain", PLAIN), prompt, chat=True, tools=tools)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "5", '{"tools": {}}'])
+def test_a_file_without_tools_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(text)
+    with pytest.raises(RequestError, match=r"^expected JSON with tools at [^\n]*tools.json: a list of definitions"):
+        read_tools_file(tmp_path / "tools.json")
 
 
 def test_without_any_prompt_there_is_the_built_in_one() -> None:

@@ -29,9 +29,11 @@ from moespec_jax.cli.arguments import (
 )
 from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import command_parser, run_command, write_output
+from moespec_jax.cli.prompts import read_tools_file
 from moespec_jax.cli.sampling_flags import SAMPLING_OPTIONS, add_sampling_flags
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import CheckpointError, RequestError, one_line
+from moespec_jax.files import expanded
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.prompt_cache import PromptCache
 from moespec_jax.runtime.results import RunResult
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     spec = requested_spec(arguments)
-    record = Record(arguments.conversation or new_file(), arguments.system)
+    tools = None if arguments.tools is None else read_tools_file(expanded(arguments.tools))
+    record = Record(arguments.conversation or new_file(), arguments.system, tools)
     chat = Chat(load_requested(arguments, spec.budget), spec, record, arguments)
     chat.check_template()
     interactive = sys.stdin.isatty()
@@ -80,12 +83,13 @@ class Chat:
         self._cache, self._shows_statistics = PromptCache(), arguments.stats
 
     def check_template(self) -> None:
-        """Check that the model has a chat template, before anything is asked.
+        """Check that the model has a chat template, which renders the tools, before anything is asked.
 
         Raises:
-            CheckpointError: it has none.
+            CheckpointError: it has none, or leaves out the tools.
         """
-        render(self.model.directory, Conversation("a test", [{"role": "user", "content": "?"}]), ask=True)
+        asked = Conversation("a test", [{"role": "user", "content": "?"}], self._record.tools)
+        render(self.model.directory, asked, ask=True)
 
     def obey(self, line: str) -> None:
         """Run a line that begins with `/`."""
@@ -124,7 +128,7 @@ class Chat:
         self._answer()
 
     def _answer(self) -> None:
-        conversation = Conversation("the conversation", list(self._record.messages))
+        conversation = Conversation("the conversation", list(self._record.messages), self._record.tools)
         text = render(self.model.directory, conversation, ask=True, thinking=self._thinking).text
         ids = self.model.encode(text, special_tokens=False)
         printer = _Answer(self.model, ids, self._stops, self._record)
@@ -207,6 +211,12 @@ def _parser() -> argparse.ArgumentParser:
         "--conversation", type=Path, metavar="FILE", help="JSON file to go on with, or to begin (default: a new one)"
     )
     group.add_argument("--system", metavar="TEXT", help="system message")
+    group.add_argument(
+        "--tools",
+        type=Path,
+        metavar="FILE",
+        help="JSON list of definitions of tools, which the template renders; a call is text of the answer",
+    )
     group.add_argument(
         "--no-thinking", action="store_true", help="render the template with enable_thinking set to false"
     )

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.checkpoint.conversation import read_conversation
+from moespec_jax.checkpoint.conversation import Conversation, read_conversation
 from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.files import cache_directory, read_json, write_json
 
@@ -24,15 +24,18 @@ class Record:
     Fields:
         path: the file.
         messages: as the chat template takes them.
+        tools: definitions of tools, if there are any; written with the messages.
 
     Raises:
-        RequestError: the file cannot be read or written, or holds no conversation.
+        RequestError: the file cannot be read or written, holds no conversation, or has other tools or another system
+            text.
     """
 
-    def __init__(self, path: Path, system: str | None = None) -> None:
-        self.path, self.messages = path, list[Message]()
+    def __init__(self, path: Path, system: str | None = None, tools: list[dict[str, Any]] | None = None) -> None:
+        self.path, self.messages, self.tools = path, list[Message](), tools
         if path.exists():
-            self.messages = _read(path)
+            found = _read(path)
+            self.messages, self.tools = found.turns, (found if tools is None else found.with_tools(tools)).tools
         if system and self.messages and self.messages[0]["role"] in ("system", "developer"):
             raise RequestError(f"expected one system text in {path}; it has a system turn beside --system")
         if system:
@@ -61,16 +64,16 @@ class Record:
     def _write(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"messages": self.messages})
+            write_json(self.path, {"messages": self.messages} | ({"tools": self.tools} if self.tools else {}))
         except OSError as error:
             raise RequestError(f"expected to write the conversation to {self.path}; {error.strerror}") from None
 
 
-def _read(path: Path) -> list[Message]:
+def _read(path: Path) -> Conversation:
     try:
         conversation = read_conversation(read_json(path), str(path))
     except CheckpointError as error:
         raise RequestError(str(error)) from None
     if conversation is None:
         raise RequestError(f"expected a JSON object with 'messages' in {path}; it has none")
-    return conversation.turns
+    return conversation

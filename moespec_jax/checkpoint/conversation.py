@@ -60,6 +60,16 @@ class Conversation:
             raise RequestError(f"expected one system text in {self.where}; it has a system turn beside {shown(text)}")
         return dataclasses.replace(self, turns=[{"role": "system", "content": text}, *self.turns])
 
+    def with_tools(self, tools: list[dict[str, Any]]) -> "Conversation":
+        """Add tools.
+
+        Raises:
+            RequestError: there are others.
+        """
+        if self.tools and self.tools != tools:
+            raise RequestError(f"expected one list of tools in {self.where}; it has its own beside --tools")
+        return dataclasses.replace(self, tools=tools)
+
 
 def turn_flag(turn: Turn, name: str) -> bool:
     """Test whether a flag of a turn is set, or absent."""
@@ -86,7 +96,7 @@ def read_conversation(record: dict[str, Any], where: str) -> Conversation | None
         if record.get(name):
             raise RequestError(f"expected a conversation of texts in {where}; it has {name!r}")
     turns = [_read_turn(turn, f"turn {number} of {where}") for number, turn in enumerate(found[0], 1)]
-    conversation = Conversation(where, turns, _read_tools(record, where))
+    conversation = Conversation(where, turns, read_tools(record, where))
     for name in ("system", "system_prompt"):
         if text := record.get(name):
             if not isinstance(text, str):
@@ -166,7 +176,12 @@ def _object(function: Any, name: str, where: str) -> dict[str, Any]:
     return function if "function" in function else {"type": "function", "function": function}
 
 
-def _read_tools(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+def read_tools(record: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """Read the definitions of tools of a record, `tools` or `functions`; None where it has none.
+
+    Raises:
+        RequestError: they are no list of JSON objects.
+    """
     name = "tools" if record.get("tools") else "functions"
     tools = record.get(name)
     if isinstance(tools, str):

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -58,6 +59,10 @@ def check_flags(arguments: argparse.Namespace) -> None:
     """
     if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
         raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
+    if arguments.tools is not None and not (arguments.chat or arguments.prompt_file):
+        raise RequestError("--tools are parts of a conversation; expected --chat with them, or prompts of messages")
+    if arguments.answer_only and (arguments.json or arguments.compare):
+        raise RequestError("--answer-only prints text alone; expected neither --json nor --compare with it")
     if arguments.logprobs is not None and not arguments.json:
         raise RequestError("--logprobs are part of the JSON output; expected --json with it")
     if arguments.draft_model == "none" or (arguments.draft_model is None and arguments.model != DEMO_TARGET):
@@ -101,6 +106,9 @@ def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
         "--prompt", action="append", metavar="TEXT", help="text to continue; - reads standard input; repeatable"
     )
     group.add_argument(
+        "--prompt-text", action="append", metavar="FILE", help="the whole text of a file as one prompt; repeatable"
+    )
+    group.add_argument(
         "--prompt-file",
         action="append",
         metavar="FILE",
@@ -111,6 +119,9 @@ def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt-ids", action="append", metavar="5,17,9", help="token ids instead of text; repeatable")
     group.add_argument("--chat", action="store_true", help="apply the model's chat template to text prompts")
     group.add_argument("--system", metavar="TEXT", help="system message of the chat")
+    group.add_argument(
+        "--tools", type=Path, metavar="FILE", help="JSON list of definitions of tools, which the chat template renders"
+    )
     group.add_argument(
         "--no-thinking", action="store_true", help="render the chat template with enable_thinking set to false"
     )
@@ -138,6 +149,9 @@ def _add_device_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object to stdout, and nothing else")
+    group.add_argument(
+        "--answer-only", action="store_true", help="print the new text alone, without prompts and table of statistics"
+    )
     group.add_argument(
         "--samples",
         type=int,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moespec_jax.checkpoint.chat import render
-from moespec_jax.checkpoint.conversation import Conversation, read_conversation
+from moespec_jax.checkpoint.conversation import Conversation, read_conversation, read_tools
 from moespec_jax.errors import RequestError
 from moespec_jax.files import expanded
 from moespec_jax.runtime.model import Model
@@ -43,12 +43,13 @@ class Prompt:
 
 
 def gather_prompts(arguments: argparse.Namespace, read_stdin: Callable[[], str]) -> list[Prompt]:
-    """Read all text prompts, those of `--prompt` (`-` is standard input) before those of files; else a built-in one.
+    """Read the texts of `--prompt` (`-` is standard input), `--prompt-text` and `--prompt-file`; else a built-in one.
 
     Raises:
         RequestError: a file or standard input cannot be read, or a file holds no prompt.
     """
     prompts = [Prompt(_decoded(read_stdin) if text == "-" else text) for text in arguments.prompt or []]
+    prompts += [Prompt(_read_text(expanded(file), "a prompt")) for file in arguments.prompt_text or []]
     for file in arguments.prompt_file or []:
         prompts += read_prompts(expanded(file))
     if not prompts and not arguments.prompt_ids:
@@ -65,15 +66,9 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         RequestError: the file is missing, not UTF-8 or empty, or a JSON line has neither.
     """
-    try:
-        # splitlines() would also split at characters that may be part of a prompt or a JSON string.
-        numbered = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RequestError(f"expected a file of prompts at {path}; {reason}") from None
+    # splitlines() would also split at characters that may be part of a prompt or a JSON string.
+    numbered = enumerate(_read_text(path, "a file of prompts").split("\n"), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
-    if not lines:
-        raise RequestError(f"expected a file of prompts at {path}; it is empty")
     if path.suffix in (".jsonl", ".json"):
         return [_json_prompt(line, f"line {number} of {path}") for number, line in lines]
     return [Prompt(line) for _, line in lines]
@@ -114,31 +109,63 @@ def read_turns(row: dict[str, Any], where: str) -> Prompt:
     return Prompt(turns[0], Conversation(where, [{"role": "user", "content": turns[0]}]), tuple(turns[1:]))
 
 
+def read_tools_file(path: Path) -> list[dict[str, Any]]:
+    """Read definitions of tools: a JSON list, or an object with `tools` or `functions`.
+
+    Raises:
+        RequestError: the file cannot be read, or holds none.
+    """
+    try:
+        value = json.loads(_read_text(path, "JSON with tools"))
+    except (ValueError, RecursionError):
+        value = None
+    record = {"tools": value} if isinstance(value, list) else value if isinstance(value, dict) else {}
+    if (tools := read_tools(record, str(path))) is None:
+        raise RequestError(f"expected JSON with tools at {path}: a list of definitions, or an object with 'tools'")
+    return tools
+
+
 def encode_prompt(
-    model: Model, prompt: Prompt, *, chat: bool, system: str | None = None, thinking: bool = True
+    model: Model,
+    prompt: Prompt,
+    *,
+    chat: bool,
+    system: str | None = None,
+    thinking: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Tokenize a prompt, as `chat_text` renders it."""
-    text = chat_text(model, prompt, chat=chat, system=system, thinking=thinking)
+    text = chat_text(model, prompt, chat=chat, system=system, thinking=thinking, tools=tools)
     # A chat template contains the special tokens.
     return model.encode(prompt.text) if text is None else model.encode(text, special_tokens=False)
 
 
 def chat_text(
-    model: Model, prompt: Prompt, *, chat: bool, system: str | None = None, thinking: bool = True
+    model: Model,
+    prompt: Prompt,
+    *,
+    chat: bool,
+    system: str | None = None,
+    thinking: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str | None:
     """Render a conversation by the chat template, and with `chat` a text too; None for other texts.
 
     Raises:
         CheckpointError: there is no chat template, or it refuses the conversation.
-        RequestError: `system` would be the second system turn.
+        RequestError: `system` would be the second system turn, `tools` a second list, or there is no conversation.
     """
     conversation = prompt.conversation
     if conversation is None and chat:
         conversation = Conversation("the prompt", [{"role": "user", "content": prompt.text}])
     if conversation is None:
+        if tools:
+            raise RequestError("--tools are parts of a conversation; expected --chat with them, or prompts of messages")
         return None
     if system:
         conversation = conversation.with_system(system)
+    if tools:
+        conversation = conversation.with_tools(tools)
     return render(model.directory, conversation, ask=True, thinking=thinking).text
 
 
@@ -152,6 +179,18 @@ def parse_prompt_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise RequestError(f"expected --prompt-ids like 5,17,9; got {text!r}") from None
+
+
+def _read_text(path: Path, expected: str) -> str:
+    """Read a text that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RequestError(f"expected {expected} at {path}; {reason}") from None
+    if not text.strip():
+        raise RequestError(f"expected {expected} at {path}; it is empty")
+    return text
 
 
 def _decoded(read: Callable[[], str]) -> str:
