@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.checkpoint.tensor_table import Path
 from moespec_jax.config import DecoderConfig, DraftConfig
@@ -23,12 +23,12 @@ class Placement(NamedTuple):
     """Sharding of some parameters on a mesh.
 
     Fields:
-        mesh: devices, or their axes alone.
+        mesh: devices.
         plan: what is split over which of its axes.
         flat_norms: whether the norms of queries and keys run over all heads together, and are split with them.
     """
 
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     plan: ShardingPlan
     flat_norms: bool = False
 
@@ -42,7 +42,7 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, leaf_spec(self.plan, self.flat_norms, path, len(shape)))
 
 
-def decoder_placement(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Placement:
+def decoder_placement(config: DecoderConfig, mesh: Mesh) -> Placement:
     """Sharding of a decoder's parameters.
 
     Raises:
@@ -51,7 +51,7 @@ def decoder_placement(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> Place
     return Placement(mesh, shard_decoder(config, MeshConfig(**mesh.shape)), config.qk_norm == "flat")
 
 
-def head_placement(config: DraftConfig | DFlashConfig, mesh: Mesh | AbstractMesh) -> Placement:
+def head_placement(config: DraftConfig | DFlashConfig, mesh: Mesh) -> Placement:
     """Sharding of a draft head's parameters."""
     return Placement(mesh, shard_head(config, MeshConfig(**mesh.shape)))
 

@@ -72,7 +72,9 @@ def share_of(memory: int, card: Card, margin: float = 0.0) -> float | None:
 @functools.cache
 def _abstract(load: Load, mesh: MeshConfig, backend: Backend, quantization: Quantization | None) -> Round:
     """Build a round without devices."""
-    return abstract_round(_workload(load, AbstractMesh(mesh.shape, AXES), backend, quantization))
+    # Nothing is compiled: axes without devices serve as a mesh.
+    axes = cast(Mesh, AbstractMesh(mesh.shape, AXES))
+    return abstract_round(_workload(load, axes, backend, quantization))
 
 
 @functools.cache
@@ -111,7 +113,7 @@ def _first_layers(budget: BudgetConfig | None, config: DecoderConfig, fewer: Dec
     return dataclasses.replace(budget, experts=sizes[: fewer.num_sparse_layers])
 
 
-def _workload(load: Load, mesh: Mesh | AbstractMesh, backend: Backend, quantization: Quantization | None) -> Workload:
+def _workload(load: Load, mesh: Mesh, backend: Backend, quantization: Quantization | None) -> Workload:
     return Workload(
         load.target, load.draft, mesh, backend, load.tree, load.slots, load.batch, load.budget, quantization
     )  # fmt: skip

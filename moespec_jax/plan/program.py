@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moespec_jax.checkpoint.head.tensor_table import build_head, draft_table
 from moespec_jax.checkpoint.parameters import abstract_decoder, final_shape
@@ -59,7 +59,7 @@ class Workload(NamedTuple):
     Fields:
         target: the target's settings.
         draft: the head's settings.
-        mesh: devices; an `AbstractMesh` where nothing is compiled.
+        mesh: devices.
         backend: expert compute and attention.
         tree: shape of the draft tree.
         slots: cache slots of a sequence.
@@ -70,7 +70,7 @@ class Workload(NamedTuple):
 
     target: DecoderConfig
     draft: DraftConfig
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     backend: Backend
     tree: TreeConfig
     slots: int = 4096
@@ -138,7 +138,7 @@ def lower_prefill(round_: Round, work: Workload, mesh: Mesh) -> jax.stages.Lower
     return Programs(mesh).lower(prefill.read, params, *given, donate=True, specs=specs)
 
 
-def on_mesh(mesh: Mesh | AbstractMesh, shapes: Any, specs: Any) -> Any:
+def on_mesh(mesh: Mesh, shapes: Any, specs: Any) -> Any:
     """Add shardings to shapes. `specs` is a tree of `PartitionSpec`s, each of which may apply to a whole branch."""
 
     def place(spec: PartitionSpec, branch: Any) -> Any:
