@@ -12,10 +12,11 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.decoding.autoregressive import PREFILL_CHUNK
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.nn.backend import Backend, default_backend
 from moespec_jax.nn.quantization import Quantization
-from moespec_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from moespec_jax.parallel.mesh import AXES, MeshConfig, make_mesh, shard_decoder, ways
 from moespec_jax.plan.abstract import local_bytes, with_layers
 from moespec_jax.plan.cards import CARDS, Card, machine, parse_machine
 from moespec_jax.plan.floors import floors
@@ -24,7 +25,7 @@ from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lowe
 LAYERS = 4
 # Shares of a card's memory that JAX reserves: by default, and with `XLA_CLIENT_MEM_FRACTION=.95`.
 SHARES = (0.75, 0.95)
-# Share that is kept free for temporaries where they are not known; most that were compiled need less than a GB.
+# Share that is kept free where temporaries are not known, at least (`_free`).
 MARGIN = 0.05
 
 
@@ -36,7 +37,7 @@ def has_compiler() -> bool:
 
 def size_up_cards(load: Load, name: str, quantization: Quantization | None) -> dict[str, Any]:
     """Compute a row of the table. Sizes are bytes of one card; `memory` is their sum, without temporaries where they
-    are not known: a model fits then if `MARGIN` is left for them.
+    are not known: a model fits then if some memory is left for them.
 
     Raises:
         RequestError: there is no such card.
@@ -52,7 +53,7 @@ def size_up_cards(load: Load, name: str, quantization: Quantization | None) -> d
     # Compiled only where weights and caches fit.
     compiled = _temporaries(load, mesh, card.described, backend, quantization) if fits and has_compiler() else None
     memory = held + (compiled or 0)
-    share = share_of(memory, card, MARGIN if compiled is None else 0.0)
+    share = share_of(memory, card, _free(load, mesh, card) if compiled is None else 0)
     row = {
         "cards": machine(kind, count), "devices": mesh.devices, "mesh": str(mesh),
         "experts": quantization or "bfloat16",
@@ -63,10 +64,17 @@ def size_up_cards(load: Load, name: str, quantization: Quantization | None) -> d
     return row | (floors(load, round_, mesh, card.bandwidth * 1e9) if share is not None else {})
 
 
-def share_of(memory: int, card: Card, margin: float = 0.0) -> float | None:
-    """Find the least of `SHARES` that holds `memory` bytes and a `margin`, a share of the card's memory too; None where
-    none does."""
-    return next((share for share in SHARES if memory <= (share - margin) * card.memory), None)
+def share_of(memory: int, card: Card, free: int = 0) -> float | None:
+    """Find the least of `SHARES` of a card's memory that holds `memory` bytes and `free` more; None where none does."""
+    return next((share for share in SHARES if memory + free <= share * card.memory), None)
+
+
+def _free(load: Load, mesh: MeshConfig, card: Card) -> int:
+    """Compute the bytes to keep free for temporaries: a share of the card, or twice the scores of attention, float32,
+    of a chunk of every prompt."""
+    chunk, heads = min(PREFILL_CHUNK, load.slots // 2), load.target.num_attention_heads
+    rows = load.batch // mesh.data * heads // ways(mesh, shard_decoder(load.target, mesh).heads) * chunk
+    return max(int(MARGIN * card.memory), 2 * rows * load.slots * 4)
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def cards_of(names: Sequence[str]) -> Hardware:
         return installed_versions()
 
     missing = (
-        f"{MARGIN:.0%} of a card are kept free for temporary memory; to have it counted, without a GPU:"
+        f"{MARGIN:.0%} of a card or more are kept free for temporary memory; to have it counted, without a GPU:"
         ' pip install "jax[cuda12]"'
     )
     return Hardware(
