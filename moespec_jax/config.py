@@ -59,6 +59,9 @@ class DecoderConfig:
         output_gate_per_head: whether a head has one gate, instead of one for each number.
         input_norms: whether the inputs of both blocks of a layer are normed.
         output_norms: whether the outputs of both blocks of a layer are normed before they are added (AFMoE, FlexOlmo).
+        layer_norms: whether norms of the residual stream subtract the mean and have a bias (LayerNorm), in place of RMS
+            norms (Phi-3.5-MoE).
+        lm_head_bias: whether logits have a bias.
         attention_sinks: whether every head has a sink: a learned score beside those of the tokens, without a value.
         router_bias: whether the router's logits have a bias.
         expert_bias: whether the matrices of routed experts have biases.
@@ -104,6 +107,8 @@ class DecoderConfig:
     output_gate_per_head: bool = False
     input_norms: bool = True
     output_norms: bool = False
+    layer_norms: bool = False
+    lm_head_bias: bool = False
     attention_sinks: bool = False
     router_bias: bool = False
     expert_bias: bool = False
@@ -135,11 +140,14 @@ class DecoderConfig:
     @property
     def context_length(self) -> int:
         """Largest length of a sequence in tokens. A RoPE scaling extends the trained context. Some files include the
-        extension in `max_position_embeddings` and some do not: of the two readings the larger is returned."""
+        extension in `max_position_embeddings` and some do not: of the two readings the larger is returned. Of
+        `longrope` it is the original one: beyond it, all positions of a sequence would rotate by other factors."""
         rope, trained = self.rope, self.max_position_embeddings
         if rope.rope_type == "default":
             return trained
         original = rope.original_max_position_embeddings
+        if rope.rope_type == "longrope" and original is not None:
+            return min(trained, original)
         if rope.rope_type in ("yarn", "llama3") and original is not None:
             return max(trained, int(original * rope.factor))
         return max(trained, int(trained * rope.factor)) if rope.rope_type in ("linear", "dynamic") else trained

@@ -16,7 +16,7 @@ class RopeConfig:
         rope_theta: base of the frequencies.
         factor: ratio of the extended to the original context.
         original_max_position_embeddings: context of pre-training in tokens, for `yarn` and `llama3` (default, and
-            always for `dynamic`: the model's `max_position_embeddings`).
+            always for `dynamic`: the model's `max_position_embeddings`), and for `longrope`.
         attention_factor: factor on cosine and sine for `yarn` (default: computed from `factor` and the mscales).
         beta_fast: rotations over the original context above which `yarn` keeps a frequency.
         beta_slow: rotations over the original context below which `yarn` divides a frequency by `factor`.
@@ -26,10 +26,12 @@ class RopeConfig:
         low_freq_factor: `llama3` divides frequencies of fewer rotations over the original context by `factor`.
         high_freq_factor: `llama3` keeps frequencies of more rotations over the original context.
         partial_rotary_factor: share of each head, from its first dimension, that is rotated.
+        short_factor, long_factor: divisors of each frequency for `longrope`, up to the original context and beyond.
+        short_mscale, long_mscale: factors on cosine and sine for `longrope`, likewise.
         interleaved: whether the rotated pairs are of neighbouring dimensions instead of those half the width apart.
     """
 
-    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     rope_theta: float = 10_000.0
     factor: float = 1.0
     original_max_position_embeddings: int | None = None
@@ -42,6 +44,10 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    short_mscale: float = 1.0
+    long_mscale: float = 1.0
     interleaved: bool = False
 
     def rotary_dim(self, head_dim: int) -> int:
@@ -54,7 +60,10 @@ class RouterConfig:
     """Computation of the experts of a token and their combine weights from the router's logits.
 
     Fields:
-        score: weight of an expert before renormalisation: `softmax` over all experts, or `sigmoid` of its own logit.
+        score: weight of an expert before renormalisation: `softmax` over all experts, `sigmoid` of its own logit, or
+            `sparsemixer` (`nn.routing.sparsemixer_gates`).
+        jitter: of sparsemixer, half the largest relative distance of a logit to the best at which its expert takes part
+            in the sum of shares.
         correction: whether a learned number is added to the score of each expert for the choice, and not to its weight.
         groups: number of equal groups of consecutive experts.
         groups_per_tok: number of groups from which a token may choose; a group counts the sum of its two best scores.
@@ -67,7 +76,8 @@ class RouterConfig:
         float32: whether router and correction are kept in float32 at any dtype of the other parameters.
     """
 
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    jitter: float = 0.0
     correction: bool = False
     groups: int = 1
     groups_per_tok: int = 1

@@ -126,6 +126,29 @@ def _granitemoeshared(rng: np.random.Generator) -> Fields:
     return _granitemoe(rng) | dict(shared_intermediate_size=int(rng.choice([0, 16])))
 
 
+LONGROPE: Fields = dict(
+    type="longrope",
+    short_mscale=1.2,
+    long_mscale=1.3,
+    short_factor=[1.0, 1.1, 1.3, 2.0],
+    long_factor=[1.0, 2.0, 3.0, 4.0],
+    original_max_position_embeddings=64,
+)
+
+
+def _phimoe(rng: np.random.Generator) -> Fields:
+    window = int(rng.integers(2, 9)) if coin(rng) else None
+    return dict(
+        num_local_experts=int(rng.choice([3, 5])),
+        num_experts_per_tok=2,
+        sliding_window=window,
+        attention_bias=coin(rng),
+        lm_head_bias=coin(rng),
+        router_jitter_noise=float(rng.choice([0.01, 0.3, 0.0])),
+        rope_scaling=LONGROPE if coin(rng) else None,
+    )
+
+
 ROUTER_FAMILIES: dict[str, Draw] = {
     "glm4_moe": _glm4_moe,
     "dots1": _dots1,
@@ -134,6 +157,7 @@ ROUTER_FAMILIES: dict[str, Draw] = {
     "hy_v3": _hy_v3,
     "ernie4_5_moe": _ernie4_5_moe,
     "hunyuan_v1_moe": _hunyuan_v1_moe,
+    "phimoe": _phimoe,
     "granitemoe": _granitemoe,
     "granitemoeshared": _granitemoeshared,
 }

@@ -14,6 +14,7 @@ from driver import fast_jit
 from benchmarks.gpu_forms import TOLERANCE, Case, cases_of, error_of
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import abstract_decoder
+from moespec_jax.config import RouterConfig
 from moespec_jax.decoding.budget import restrict
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.budget_rules import EXPERT_WEIGHTS, Nodes
@@ -271,6 +272,8 @@ def test_every_form_can_be_turned_off() -> None:
         pytest.param({"dtype": jnp.float32}, 4, id="float32: norms and router"),
         pytest.param({"head": 32}, 9, id="a narrow head: all but attention"),
         pytest.param({"changed": {"qk_norm": "unit"}}, 10, id="norms of rotated heads: all but write_qkv"),
+        pytest.param({"changed": {"layer_norms": True}}, 8, id="norms with a bias: all but norms"),
+        pytest.param({"changed": {"router": RouterConfig("sparsemixer")}}, 10, id="sparsemixer: all but the router"),
         pytest.param({"changed": {"input_norms": False}}, 9, id="no norms of inputs: one norm instead of three"),
     ],
 )

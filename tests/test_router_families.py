@@ -11,7 +11,7 @@ import pytest
 from driver import build, cached_logits, continue_greedily
 from hf_models import hf_greedy, hf_logits, write_checkpoint
 from published import draw_tensors, write
-from router_models import ROUTER_FAMILIES, draw_fields
+from router_models import LONGROPE, ROUTER_FAMILIES, draw_fields
 from safetensors.numpy import load_file
 from speculation import FastPrograms, decode, draft_config, plainly, small_head, speculating
 from test_parity import quiet, reference_logits  # noqa: F401, a fixture
@@ -22,10 +22,11 @@ from moespec_jax.checkpoint.orbax_io import write_orbax
 from moespec_jax.checkpoint.read import load_config, load_parameters, open_source
 from moespec_jax.checkpoint.tensor_table import tensor_table
 from moespec_jax.checkpoint.write import export
-from moespec_jax.config import RouterConfig
+from moespec_jax.config import RouterConfig, TreeConfig
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.moe import SparseMlp, sparse_mlp
+from moespec_jax.nn.routing import sparsemixer_gates
 
 TOLERANCE = 5e-5  # on logits of standard deviation 1; the largest difference seen is 1e-5
 DRAWS = 20
@@ -86,7 +87,8 @@ def test_transformers_loads_what_is_written(family: str, tmp_path: Path) -> None
 
 
 def pair(family: str, backend: str = "switch") -> tuple[Any, ...]:
-    fields = draw_fields(family, 2) | dict(vocab_size=16, max_position_embeddings=512, tie_word_embeddings=False)
+    number = 3 if family == "phimoe" else 2  # the second's bias of logits is unlike any draft
+    fields = draw_fields(family, number) | dict(vocab_size=16, max_position_embeddings=512, tie_word_embeddings=False)
     config = read_config(fields)
     params = build(config, draw_tensors(fields), BACKENDS[backend])
     draft = draft_config(config, draft_vocab_size=12, boundaries=(0, 1, 2))
@@ -102,6 +104,14 @@ def test_greedy_speculation_is_plain_decoding(backend: str, family: str) -> None
     drafted = decode(speculating(*parts, SMALL), FastPrograms(), PROMPTS, 60)
     assert drafted.sequences == plain.sequences
     assert drafted.accepted.sum() > 5
+
+
+@pytest.mark.slow
+@every_family
+def test_greedy_chains_are_plain_decoding(family: str) -> None:
+    parts = pair(family)
+    plain = decode(plainly(*parts[:3]), FastPrograms(), PROMPTS, 30)
+    assert decode(speculating(*parts, TreeConfig(2, 1, 4)), FastPrograms(), PROMPTS, 30).sequences == plain.sequences
 
 
 @every_family
@@ -170,6 +180,29 @@ def test_weights_that_scale_the_inputs_of_experts(active: int, softcap: float) -
         np.testing.assert_allclose(got[t], expected, rtol=1e-4, atol=1e-3)
 
 
+def test_sparsemixer_weighs_other_experts_in_proportion() -> None:
+    """Experts that only a budget chooses: against a loop in NumPy over what transformers defines for the best two."""
+    logits = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32) * 0.2 + 1
+    gates = np.asarray(sparsemixer_gates(jnp.asarray(logits), 0.1))
+    for row, found in zip(logits, gates, strict=True):
+        first, second = np.argsort(-row)[:2]
+        left = np.ones(5, bool)
+        for chosen in (first, second):
+            near = left & ~((row[chosen] - row) / np.maximum(abs(row), row[chosen]) > 0.2)
+            np.testing.assert_allclose(found[chosen], np.exp(row[chosen]) / np.exp(row[near]).sum(), rtol=1e-5)
+            left[chosen] = False
+        np.testing.assert_allclose(found[left] / found[second], np.exp(row[left] - row[second]), rtol=1e-5)
+
+
+def test_phimoe_as_published() -> None:
+    """The context of longrope is the original one; where the sliding window is as long as the extended context."""
+    scaling = LONGROPE | dict(original_max_position_embeddings=4096)
+    fields = draw_fields("phimoe", 0) | dict(max_position_embeddings=131072, sliding_window=131072)
+    config = read_config(fields | dict(rope_scaling=scaling, original_max_position_embeddings=4096))
+    assert (config.context_length, config.rope.rope_type, config.rope.short_mscale) == (4096, "longrope", 1.2)
+    assert read_config(fields | dict(rope_scaling=None)).context_length == 131072
+
+
 REFUSED = [
     ("glm4_moe", dict(topk_group=9), "topk_group"),
     ("glm4_moe", dict(n_group=3), "n_group"),
@@ -188,6 +221,14 @@ REFUSED = [
     ("hunyuan_v1_moe", dict(moe_topk=[1, 2, 1]), "moe_topk"),
     ("hunyuan_v1_moe", dict(num_shared_expert=[2, 2, 2]), "num_shared_expert"),
     ("hunyuan_v1_moe", dict(use_cla=True), "use_cla"),
+    ("phimoe", dict(num_experts_per_tok=3), "num_experts_per_tok"),
+    ("phimoe", dict(norm_topk_prob=True), "norm_topk_prob"),
+    ("phimoe", dict(router_jitter_noise="0.1"), "router_jitter_noise"),
+    ("phimoe", dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_type.*yarn"),
+    ("phimoe", dict(rope_scaling=LONGROPE | dict(short_factor=[1.0])), "short_factor"),
+    ("phimoe", dict(rope_scaling=LONGROPE | dict(long_mscale=None)), "long_mscale"),
+    ("phimoe", dict(rope_scaling=LONGROPE | dict(partial_rotary_factor=0.5)), "partial_rotary_factor"),
+    ("phimoe", dict(rope_scaling=LONGROPE, rope_parameters=dict(rope_type="default")), "rope"),
     ("deepseek_v3", {}, "latent attention"),
     ("qwen3_next", {}, "linear attention"),
     ("nemotron_h", {}, "state-space"),

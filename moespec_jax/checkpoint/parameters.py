@@ -18,7 +18,7 @@ from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder, layer_runs
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layer_blocks import Layer
-from moespec_jax.nn.layers import GatedMlp
+from moespec_jax.nn.layers import GatedMlp, LayerNorm
 from moespec_jax.nn.moe import SparseMlp
 from moespec_jax.nn.quantization import Quantization, Quantized
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
@@ -114,8 +114,9 @@ def build_decoder(
         embed=leaves[("embed",)],
         layers=layers,
         experts=_build_experts(config, backend, leaves, plan),
-        norm=leaves[("norm",)],
+        norm=_build_norm(("norm",), leaves),
         lm_head=leaves.get(("lm_head",)),
+        lm_head_bias=leaves.get(("lm_head_bias",)),
         stacked=backend.stacked,
         sharding=plan,
         logits_scaling=config.logits_scaling,
@@ -161,8 +162,14 @@ def _build_layer(sparse: bool, path: Path, leaves: Mapping[Path, Any]) -> Layer:
         mlp = SparseMlp(shared=shared, **{name: at("mlp", name) for name in names})
     else:
         mlp = _build_mlp((*path, "mlp"), leaves)
-    output_norms = at("attention_output_norm"), at("mlp_output_norm")
-    return Layer(at("input_norm"), attention, at("post_attention_norm"), mlp, *output_norms)
+    names = ("input_norm", "post_attention_norm", "attention_output_norm", "mlp_output_norm")
+    return Layer(attention=attention, mlp=mlp, **{name: _build_norm((*path, name), leaves) for name in names})
+
+
+def _build_norm(path: Path, leaves: Mapping[Path, Any]) -> Any:
+    """Build the norm at `path`; None where there is none."""
+    weight = leaves.get((*path, "weight"))
+    return leaves.get(path) if weight is None else LayerNorm(weight, leaves[(*path, "bias")])
 
 
 def _build_mlp(path: Path, leaves: Mapping[Path, Any]) -> GatedMlp:
@@ -192,7 +199,7 @@ def _matrix(leaves: Mapping[Path, Any], path: Path) -> Any:
 
 def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTypeLike) -> jax.Array:
     name = str(path[-1])
-    if name.endswith("norm"):
+    if name.endswith("norm") or name == "weight":
         return jnp.ones(shape, dtype)
     by_row = ("q", "k", "v", "embed", "lm_head", "router", "shared_gate", "output_gate")
     fan_in = shape[-1] if name in by_row else shape[-2:][0]

@@ -94,7 +94,7 @@ _REPLICATED = frozenset(
     {
         "embed", "norm", "input_norm", "post_attention_norm", "attention_output_norm", "mlp_output_norm", "hidden_norm",
         "o_bias", "router", "router_bias", "correction", "shared_gate", "gate_bias", "up_bias", "down_bias",
-        "down_scale", "fc", "fc_bias", "fc_norms", "target_ids",
+        "lm_head_bias", "down_scale", "fc", "fc_bias", "fc_norms", "target_ids",
         "previous", "following", "mixer", "mixer_bias", "weight", "bias",
     }
 )  # fmt: skip

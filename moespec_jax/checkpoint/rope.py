@@ -26,7 +26,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attn_factor": (1,),
     "extrapolation_factor": (1,),
 }
-_READ_APART = ("rope_type", "rope_theta", "partial_rotary_factor", "interleaved")
+_READ_APART = {
+    *("rope_type", "rope_theta", "partial_rotary_factor", "interleaved"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+}
 
 
 def read_rope(fields: Fields, default_theta: float, partial: float | None = None) -> RopeConfig:

@@ -44,12 +44,11 @@ class Tensor(NamedTuple):
 def tensor_table(config: DecoderConfig) -> dict[str, Tensor]:
     """List the tensors of a decoder's checkpoint by published name."""
     vocab, model = config.vocab_size, config.hidden_size
-    table = {
-        "model.embed_tokens.weight": Tensor(("embed",), (vocab, model)),
-        "model.norm.weight": Tensor(("norm",), (model,)),
-    }
+    table = {"model.embed_tokens.weight": Tensor(("embed",), (vocab, model))} | _norm(config, "model.norm", ("norm",))
     if not config.tie_word_embeddings:
         table["lm_head.weight"] = Tensor(("lm_head",), (vocab, model))
+    if config.lm_head_bias:
+        table["lm_head.bias"] = Tensor(("lm_head_bias",), (vocab,))
     sparse = 0
     for i in range(config.num_hidden_layers):
         rows = _layer_table(config, ("layers", i))
@@ -150,7 +149,8 @@ def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
     norms = {"input_norm": "input_layernorm", "post_attention_norm": second} if config.input_norms else {}
     if config.output_norms:
         norms |= {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_mlp_layernorm"}
-    rows |= {f"{name}.weight": Tensor((*path, place), (model,)) for place, name in norms.items()}
+    for place, name in norms.items():
+        rows |= _norm(config, name, (*path, place))
     if config.attention_sinks:
         rows["self_attn.sinks"] = Tensor((*path, "attention", "sinks"), (heads,))
     if config.output_gate != "none":
@@ -158,6 +158,13 @@ def _layer_table(config: DecoderConfig, path: Path) -> dict[str, Tensor]:
         rows["self_attn.gate_proj.weight"] = Tensor((*path, "attention", "output_gate"), (gates, model))
     names = FAMILIES[config.model_type].names.attention
     return {names.get(name, name): tensor for name, tensor in rows.items()}
+
+
+def _norm(config: DecoderConfig, name: str, path: Path) -> dict[str, Tensor]:
+    """List the tensors of a norm of the residual stream, called `name`, at `path`."""
+    if not config.layer_norms:
+        return {f"{name}.weight": Tensor(path, (config.hidden_size,))}
+    return {f"{name}.{part}": Tensor((*path, part), (config.hidden_size,)) for part in ("weight", "bias")}
 
 
 def _sparse_table(config: DecoderConfig, path: Path, sparse_layer: int) -> dict[str, Tensor]:

@@ -159,6 +159,10 @@ _ROPE = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "longrope": (
+        ("original_max_position_embeddings", "short_factor", "long_factor", "short_mscale", "long_mscale"),
+        (),
+    ),
     "yarn": (
         ("factor", "beta_fast", "beta_slow", "truncate"),
         ("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),

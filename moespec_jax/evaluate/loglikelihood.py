@@ -24,7 +24,7 @@ from moespec_jax.evaluate.specs import EvaluatedSpec, speculative_method
 from moespec_jax.measure.fidelity import with_texts
 from moespec_jax.measure.teacher_forcing import forced_round
 from moespec_jax.nn.decoder import Decoder, unembed
-from moespec_jax.nn.layers import rms_norm
+from moespec_jax.nn.layers import apply_norm
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import SMALLEST_CACHE, Batch, Run
 
@@ -120,7 +120,7 @@ def score_chunk(
     last_boundary = (config.num_hidden_layers,)
     state, hidden = prefill.read_with_aux(params, state, tokens[:, :-1], start, lengths, last_boundary)
     assert hidden is not None
-    hidden = rms_norm(hidden, params.norm, config.rms_norm_eps)
+    hidden = apply_norm(hidden, params.norm, config.rms_norm_eps)
 
     def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
         return score_rows(unembed(params, block[0]), block[1])

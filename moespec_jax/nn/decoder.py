@@ -19,7 +19,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.layer_blocks import Angles, Context, Layer, LayerForm, attention_block, mlp_block
-from moespec_jax.nn.layers import rope_angles
+from moespec_jax.nn.layers import Norm, rope_angles
 from moespec_jax.nn.moe import Restrict, RouterInfo
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import all_gather, axis_index, axis_size
@@ -37,6 +37,7 @@ class Decoder:
         experts: routed experts of all sparse layers, in the layout of the back-end (`experts/layouts.py`).
         norm: last norm.
         lm_head: output matrix; None where the embedding is tied.
+        lm_head_bias: bias of logits; None where the family has none.
         stacked: whether layers are stacked.
         sharding: which parts are split over which axes of a mesh, where the program runs on every device of one.
         logits_scaling: divisor of logits.
@@ -45,8 +46,9 @@ class Decoder:
     embed: Float[Array, "vocab model"]
     layers: tuple[Layer, ...]
     experts: object
-    norm: Float[Array, " model"]
+    norm: Norm
     lm_head: Float[Array, "vocab_shard model"] | None
+    lm_head_bias: Float[Array, " vocab"] | None = None
     stacked: bool = struct.field(pytree_node=False, default=False)
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
     logits_scaling: float = struct.field(pytree_node=False, default=1.0)
@@ -127,6 +129,9 @@ def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Arra
         size = len(params.embed) // axis_size(axes)
         head = jax.lax.dynamic_slice_in_dim(params.embed, axis_index(axes) * size, size) if axes else params.embed
     logits = all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
+    if params.lm_head_bias is not None:
+        bias = params.lm_head_bias.astype(jnp.float32)
+        logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
     return logits if params.logits_scaling == 1.0 else logits / params.logits_scaling
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.nn.attention import (
@@ -18,7 +18,7 @@ from moespec_jax.nn.attention import (
     within_window,
 )
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm
+from moespec_jax.nn.layers import GatedMlp, Norm, apply_norm, gated_mlp
 from moespec_jax.nn.moe import ExpertCompute, Restrict, RouterInfo, SparseMlp, sparse_mlp
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import psum
@@ -37,12 +37,12 @@ class Layer:
         attention_output_norm, mlp_output_norm: norms of the blocks' outputs; None where the family has none.
     """
 
-    input_norm: Float[Array, "*stack model"] | None
+    input_norm: Norm
     attention: Attention
-    post_attention_norm: Float[Array, "*stack model"] | None
+    post_attention_norm: Norm
     mlp: GatedMlp | SparseMlp
-    attention_output_norm: Float[Array, "*stack model"] | None = None
-    mlp_output_norm: Float[Array, "*stack model"] | None = None
+    attention_output_norm: Norm = None
+    mlp_output_norm: Norm = None
 
     __repr__ = summary
 
@@ -128,7 +128,7 @@ def attention_block(
     if weights.output_gate is not None:
         mixed = gate_output(mixed, weights.output_gate, h, config.output_gate)
     out = context.backend.output_projection(weights, mixed, heads)
-    return times(_output_norm(config, out, layer.attention_output_norm), config.residual_multiplier), kv
+    return times(apply_norm(out, layer.attention_output_norm, config.rms_norm_eps), config.residual_multiplier), kv
 
 
 def _angles(context: Context, form: LayerForm) -> Angles:
@@ -149,10 +149,6 @@ def _scaled(config: DecoderConfig, q: Array, context: Context, form: LayerForm) 
         return q
     factor = jnp.where(form.rotates, 1.0, query_factor(config.query_scale, context.positions))
     return q * factor[:, :, None, None].astype(q.dtype)
-
-
-def _output_norm(config: DecoderConfig, y: Array, weight: Array | None) -> Array:
-    return y if weight is None else rms_norm(y, weight, config.rms_norm_eps)
 
 
 def mlp_block(
@@ -177,7 +173,7 @@ def mlp_block(
         valid = valid if info.restricted is None else info.restricted.kept
     else:
         y = psum(gated_mlp(rows, layer.mlp, config.hidden_act), context.sharding.ffn)
-    out = _output_norm(config, y.reshape(h.shape), layer.mlp_output_norm)
+    out = apply_norm(y.reshape(h.shape), layer.mlp_output_norm, config.rms_norm_eps)
     return times(out, config.residual_multiplier), valid, info
 
 

@@ -49,19 +49,52 @@ def rms_norm(
     return (wide * scale).astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
+@struct.dataclass
+class LayerNorm:
+    """Parameters of a norm that subtracts the mean; stacked layers have a leading axis."""
+
+    weight: Float[Array, "*stack model"]
+    bias: Float[Array, "*stack model"]
+
+    __repr__ = summary
+
+
+# Parameters of a norm of the residual stream: the weight of an RMS norm, a `LayerNorm`, or None where there is no norm.
+Norm = Float[Array, "*stack model"] | LayerNorm | None
+
+
+def apply_norm(x: Float[Array, "*batch model"], norm: Norm, eps: float) -> Float[Array, "*batch model"]:
+    """Compute the norm of these parameters; without any, return `x`."""
+    if norm is None:
+        return x
+    return layer_norm(x, norm, eps) if isinstance(norm, LayerNorm) else rms_norm(x, norm, eps)
+
+
+def layer_norm(x: Float[Array, "*batch model"], norm: LayerNorm, eps: float) -> Float[Array, "*batch model"]:
+    """Compute (x - mean(x)) / √(var(x) + eps) · weight + bias (LayerNorm, arXiv:1607.06450), in float32."""
+    wide, shape = x.astype(jnp.float32), (1,) * (x.ndim - 1) + norm.weight.shape
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight, bias = (part.astype(jnp.float32).reshape(shape) for part in (norm.weight, norm.bias))
+    return (wide * weight + bias).astype(x.dtype)
+
+
+def norm_weight(norm: Norm) -> Array:
+    """Return the weight of a norm."""
+    assert norm is not None
+    return norm.weight if isinstance(norm, LayerNorm) else norm
+
+
 def add_norm(
-    x: Float[Array, "*batch model"],
-    y: Float[Array, "*batch model"] | None,
-    weight: Float[Array, " model"] | None,
-    eps: float,
+    x: Float[Array, "*batch model"], y: Float[Array, "*batch model"] | None, norm: Norm, eps: float
 ) -> tuple[Float[Array, "*batch model"], Float[Array, "*batch model"]]:
-    """Compute x + y, or x without `y`, and its norm, or the same sum without `weight`."""
+    """Compute x + y, or x without `y`, and its norm (`apply_norm`)."""
     x = x if y is None else x + y
-    return x, x if weight is None else rms_norm(x, weight, eps)
+    return x, apply_norm(x, norm, eps)
 
 
 # `add_norm`, or a function of its signature.
-AddNorm = Callable[[Array, "Array | None", "Array | None", float], tuple[Array, Array]]
+AddNorm = Callable[[Array, "Array | None", Norm, float], tuple[Array, Array]]
 
 
 def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: Activation) -> Float[Array, "tokens model"]:
@@ -141,6 +174,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_position_embeddings: i
         return inverse / np.float32(rope.factor), 1.0
     if rope.rope_type == "llama3":
         return _llama3_frequencies(rope, inverse, max_position_embeddings), 1.0
+    if rope.rope_type == "longrope":  # within the original context, which is all that `context_length` allows
+        return inverse / np.asarray(rope.short_factor, np.float32), rope.short_mscale
     if rope.rope_type == "yarn":
         return _yarn_frequencies(rope, head_dim, inverse, max_position_embeddings)
     return inverse, 1.0

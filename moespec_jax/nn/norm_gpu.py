@@ -6,21 +6,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from moespec_jax.nn.layers import add_norm
+from moespec_jax.nn.layers import LayerNorm, Norm, add_norm
 
 # More rows XLA fuses by itself; wider ones do not fit the registers of a thread block.
 MOST_ROWS, WIDEST = 64, 16384
 
 
 def add_norm_gpu(
-    x: Float[Array, "*batch model"],
-    y: Float[Array, "*batch model"] | None,
-    weight: Float[Array, " model"] | None,
-    eps: float,
+    x: Float[Array, "*batch model"], y: Float[Array, "*batch model"] | None, norm: Norm, eps: float
 ) -> tuple[Float[Array, "*batch model"], Float[Array, "*batch model"]]:
-    """Compute `add_norm`: on NVIDIA GPUs with the kernel where rows are few, elsewhere with plain operations."""
-    if weight is None or x.size > MOST_ROWS * x.shape[-1] or x.shape[-1] > WIDEST:
-        return add_norm(x, y, weight, eps)
+    """Compute `add_norm`: on NVIDIA GPUs with the kernel where rows are few and the norm is an RMS norm, elsewhere with
+    plain operations."""
+    if norm is None or isinstance(norm, LayerNorm) or x.size > MOST_ROWS * x.shape[-1] or x.shape[-1] > WIDEST:
+        return add_norm(x, y, norm, eps)
 
     def fused(x: Array, y: Array | None, weight: Array) -> tuple[Array, Array]:
         total, normed = fused_add_norm([a.reshape(-1, a.shape[-1]) for a in (x, y) if a is not None], weight, eps)
@@ -29,7 +27,7 @@ def add_norm_gpu(
     def plain(x: Array, y: Array | None, weight: Array) -> tuple[Array, Array]:
         return add_norm(x, y, weight, eps)
 
-    return jax.lax.platform_dependent(x, y, weight, cuda=fused, default=plain)
+    return jax.lax.platform_dependent(x, y, norm, cuda=fused, default=plain)
 
 
 def fused_add_norm(

@@ -83,8 +83,8 @@ def route(
     correction: Float[Array, "*row experts"] | None = None,
 ) -> tuple[Routing, Float[Array, "tokens experts"]]:
     """Choose the k best experts of every token, renormalised if the model does (`norm_topk_prob`); also the router's
-    probabilities: its softmax, or its sigmoids scaled to a sum of 1. `bias` is that of the logits, and `correction`
-    that of scores for the choice.
+    probabilities: its softmax, or, of a sigmoid router, its sigmoids scaled to a sum of 1. `bias` is that of the
+    logits, and `correction` that of scores for the choice.
 
     Tokens that are not `valid` (padding, finished sequences) get no expert, so that they cost no weight reads.
     """
@@ -93,11 +93,11 @@ def route(
     logits = logits if bias is None else logits + bias[None, :].astype(jnp.float32)
     if cap := config.router.softcap:
         logits = cap * jnp.tanh(logits / cap)
-    gates = jax.nn.sigmoid(logits) if config.router.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    gates = _gates(config.router, logits)
     choice = None
     if not config.router.ranks_by_probability:
         # Sigmoids of large logits are equal in float32; without a correction, the logits rank.
-        scores = logits if correction is None and config.router.score == "sigmoid" else gates
+        scores = logits if correction is None and config.router.score != "softmax" else gates
         choice = Choice(rank_scores(config.router, scores, correction), gates, config.router)
     weights, experts = jax.lax.top_k(gates if choice is None else choice.ranking, config.num_experts_per_tok)
     if choice is not None:
@@ -105,7 +105,31 @@ def route(
     weights = finish_weights(weights, config.norm_topk_prob, choice)
     experts = jnp.where(valid[:, None], experts.astype(jnp.int32), jnp.int32(config.num_experts))
     routing = Routing(experts, jnp.where(valid[:, None], weights, 0.0), choice=choice)
+    if config.router.score == "sparsemixer":
+        return routing, jax.nn.softmax(logits, axis=-1)
     return routing, gates if config.router.score == "softmax" else normalise(gates)
+
+
+def _gates(router: RouterConfig, logits: Float[Array, "tokens experts"]) -> Float[Array, "tokens experts"]:
+    """Compute the weight of every expert before renormalisation."""
+    if router.score == "sparsemixer":
+        return sparsemixer_gates(logits, router.jitter)
+    return jax.nn.sigmoid(logits) if router.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+
+
+def sparsemixer_gates(logits: Float[Array, "tokens experts"], jitter: float) -> Float[Array, "tokens experts"]:
+    """Compute the combine weights of SparseMixer-v2 (arXiv:2409.12136) without its noise: of the best expert, its share
+    exp(logit) in the sum over experts whose logit is close to its own; of the second, its share without the best. Those
+    of all others, which only a budget chooses, are in proportion to the second's."""
+    first = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[1], dtype=bool)
+
+    def shares(among: Bool[Array, "tokens experts"]) -> Float[Array, "tokens experts"]:
+        best = jnp.max(jnp.where(among, logits, -jnp.inf), axis=-1, keepdims=True)
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * jitter
+        parts = jnp.exp(jnp.minimum(logits - best, 0.0))
+        return parts / jnp.sum(jnp.where(among & ~far, parts, 0.0), axis=-1, keepdims=True)
+
+    return jnp.where(first, shares(jnp.ones_like(first)), shares(~first))
 
 
 def rank_scores(

@@ -10,6 +10,7 @@ from moespec_jax.checkpoint.families.llama4 import LLAMA4
 from moespec_jax.checkpoint.families.mixed_attention import AFMOE, EXAONE_MOE, LAGUNA, MELLUM
 from moespec_jax.checkpoint.families.mixtral import MIXTRAL
 from moespec_jax.checkpoint.families.olmo import FLEX_OLMO, OLMOE
+from moespec_jax.checkpoint.families.phimoe import PHIMOE
 from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moespec_jax.checkpoint.families.sigmoid import DOTS1, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from moespec_jax.checkpoint.quantized.detect import read_format
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "afmoe": AFMOE,
     "laguna": LAGUNA,
     "llama4_text": LLAMA4,
+    "phimoe": PHIMOE,
     "granitemoe": GRANITE,
     "granitemoeshared": GRANITE_SHARED,
 }

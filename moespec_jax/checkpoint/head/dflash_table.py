@@ -15,7 +15,7 @@ from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.dflash import ConfidenceHead, DFlashHead, MarkovBias
 from moespec_jax.nn.eagle3 import DraftLayer
-from moespec_jax.nn.layers import GatedMlp
+from moespec_jax.nn.layers import GatedMlp, norm_weight
 
 # The verifier's parts in older files of speculators, which no pass reads.
 _VERIFIER = ("verifier_norm.weight", "verifier_lm_head.weight")
@@ -91,7 +91,7 @@ def random_block_head(
         leaves[tensor.path] = leaf
     unembedding = target.embed if target.lm_head is None else target.lm_head
     leaves[("lm_head",)] = unembedding[target_ids].astype(jnp.float32)
-    leaves[("norm",)] = target.norm.astype(jnp.float32)
+    leaves[("norm",)] = norm_weight(target.norm).astype(jnp.float32)
     return build_block_head(config, leaves | {("target_ids",): target_ids})
 
 

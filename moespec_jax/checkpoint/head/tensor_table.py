@@ -20,7 +20,7 @@ from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead, DraftLayer
-from moespec_jax.nn.layers import GatedMlp
+from moespec_jax.nn.layers import GatedMlp, norm_weight
 
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 O_BIAS = "midlayer.self_attn.o_proj.bias"
@@ -149,7 +149,7 @@ def random_head(config: DraftConfig, target: Decoder, target_ids: Int[Array, " d
     return DraftHead(
         fc=normal(config.aux_size, d, fan_in=config.aux_size),
         layers=tuple(layer(i == 0) for i in range(config.num_hidden_layers)),
-        norm=target.norm.astype(jnp.float32),
+        norm=norm_weight(target.norm).astype(jnp.float32),
         lm_head=unembedding[target_ids].astype(jnp.float32),
         target_ids=target_ids,
         fc_norms=tuple(jnp.ones(width) for width in widths),
