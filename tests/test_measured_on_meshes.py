@@ -1,5 +1,6 @@
 """The commands that measure find on a mesh what they find on one device: tokens, texts, counts and divergences."""
 
+import math
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,51 @@ import pytest
 from devices import results
 from tiny import write_tiny
 
-COMMANDS = ("evaluate",)
-# Names of values that are seconds, or name the devices.
-_OWN = frozenset({"mesh"})
+COMMANDS = ("bench", "evaluate", "study", "tune")
+# Names of values that are the mesh's own.
+_OWN = frozenset({"mesh", "exchanged_mb", "table", "files"})
+EIGHT = {"data": 2, "expert": 2, "tensor": 2}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Any:
+    """Runs commands on one device and on a mesh, which must find the same; returns what both found."""
+
+    def run(commands: list[str], mesh: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+        text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+        command = ["tests/measured_on_meshes.py", str(tmp_path), *commands, "--mesh", text]
+        (found,) = results(command, devices=math.prod(mesh.values()))
+        assert same(found["one"], found[text]) == []
+        return found["one"], found[text]
+
+    return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "mesh"), [(4, "data=2,tensor=2"), (8, "data=2,expert=2,tensor=2")])
-def test_a_mesh_measures_what_one_device_measures(devices: int, mesh: str, tmp_path: Path) -> None:
-    command = ["tests/measured_on_meshes.py", str(tmp_path), *COMMANDS, "--mesh", mesh]
-    (found,) = results(command, devices=devices)
-    assert same(found["one"], found[mesh]) == []
-    texts = [row for row in found["one"]["evaluate"]["rows"] if row["measured"] == "texts"]
+def test_evaluate_and_bench_find_on_eight_devices_what_one_finds(measured: Any) -> None:
+    one, eight = measured(["evaluate", "bench"], EIGHT)
+    texts = [row for row in one["evaluate"]["rows"] if row["measured"] == "texts"]
     assert texts[0]["accept_length"] > 1 and texts[1]["kl"] > 1e-4, "nothing accepted or lost shows nothing"
-    sizes = dict(data=1, expert=1, tensor=1) | {
-        axis: int(size) for axis, size in (part.split("=") for part in mesh.split(","))
-    }
-    assert all(row["mesh"] == sizes for row in found[mesh]["evaluate"]["rows"])
+    assert all(row["mesh"] is None for row in one["evaluate"]["rows"] + one["bench"]["rows"])
+    assert all(row["mesh"] == EIGHT for row in eight["evaluate"]["rows"] + eight["bench"]["rows"])
+    assert all(row["exchanged_mb"] is None for row in one["bench"]["rows"])
+    # Of one token of width 32: two sums in each of three layers; 320 logits; and the counts of the measurements.
+    plain, least = eight["bench"]["rows"][0], (3 * 2 * 32 + 320) * 4
+    assert least <= plain["exchanged_mb"] * 1e6 <= 1.25 * least
+    trees = [row for row in eight["bench"]["rows"] if "plain" not in row["setting"]]
+    assert len(trees) == 4 and all(row["exchanged_mb"] > 10 * plain["exchanged_mb"] for row in trees)
+    assert "8 x cpu (cpu) (data 2, expert 2, tensor 2)" in eight["bench"]["table"]
+    assert "exchanged, MB a round" in eight["bench"]["table"] and "exchanged" not in one["bench"]["table"]
+
+
+@pytest.mark.slow
+def test_study_and_tune_find_on_four_devices_what_one_finds(measured: Any) -> None:
+    mesh = {"data": 2, "tensor": 2}
+    one, four = measured(["study", "tune"], mesh)
+    assert "4 x cpu (cpu) (data 2, expert 1, tensor 2)" in four["study"]["files"]
+    assert one["tune"]["profile"]["tree"] is not None, "plain decoding shows nothing of acceptance"
+    assert any(task["task"].startswith("loss of") for task in one["tune"]["tasks"])
+    assert four["tune"]["profile"]["mesh"] == mesh | {"expert": 1} and one["tune"]["profile"]["mesh"] is None
 
 
 def same(one: Any, here: Any, place: str = "") -> list[str]:
@@ -49,7 +78,8 @@ def same(one: Any, here: Any, place: str = "") -> list[str]:
 def test_a_mesh_that_cannot_be_is_one_line(
     name: str, mesh: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", str(write_tiny(tmp_path / "target")), "--output", str(tmp_path / "out"), "--mesh", mesh]
+    target = write_tiny(tmp_path / "target", num_experts=8)
+    flags = ["--model", str(target), "--output", str(tmp_path / "out"), "--mesh", mesh]
     main = import_module(f"moespec_jax.{name}.__main__").main
     assert main(flags) == 2
     out, err = capsys.readouterr()
@@ -63,3 +93,10 @@ def test_one_process_measures(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--output", str(tmp_path / "out"), "--mesh", "data=1", "--processes", "2"]) == 2
     err = capsys.readouterr().err
     assert err == "error: unrecognized arguments: --processes 2 (see --help)\n"
+
+
+def test_random_weights_are_made_on_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = import_module("moespec_jax.bench.__main__").main
+    assert main(["--random", "toy", "--mesh", "data=1", "--output", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err == "error: expected --mesh with a model; random weights are made on one device\n"

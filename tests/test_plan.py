@@ -9,8 +9,8 @@ import pytest
 from devices import run_processes
 from tiny import CONFIG
 
+from moespec_jax.measure.collectives import traffic
 from moespec_jax.plan.__main__ import main
-from moespec_jax.plan.collectives import traffic
 from moespec_jax.plan.table import table
 
 WITH_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -69,6 +69,14 @@ def test_collectives_count_as_often_as_loops_run_them() -> None:
     found = traffic(HLO)
     assert found.runs == {"all-reduce": 48 * 2, "all-gather": 7}
     assert found.size == {"all-reduce": 48 * (60 * 2048 * 2 + 16 * 4), "all-gather": 7 * 32000 * 10 * 4}
+
+
+def test_iterations_that_are_noted_beside_a_loop_are_taken() -> None:
+    """Compilers for CPU and GPU hide the comparison in a fusion."""
+    fused = HLO.replace(" compare(%i, %constant.9), direction=LT", " fusion(%i, %constant.9), calls=%wrapped_compare")
+    assert traffic(fused).runs == {"all-reduce": 2, "all-gather": 7}
+    known = 'body=%layers, backend_config={"known_init_step":{"init":"0"},"known_trip_count":{"n":"48"}}'
+    assert traffic(fused.replace("body=%layers", known)) == traffic(HLO)
 
 
 def test_the_table_says_what_does_not_fit() -> None:

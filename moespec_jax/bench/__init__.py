@@ -1,1 +1,1 @@
-"""Benchmark of plain and speculative decoding on one device: `python -m moespec_jax.bench`."""
+"""Benchmark of plain and speculative decoding: `python -m moespec_jax.bench`."""

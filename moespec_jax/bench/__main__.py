@@ -27,7 +27,7 @@ from moespec_jax.bench.rows import result_rows
 from moespec_jax.bench.sweep import add_sweep_flags, check_sweep, sweep
 from moespec_jax.bench.table import report
 from moespec_jax.bench.verification import decode_and_verify
-from moespec_jax.cli.arguments import add_model_flags, backend_of, load_requested, shown_name
+from moespec_jax.cli.arguments import add_mesh_flag, add_model_flags, backend_of, load_requested, shown_name
 from moespec_jax.cli.budget_flags import check_budget
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("bench", __doc__, EXAMPLE)
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(group := parser.add_argument_group("model"))
+    add_mesh_flag(group)
     group = parser.add_argument_group("random weights instead of a model (for times only, the text is meaningless)")
     group.add_argument(
         "--random", choices=list(SHAPES), help="shape of the model; acceptance and skew of the routing are simulated"
@@ -148,6 +149,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise RequestError(
             "--random has no text, and a head of its own; expected it without a model, prompts or --chat"
         )
+    elif arguments.mesh is not None:
+        raise RequestError("expected --mesh with a model; random weights are made on one device")
 
 
 def _simulation(arguments: argparse.Namespace) -> Callable[[TreeConfig], float] | None:
@@ -197,7 +200,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers, "num_experts": model.config.num_experts,
         "weights": "random" if simulated else "trained checkpoint",
         "simulated": simulated, "simulated_routing_skew": None if shape is None else EXPONENTS[shape],
-        "device": device_name(), "dtype": model.precision,
+        "device": device_name(), "mesh": model.programs.mesh_sizes, "dtype": model.precision,
         "backend": model.expert_form, "versions": versions(),
         "new_tokens": arguments.tokens, "repeats": arguments.repeats, "temperature": 0.0,
     }  # fmt: skip

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from moespec_jax.bench.table import groups, output_word
 from moespec_jax.files import replacing
+from moespec_jax.runtime.results import devices_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def write_chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
     first = rows[0]
     marked = "SIMULATED acceptance and routing skew, random weights\n" if first["simulated"] else ""
     figure.suptitle(
-        f"{marked}{first['model']}, {first['device']}, {first['dtype']};"
+        f"{marked}{first['model']}, {devices_text(first['device'], first['mesh'])}, {first['dtype']};"
         f" median and range of {first['repeats']} turns", fontsize=10,
     )  # fmt: skip
     with replacing(path) as temporary:

@@ -93,7 +93,7 @@ def case_columns(case: TimingCase) -> dict[str, Any]:
 def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], float]) -> dict[str, Any]:
     """Columns of the measurements of one case: medians and ranges over turns, and values equal in all turns."""
     rounds = [stats["decode_s"] / stats["rounds"] for stats in own]
-    verified = own[0]["verify_s"] is not None
+    verified, exchanged = own[0]["verify_s"] is not None, own[-1].get("exchanged_bytes")
     shares = [floor(stats["verify_experts"]) / stats["verify_s"] for stats in own] if verified else None
     return {
         "output_throughput": spread([tokens_per_second(stats) for stats in own]),
@@ -106,6 +106,7 @@ def measured_columns(own: Sequence[Mapping[str, Any]], floor: Callable[[float], 
         "experts_read": own[-1]["experts_read"],
         "round_share_of_copy_bandwidth": spread([floor(own[-1]["experts_read"]) / seconds for seconds in rounds]),
         "verify_share_of_copy_bandwidth": None if shares is None else spread(shares),
+        "exchanged_mb": None if exchanged is None else exchanged / 1e6,
         "exact": all(stats["exact"] for stats in own),
         "simulated_accept_length": own[-1]["simulated"],
         "choice": own[-1].get("choice"),

@@ -5,11 +5,18 @@ from typing import Any
 
 from moespec_jax.measure.markdown import markdown_table
 from moespec_jax.runtime.drafters import described
+from moespec_jax.runtime.results import devices_text
 
 HEAD = (
     "tree", "budget", "output", "tokens/s", "over plain", "over exact, same tree", "over best exact", "tokens a round",
     "experts read (selected)", "mass kept", "text as plain's", "copy bandwidth: round, verification", "compile s",
 )  # fmt: skip
+
+
+_ON_A_MESH = (
+    " On a mesh these are the weights that a device reads on average, and what is exchanged are the results of all"
+    " collectives of a round on one device."
+)
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
@@ -20,6 +27,9 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         title = f"{first['prompts']}: {first['count']} prompts, {first['new_tokens']} new tokens each"
         title += f", batches of {first['batch_size']}" if first["batch_size"] > 1 else ""
         cells = [HEAD, *([*map(str, cells_of(row))] for row in part)]
+        if first["mesh"] is not None:
+            exchanged = ["exchanged, MB a round", *map(_exchanged, part)]
+            cells = [[*line, cell] for line, cell in zip(cells, exchanged, strict=True)]
         sections += [f"{title}. Best exact setting, by median speed: **{exact}**.", markdown_table(cells)]
     return "\n\n".join([*sections, footing(rows[0])]) + "\n"
 
@@ -27,7 +37,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 def heading(row: dict[str, Any]) -> str:
     """Format model, device and versions, after a notice where acceptance and routing are simulated."""
     text = (
-        f"{row['model']} with {described(row['draft_model'])} ({row['weights']}); {row['device']}, {row['dtype']},"
+        f"{row['model']} with {described(row['draft_model'])} ({row['weights']});"
+        f" {devices_text(row['device'], row['mesh'])}, {row['dtype']},"
         f" jax {row['versions']['jax']}, moespec_jax {row['versions']['moespec_jax']}"
     )
     if row["simulated"]:
@@ -42,8 +53,12 @@ def footing(row: dict[str, Any]) -> str:
         " turn, without prefill and compilation. Experts: distinct experts per layer and pass, of"
         f" {row['num_experts']}. Copy bandwidth: time to read the verification's weights at the"
         f" {row['copy_gb_per_s']:.1f} GB/s of a copy on this device, over the time of a round, and over that of the"
-        " verification alone; caches can make it more than 100%."
+        " verification alone; caches can make it more than 100%." + ("" if row["mesh"] is None else _ON_A_MESH)
     )
+
+
+def _exchanged(row: dict[str, Any]) -> str:
+    return "" if row["exchanged_mb"] is None else f"{row['exchanged_mb']:.3g}"
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.parallel.mesh import DATA, ShardingPlan
 
-REPLICATED, BY_SEQUENCE = P(), P(DATA)
+REPLICATED, BY_SEQUENCE, LAYERS_BY_SEQUENCE = P(), P(DATA), P(None, DATA)
 
 
 def cache_specs(sharding: ShardingPlan, *, stacked: bool) -> Cache:
@@ -70,11 +70,10 @@ def plain_run_info_specs() -> RunInfo:
 
 def tree_run_info_specs(*, budget: bool) -> RunInfo:
     """Specs of the sums of speculative decoding, with or without a budget."""
-    layered = P(None, DATA)
     last = RoundInfo(
         active=BY_SEQUENCE,
-        selected=layered,
-        read=layered,
+        selected=LAYERS_BY_SEQUENCE,
+        read=LAYERS_BY_SEQUENCE,
         tree=Tree(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
         accepted=Accepted(BY_SEQUENCE, BY_SEQUENCE, BY_SEQUENCE),
         budget=BudgetInfo(REPLICATED, REPLICATED, REPLICATED) if budget else None,

@@ -1,5 +1,6 @@
 """Roofline of a verification: the bytes that it must read, over the copy bandwidth of the device."""
 
+import math
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ from moespec_jax.nn.decoder import Decoder
 
 
 def verification_bytes(config: DecoderConfig, target: Decoder, experts_read: float) -> float:
-    """Compute the bytes that a forward pass over a few tokens must read.
+    """Compute the bytes that a device must read in a forward pass over a few tokens, on a mesh the mean of devices.
 
     They are the weights of `experts_read` experts of every sparse layer and all other weights, without an embedding
     that is not the output head: few of its rows are read.
@@ -37,4 +38,6 @@ def copy_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Count the bytes of a tree on one device."""
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * size for shape, size in shards)

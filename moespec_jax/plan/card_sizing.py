@@ -7,7 +7,7 @@ layers: the layers of a program use the same memory one after another.
 import dataclasses
 import functools
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 from jax.sharding import AbstractMesh, Mesh
 

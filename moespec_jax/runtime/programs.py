@@ -124,6 +124,19 @@ class Programs:
         too, on one device."""
         return cast(Result, self._program(function, settings, params, arguments, donate, specs).result)
 
+    def hlo(
+        self,
+        function: Callable[[Settings, Params, *Arguments], Result],
+        settings: Settings,
+        params: Params,
+        *arguments: *Arguments,
+        donate: bool = False,
+        specs: Result | None = None,
+    ) -> str:
+        """Optimised HLO of what `run` would call."""
+        program = self._program(function, settings, params, arguments, donate, specs)
+        return cast(jax.stages.Compiled, program.compiled.result()).as_text() or ""
+
     def _program(
         self,
         function: Callable[..., Result],

@@ -16,7 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.cli.arguments import add_model_flags, add_tree_flags, load_requested, shown_name, tree_of
+from moespec_jax.cli.arguments import (
+    add_mesh_flag,
+    add_model_flags,
+    add_tree_flags,
+    load_requested,
+    shown_name,
+    tree_of,
+)
 from moespec_jax.cli.budget_flags import parse_budget
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
@@ -26,7 +33,7 @@ from moespec_jax.files import expanded
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.results import device_name, versions
+from moespec_jax.runtime.results import device_name, devices_text, versions
 from moespec_jax.study.measure import RECONSTRUCTED, Plan, measure
 from moespec_jax.study.routing import check_studied
 from moespec_jax.study.rules import FEW, RULES, TIMED, default_budgets, named_rules
@@ -50,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("study", __doc__, EXAMPLE)
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(group := parser.add_argument_group("model"))
+    add_mesh_flag(group)
     add_tree_flags(parser.add_argument_group("tree (default: EAGLE's, 60/7/10)"))
     group = parser.add_argument_group("prompts")
     add_prompt_set_flags(group, count=16)
@@ -213,7 +221,7 @@ def _about(model: Model, arguments: argparse.Namespace, plan: Plan) -> dict[str,
         "model": shown_name(arguments.model),
         "draft_model": shown_name(model.draft.name),
         "tree": plan.tree.name,
-        "device": device_name(),
+        "device": devices_text(device_name(), model.programs.mesh_sizes),
         "dtype": model.precision,
         "jax": versions()["jax"],
         "moespec_jax": versions()["moespec_jax"],

@@ -1,11 +1,11 @@
 """Error of the experts' output under a budget, layer by layer.
 
 Inputs are those of exact verifications, so that the error of a layer does not contain that of the layers before it.
-Shared experts are read in any case, and left out.
+Shared experts are read in any case, and left out. On a mesh every device has the rows of all trees.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,16 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.config import Activation, DecoderConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.budget_rules import Nodes
+from moespec_jax.decoding.state_specs import REPLICATED
 from moespec_jax.decoding.tree import ancestors, depths
 from moespec_jax.measure.teacher_forcing import restrict_each
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.moe import SparseMlp
-from moespec_jax.nn.routing import Routing, normalise, route
+from moespec_jax.nn.routing import Routing, normalise, route, shard_routing
+from moespec_jax.parallel.collectives import psum
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.programs import Programs
 from moespec_jax.study.routing import TreeRouting
 
 
@@ -49,10 +52,15 @@ class _Rule(NamedTuple):
 
 
 class _Compute(NamedTuple):
-    """Back-end and activation of the expert compute."""
+    """Back-end and activation of the expert compute, and the experts of a layer."""
 
     backend: Backend
     activation: Activation
+    num_experts: int
+
+
+# Sharding of all results on a mesh.
+_WHOLE: Any = REPLICATED
 
 
 def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact: Array | None = None) -> Loss:
@@ -67,21 +75,22 @@ def loss(model: Model, trees: TreeRouting, rule: BudgetConfig, bound: int, exact
     """
     exact = outputs(model, trees) if exact is None else exact
     settings = _Rule(resolve(rule, model.config), model.config)
-    inputs, probabilities, experts = _rows(trees)
-    routing, kept = model.programs.run(
-        restricted, settings, model.params, _nodes(trees), inputs, probabilities, experts, jnp.int32(bound)
+    programs, (inputs, probabilities, experts) = model.programs, _rows(model.programs, trees)
+    most = programs.put(np.array(bound, np.int32))
+    routing, kept = programs.run(
+        restricted, settings, model.params, _nodes(programs, trees), inputs, probabilities, experts, most, specs=_WHOLE
     )
-    budgeted = model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
+    budgeted = programs.run(expert_outputs, _compute(model), model.params, inputs, routing, specs=_WHOLE)
     sums = jax.tree.map(np.asarray, _sums(budgeted, exact, kept, jnp.asarray(trees.committed.reshape(-1))))
     return Loss(*sums)
 
 
 def outputs(model: Model, trees: TreeRouting) -> Float[Array, "layers rows model"]:
     """Compute the routed experts' outputs without a budget, layer by layer."""
-    inputs, probabilities, experts = _rows(trees)
-    routing = model.programs.run(natural, model.config, model.params, inputs, probabilities, experts)
+    programs, rows = model.programs, _rows(model.programs, trees)
+    routing = programs.run(natural, model.config, model.params, *rows, specs=_WHOLE)
     routing = dataclasses.replace(routing, choice=None)
-    return model.programs.run(expert_outputs, _compute(model), model.params, inputs, routing)
+    return programs.run(expert_outputs, _compute(model), model.params, rows[0], routing, specs=_WHOLE)
 
 
 def natural(config: DecoderConfig, params: Decoder, inputs: Array, probabilities: Array, experts: Array) -> Routing:
@@ -131,10 +140,11 @@ def expert_outputs(
 ) -> Float[Array, "layers rows model"]:
     """Run the back-end's expert compute layer by layer; results are float32."""
 
-    compute = choice.backend.compute(choice.activation)
+    compute, sharding = choice.backend.compute(choice.activation), params.sharding
 
     def one(layer: int | Array, rows: Array, routing: Routing) -> Array:
-        return compute(params.experts, layer, rows, routing).astype(jnp.float32)
+        local = shard_routing(routing, choice.num_experts, sharding.experts)
+        return psum(compute(params.experts, layer, rows, local).astype(jnp.float32), sharding.routed)
 
     if params.stacked:
         layers = jnp.arange(inputs.shape[0], dtype=jnp.int32)
@@ -158,19 +168,20 @@ def _sums(budgeted: Array, exact: Array, kept: Array, committed: Array) -> tuple
 
 
 def _compute(model: Model) -> _Compute:
-    return _Compute(model.backend, model.config.expert_activation)
+    return _Compute(model.backend, model.config.expert_activation, model.config.num_experts)
 
 
-def _rows(trees: TreeRouting) -> tuple[Array, Array, Array]:
+def _rows(programs: Programs, trees: TreeRouting) -> tuple[Array, Array, Array]:
     """Flatten inputs, probabilities and experts to one axis of the rows of all trees."""
 
     def flat(values: np.ndarray) -> Array:
-        return jnp.asarray(values.reshape(values.shape[0], -1, values.shape[-1]))
+        return programs.put(values.reshape(values.shape[0], -1, values.shape[-1]))
 
     return flat(trees.inputs), flat(trees.probabilities), flat(trees.experts)
 
 
-def _nodes(trees: TreeRouting) -> Nodes:
+def _nodes(programs: Programs, trees: TreeRouting) -> Nodes:
     mask = jax.vmap(ancestors)(jnp.asarray(trees.parents))
     path_probability = jnp.exp(jnp.asarray(trees.scores))
-    return Nodes(path_probability, jax.vmap(depths)(mask), mask, jnp.asarray(trees.acceptance_by_depth[0]))
+    nodes = Nodes(path_probability, jax.vmap(depths)(mask), mask, jnp.asarray(trees.acceptance_by_depth[0]))
+    return jax.tree.map(lambda leaf: programs.put(np.asarray(leaf)), nodes)

@@ -16,11 +16,13 @@ from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.state_specs import BY_SEQUENCE, LAYERS_BY_SEQUENCE, REPLICATED, tree_run_info_specs
 from moespec_jax.errors import RequestError
-from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.cache import empty_cache
-from moespec_jax.nn.decoder import Decoder, ForwardInfo, forward
+from moespec_jax.measure.plain_pass import plain_pass
+from moespec_jax.nn.decoder import Decoder, ForwardInfo
+from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
+from moespec_jax.runtime.padding import padded
 from moespec_jax.runtime.run import Batch, Run
 
 
@@ -100,16 +102,23 @@ def observed_rounds(
     """
     check_studied(model)
     method = model.speculative(model.resolve(DecodingSpec(tree)), SamplingConfig())
-    params = model.speculative_params
+    params, programs = model.speculative_params, model.programs
+    specs = method.specs(params)[0], _observed_specs()
     every = len(prompts) if batch is None else batch
     for first in range(0, len(prompts), every):
         part = [list(prompt) for prompt in prompts[first : first + every]]
         limits = [min(len(p) + 1 + rounds * tree.longest_path, model.config.context_length) for p in part]
-        state = Run(model.programs, method, params, Batch(part, limits, (), 0)).state_after(0)
+        state = Run(programs, method, params, Batch(part, limits, (), 0)).state_after(0)
         for _ in range(rounds):
             # Not donated: a stacked cache has a layout of its own, which only a loop's carry can reuse in place.
-            state, observed = model.programs.run(observed_round, method, params, state)
-            yield _by_tree(jax.tree.map(np.asarray, observed), tree, first)
+            state, observed = programs.run(observed_round, method, params, state, specs=specs)
+            yield _by_tree(jax.tree.map(fetch, observed), tree, first)
+
+
+def _observed_specs() -> _Observed:
+    """Sharding on a mesh: rows of all trees are split with the batch."""
+    last = tree_run_info_specs(budget=False).last
+    return _Observed(last, REPLICATED, *[LAYERS_BY_SEQUENCE] * 3)  # pyright: ignore[reportArgumentType]
 
 
 def observed_round(
@@ -138,14 +147,17 @@ def text_experts(
 ) -> Int[np.ndarray, "layers tokens active"]:
     """Record the experts of every token of some texts, in one plain pass over `batch` texts at a time."""
     prefill, every = model.autoregressive(SamplingConfig()).prefill, len(texts) if batch is None else batch
-    longest, found = max(len(text) for text in texts), []
+    programs, longest, found = model.programs, max(len(text) for text in texts), []
+    by_row: Any = LAYERS_BY_SEQUENCE
     for first in range(0, len(texts), every):
-        part = texts[first : first + every]
+        count = len(texts[first : first + every])
+        part, _ = padded([list(text) for text in texts[first : first + every]], [], programs.mesh)
         tokens = np.zeros((len(part), longest), np.int32)
         for row, text in zip(tokens, part, strict=True):
             row[: len(text)] = text
-        lengths = jnp.asarray([len(text) for text in part], jnp.int32)
-        chosen = np.asarray(model.programs.run(experts_of, prefill, model.params, jnp.asarray(tokens), lengths))
+        lengths = np.array([len(text) for text in part], np.int32)
+        given = programs.put(tokens, BY_SEQUENCE), programs.put(lengths, BY_SEQUENCE)
+        chosen = fetch(programs.run(experts_of, prefill, model.params, *given, specs=by_row))[:, : count * longest]
         found.append(chosen[:, chosen[0, :, 0] < model.config.num_experts])
     return np.concatenate(found, axis=1)
 
@@ -154,13 +166,7 @@ def experts_of(
     prefill: TargetPrefill, params: Decoder, tokens: Int[Array, "texts tokens"], lengths: Int[Array, " texts"]
 ) -> Int[Array, "layers rows active"]:
     """Compute the experts of all rows; rows past the end of a text have id `num_experts`."""
-    config = prefill.config
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    cache = empty_cache(config, tokens.shape[0], tokens.shape[1], params.embed.dtype, stacked=params.stacked)
-    _, _, info = forward(
-        config, params, tokens, positions, causal_mask(positions, tokens.shape[1]), cache, prefill.backend,
-        valid=positions < lengths[:, None], rope_length=jnp.broadcast_to(lengths[:, None], tokens.shape),
-    )  # fmt: skip
+    _, info = plain_pass(prefill.config, prefill.backend, params, tokens, lengths=lengths)
     return jnp.stack([router.experts for router in info.routers])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moespec_jax.checkpoint.head.read import LoadedBlockDraft
-from moespec_jax.cli.arguments import add_model_flags, load_requested, shown_name
+from moespec_jax.cli.arguments import add_mesh_flag, add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("tune", __doc__, EXAMPLE)
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(group := parser.add_argument_group("model"))
+    add_mesh_flag(group)
     group = parser.add_argument_group("prompts")
     add_prompt_set_flags(group, count=12)
     group.add_argument("--tokens", type=int, default=96, metavar="N", help="new tokens of each prompt (default: 96)")
@@ -167,7 +168,7 @@ def _about(model: Model, arguments: argparse.Namespace, sets: dict[str, int]) ->
     return {
         "model": shown_name(arguments.model), "draft_model": shown_name(model.draft.name), "prompts": sets,
         "new_tokens": arguments.tokens, "batch": 1,
-        "temperature": 0.0, "device": device_name(), "cores": os.cpu_count(),
+        "temperature": 0.0, "device": device_name(), "mesh": model.programs.mesh_sizes, "cores": os.cpu_count(),
         "dtype": model.precision, "versions": versions(),
     }  # fmt: skip
 

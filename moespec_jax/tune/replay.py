@@ -10,7 +10,7 @@ position to position, as in decoding.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,15 @@ from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Speculative
+from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.measure.fidelity import with_texts
-from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.cache import Cache, empty_cache
-from moespec_jax.nn.decoder import Decoder, forward
+from moespec_jax.measure.plain_pass import plain_pass
+from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
+from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
 
@@ -105,9 +107,12 @@ def drafts_along(
     method = model.speculative(DecodingSpec(tree), sampling)
     params = model.speculative_params
     begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
-    run = Run(model.programs, method, params, Batch(begun, [len(text) for text in texts], (), 0))
-    state = with_texts(model.programs, run.state_after(0), texts, prompts)
-    return jax.jit(partial(_along, method, read, steps, max(map(len, texts))))(params, state)
+    programs, longest = model.programs, max(map(len, texts))
+    run = Run(programs, method, params, Batch(begun, [len(text) for text in texts], (), 0))
+    state = with_texts(programs, run.state_after(0), texts, prompts)
+    by_text: Any = BY_SEQUENCE
+    found = programs.run(_along, _Along(method, read, steps, longest), params, state, specs=by_text)
+    return jax.tree.map(lambda values: fetch(values)[: len(texts)], found)
 
 
 def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
@@ -125,18 +130,21 @@ def replay(ranks: np.ndarray, tree: TreeConfig) -> Acceptance:
     return Acceptance(float(reached[1:].sum()) + 1.0, reached[1:longest].tolist())
 
 
-def _along(
-    method: Speculative[DraftHead, HeadState],
-    read: Callable[[Tree, Array, Array], Read],
-    steps: int,
-    longest: int,
-    params: SpeculativeParams[DraftHead],
-    state: SpeculationState[HeadState],
-) -> Read:
+class _Along(NamedTuple):
+    """Settings of `_along`: as in `drafts_along`, and the length of the longest text."""
+
+    method: Speculative[DraftHead, HeadState]
+    read: Callable[[Tree, Array, Array], Any]
+    steps: int
+    longest: int
+
+
+def _along(settings: _Along, params: SpeculativeParams[DraftHead], state: SpeculationState[HeadState]) -> Any:
+    method, read, steps, longest = settings
     aux = _exact_aux(method.target, method.drafter.boundaries, params.target, state.decoding.tokens[:, :longest])
     start = state.decoding.length
 
-    def draft(cache: Cache, step: Array) -> tuple[Cache, Read]:
+    def draft(cache: Cache, step: Array) -> tuple[Cache, Any]:
         length = start + step
         row = jnp.take_along_axis(aux, (length - 2)[:, None, None], axis=1)
         padded = jnp.concatenate([row, jnp.zeros_like(state.draft.aux[:, 1:])], axis=1)
@@ -153,11 +161,7 @@ def _exact_aux(
     plain: Autoregressive, boundaries: tuple[int, ...], target: Decoder, texts: Int[Array, "texts tokens"]
 ) -> Float[Array, "texts tokens aux"]:
     """Compute every token's auxiliary hidden states in one plain pass of the target."""
-    config = plain.config
-    positions = jnp.broadcast_to(jnp.arange(texts.shape[1], dtype=jnp.int32)[None, :], texts.shape)
-    mask = causal_mask(positions, texts.shape[1])
-    cache = empty_cache(config, texts.shape[0], texts.shape[1], target.embed.dtype, stacked=target.stacked)
-    _, _, info = forward(config, target, texts, positions, mask, cache, plain.backend, boundaries=boundaries)
+    _, info = plain_pass(plain.config, plain.backend, target, texts, boundaries=boundaries)
     assert info.aux_hidden_states is not None
     return info.aux_hidden_states
 

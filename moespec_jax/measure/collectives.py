@@ -12,6 +12,8 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+# Iterations that the compilers for CPU and GPU note beside a loop.
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # Condition of a loop over a known number of steps: its counter, which starts at 0, is below a constant.
 _BELOW = re.compile(r"^\s+ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 _CONSTANT = re.compile(r"^\s+%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
@@ -57,15 +59,17 @@ def _traffic_of(name: str, bodies: dict[str, list[str]], known: dict[str, Traffi
             if kind in KINDS:
                 found += Traffic(Counter({kind: 1}), Counter({kind: _bytes(instruction[1], instruction[2])}))
             condition = _CONDITION.search(line)
-            trips = 1 if condition is None else _trips(bodies.get(condition[1], []))
+            trips = 1 if condition is None else _trips(line, bodies.get(condition[1], []))
             for called in _called(line):
                 found += _traffic_of(called, bodies, known).times(trips)
         known[name] = found
     return known[name]
 
 
-def _trips(condition: list[str]) -> int:
+def _trips(loop: str, condition: list[str]) -> int:
     """Count the iterations of a loop with this condition; 1 if they are unknown."""
+    if (known := _TRIPS.search(loop)) is not None:
+        return int(known[1])
     constants = {found[1]: int(found[2]) for line in condition if (found := _CONSTANT.match(line))}
     below = [found[1] for line in condition if (found := _BELOW.match(line))]
     return constants.get(below[0], 1) if below else 1
