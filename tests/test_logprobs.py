@@ -90,6 +90,9 @@ def test_the_command_and_python_give_them(flags: list[str], capsys: pytest.Captu
             first, second = token["top"]
             assert token["logprob"] <= first["logprob"] and second["logprob"] <= first["logprob"] <= 0
     assert result["prompts"][0]["logprobs"] != result["prompts"][1]["logprobs"]
+    alone = model.generate("the cat", tree=None, max_new_tokens=6, ignore_eos=True, temperature=1.0, logprobs=2)
+    for token, other in zip(alone.prompts[0].logprobs or [], result["prompts"][0]["logprobs"], strict=True):
+        assert token.token_id == other["token_id"] and token.logprob == pytest.approx(other["logprob"], abs=1e-5)
     found = model.generate("the cat", max_new_tokens=6, ignore_eos=True, temperature=1.0, samples=2, logprobs=2)
     assert [[dataclasses.asdict(token) for token in prompt.logprobs or []] for prompt in found.prompts] == [
         prompt["logprobs"] for prompt in result["prompts"]

@@ -142,12 +142,14 @@ def exactness(exact: bool, tree: object, budget: object, simulated: float | None
     )
 
 
-def logprobs_of(exact: bool, budget: object) -> str:
+def logprobs_of(exact: bool, budget: object, adapt: object) -> str:
     """Describe the distribution that log-probabilities are of."""
     raw = "log-softmax of raw logits, before penalties, temperature, top-k, top-p and min-p"
-    if budget is not None and not exact:
+    if exact or (budget is None and adapt is None):
+        return f"the target: {raw}"
+    if budget is not None:
         return f"the target under the expert budget, but for the first token, which the prompt gives: {raw}"
-    return f"the target: {raw}" if exact else f"the target, with the replaced functions of the round: {raw}"
+    return f"the target, with the replaced functions of the round: {raw}"
 
 
 def joined(results: Sequence[RunResult], order: Sequence[tuple[int, int]]) -> RunResult:

@@ -22,7 +22,7 @@ def as_requested(spec: DecodingSpec, exact: bool, dtype: str) -> dict[str, Any]:
         "budget": None if spec.budget is None else spec.budget.as_dict(),
         "tree": dataclasses.asdict(spec.tree) if isinstance(spec.tree, TreeConfig) else None,
         "simulated_accept_length": spec.simulate_accept_length,
-        "logprobs_of": None if spec.logprobs is None else logprobs_of(exact or spec.adapt is None, spec.budget),
+        "logprobs_of": None if spec.logprobs is None else logprobs_of(exact, spec.budget, spec.adapt),
     }
 
 

@@ -24,7 +24,7 @@ def resolved_spec(config: DecoderConfig, draft: Draft | None, directory: Path, s
             raise RequestError("expected speculative decoding to budget the verification of; this is plain decoding")
         if any(given is not None for given in (spec.simulate_accept_length, spec.adapt)):
             raise RequestError(NOTHING_DRAFTED)
-        return DecodingSpec()
+        return DecodingSpec(logprobs=spec.logprobs)
     if not drafts:
         raise RequestError(
             f"expected a draft head, or a drafter by name ({NAMES}), to draft a tree with; {directory} was loaded"
