@@ -15,7 +15,7 @@ from tiny import CONFIG, tiny_tensors
 from tiny_pair import write_pair
 
 import moespec_jax.study.__main__ as study
-from moespec_jax.config import TreeConfig
+from moespec_jax.config import RouterConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.measure.fidelity import Texts
 from moespec_jax.measure.ledger import Ledger
@@ -25,7 +25,7 @@ from moespec_jax.runtime.model import Model
 from moespec_jax.study.coactivation import count_pairs, lift, order
 from moespec_jax.study.demand import kept_mass, least_budget, uniform_union, unions
 from moespec_jax.study.finding import contrast, standing, standing_sentence
-from moespec_jax.study.reconstruction import loss
+from moespec_jax.study.reconstruction import loss, outputs
 from moespec_jax.study.routing import TreeRouting, observed_rounds, text_experts, tree_routing
 from moespec_jax.study.rules import PAPER, RULES
 
@@ -112,6 +112,19 @@ def test_reconstruction_error_is_what_numpy_says(model: Model, seen: TreeRouting
         np.testing.assert_allclose(found.outputs[layer], outputs, rtol=1e-4)
         assert found.given_up[layer] == given_up
     assert (found.errors[:, 0] > 0).all()
+
+
+def test_weights_scale_the_inputs_of_experts_where_the_router_does_so(model: Model, seen: TreeRouting) -> None:
+    config = dataclasses.replace(model.config, router=RouterConfig(scales_input=True))
+    found = np.asarray(outputs(dataclasses.replace(model, config=config), seen)).reshape(*seen.inputs.shape)
+    tensors = tiny_tensors(CONFIG | CHANGES | dict(num_hidden_layers=LAYERS))
+    for layer, node in itertools.product(range(LAYERS), range(4)):
+        row = seen.inputs[layer, 0, node].astype(np.float64)
+        shares = seen.probabilities[layer, 0, node].astype(np.float64)
+        chosen = np.argsort(-shares)[:ACTIVE]
+        weights = shares[chosen] / shares[chosen].sum()
+        expected = sum(output(tensors, layer, w * row, {int(e): 1.0}) for e, w in zip(chosen, weights, strict=True))
+        np.testing.assert_allclose(found[layer, 0, node], expected, atol=1e-5)
 
 
 @pytest.mark.slow

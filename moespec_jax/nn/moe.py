@@ -85,8 +85,7 @@ def sparse_mlp(
     restricted = None if restrict is None else restrict(layer, probabilities, natural, valid)
     routing = dataclasses.replace(natural, choice=None) if restricted is None else restricted.routing
     local = shard_routing(routing, config.num_experts, sharding.experts)
-    run = _scaled_inputs(compute) if config.router.scales_input else compute
-    y = run(experts, layer, x, local).astype(x.dtype)
+    y = routed_by(config.router, compute)(experts, layer, x, local).astype(x.dtype)
     if mlp.shared is None:
         y = psum(y, sharding.routed)
     else:
@@ -97,6 +96,11 @@ def sparse_mlp(
         same_axes = sharding.routed == sharding.ffn
         y = psum(y + shared, sharding.ffn) if same_axes else psum(y, sharding.routed) + psum(shared, sharding.ffn)
     return y, RouterInfo(x, probabilities, natural.experts, restricted)
+
+
+def routed_by(router: RouterConfig, compute: ExpertCompute) -> ExpertCompute:
+    """Make the expert compute in which combine weights multiply what the router's form has them multiply."""
+    return _scaled_inputs(compute) if router.scales_input else compute
 
 
 def _scaled_inputs(compute: ExpertCompute) -> ExpertCompute:

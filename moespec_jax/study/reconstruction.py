@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moespec_jax.config import Activation, DecoderConfig
+from moespec_jax.config import Activation, DecoderConfig, RouterConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.budget_rules import Nodes
 from moespec_jax.decoding.state_specs import REPLICATED
@@ -20,7 +20,7 @@ from moespec_jax.decoding.tree import ancestors, depths
 from moespec_jax.measure.teacher_forcing import restrict_each
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.moe import SparseMlp
+from moespec_jax.nn.moe import SparseMlp, routed_by
 from moespec_jax.nn.routing import Routing, normalise, route, shard_routing
 from moespec_jax.parallel.collectives import psum
 from moespec_jax.runtime.model import Model
@@ -52,11 +52,12 @@ class _Rule(NamedTuple):
 
 
 class _Compute(NamedTuple):
-    """Back-end and activation of the expert compute, and the experts of a layer."""
+    """Back-end and activation of the expert compute, experts of a layer, and form of their router."""
 
     backend: Backend
     activation: Activation
     num_experts: int
+    router: RouterConfig
 
 
 # Sharding of all results on a mesh.
@@ -140,7 +141,8 @@ def expert_outputs(
 ) -> Float[Array, "layers rows model"]:
     """Run the back-end's expert compute layer by layer; results are float32."""
 
-    compute, sharding = choice.backend.compute(choice.activation), params.sharding
+    compute = routed_by(choice.router, choice.backend.compute(choice.activation))
+    sharding = params.sharding
 
     def one(layer: int | Array, rows: Array, routing: Routing) -> Array:
         local = shard_routing(routing, choice.num_experts, sharding.experts)
@@ -168,7 +170,8 @@ def _sums(budgeted: Array, exact: Array, kept: Array, committed: Array) -> tuple
 
 
 def _compute(model: Model) -> _Compute:
-    return _Compute(model.backend, model.config.expert_activation, model.config.num_experts)
+    config = model.config
+    return _Compute(model.backend, config.expert_activation, config.num_experts, config.router)
 
 
 def _rows(programs: Programs, trees: TreeRouting) -> tuple[Array, Array, Array]:
