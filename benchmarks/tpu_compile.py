@@ -39,11 +39,12 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.states import Prompts
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.plan.abstract import copyable_sizes, local_bytes, placed, with_layers
+from moespec_jax.plan.abstract import copyable_sizes, placed, with_layers
 from moespec_jax.plan.ahead import DTYPE, SLOTS, TOPOLOGIES, OutOfMemory, Program, compile_lowered, devices, versions
 from moespec_jax.runtime.programs import Programs
 

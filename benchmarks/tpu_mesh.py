@@ -42,11 +42,12 @@ from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.collectives import traffic
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.parallel.mesh import best_mesh, make_mesh
-from moespec_jax.plan.abstract import copyable_sizes, local_bytes, with_layers
+from moespec_jax.plan.abstract import copyable_sizes, with_layers
 from moespec_jax.plan.ahead import compile_lowered, devices, versions
 from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round, on_mesh
 from moespec_jax.plan.sizing import HBM, SLICES

@@ -35,10 +35,11 @@ from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
 from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.sampling import SamplingConfig
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.parallel.mesh import MeshConfig, make_mesh
-from moespec_jax.plan.abstract import copyable_sizes, local_bytes, placed, with_layers
+from moespec_jax.plan.abstract import copyable_sizes, placed, with_layers
 from moespec_jax.plan.ahead import SLOTS, TOPOLOGIES, compile_lowered, devices, versions
 from moespec_jax.plan.program import Round, Workload, abstract_round
 from moespec_jax.runtime.programs import Programs

@@ -1,5 +1,5 @@
-"""What the measuring commands find on one device and on meshes: a program of its own, for the number of devices is
-settled at its start. Prints, as JSON, the results of every command on one device and on every mesh.
+"""Run the measuring commands on one device and on meshes: a program of its own, for the number of devices is settled
+at its start. Prints, as JSON, the results of every command on one device and on every mesh.
 
 python tests/measured_on_meshes.py DIRECTORY COMMAND... --mesh data=2,expert=2 ...
 """
@@ -53,7 +53,7 @@ def studied(flags: list[str], output: Path) -> Any:
 
 
 def tuned(flags: list[str], output: Path) -> Any:
-    """What a search chooses where a round has a price, and all that it measures but seconds."""
+    """Search with a price for every round; returns what it chose, and all that it measured but seconds."""
     prices = Cost((1e-3, 2e-4, 1e-5, 2e-5, 3e-4), ())
     search.FINALISTS, search.BUDGETED_TREES = 3, 1
     measured = [

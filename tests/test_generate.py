@@ -118,7 +118,7 @@ def test_text_is_the_prompt_and_what_json_says(directory: Path, capsys: pytest.C
 
 
 def test_the_answer_alone(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of one prompt, streamed, and of several; no prompt, and nothing on standard error."""
+    """One prompt is streamed, several are not; neither prints prompts, or anything on standard error."""
     whole = tmp_path / "prompt.py"
     whole.write_text("def add(a,\n        b")
     flags = ["--prompt", "the cat", "--prompt-text", str(whole)]

@@ -132,7 +132,7 @@ def test_a_pruned_node_has_those_of_its_parent() -> None:
 
 @pytest.mark.slow
 def test_a_stop_string_and_a_head_that_drafts_blocks(flags: list[str], tmp_path: Any) -> None:
-    """As many as there are tokens, the same as of plain decoding."""
+    """There are as many as tokens, equal to those of plain decoding."""
     model = load(flags[1], block_head(tmp_path, flags[1]))
     text = model.generate([[5, 6, 7]], max_new_tokens=12, tree=None).prompts[0].text
     assert text

@@ -56,7 +56,7 @@ ROUNDS = [
 
 
 def test_costs_come_back_as_they_were_timed(tmp_path: Path) -> None:
-    """Of the profile's own budget; plain rounds are exact, and their measurements are in every table."""
+    """Costs are of the profile's own budget; plain rounds are exact, and their measurements are in every table."""
     exact = read_costs(written(tmp_path / "exact.json", ROUNDS))
     assert exact["budget"] is None and exact["tree"].trees == TREES
     assert exact["tree"].seconds == ((1.0, 1.2, 0.9), (1.5, 1.4), (2.0,))

@@ -40,7 +40,7 @@ def test_prompts_come_in_order_and_a_dash_reads_standard_input(tmp_path: Path) -
 
 
 def test_a_file_can_be_one_prompt(tmp_path: Path) -> None:
-    """With its line ends, whatever its name ends in; between those of --prompt and of --prompt-file."""
+    """A text keeps its line ends under any file name; it comes between those of --prompt and of --prompt-file."""
     whole, lines = tmp_path / "whole.jsonl", tmp_path / "lines.txt"
     whole.write_text("def add(a, b):\n\n    return\n", encoding="utf-8")
     lines.write_text("c\nd\n", encoding="utf-8")
@@ -60,7 +60,7 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"ty
 
 @pytest.mark.parametrize("value", [TOOLS, {"tools": TOOLS}, {"functions": [TOOLS[0]["function"]]}])
 def test_tools_reach_the_chat_template(value: Any, tmp_path: Path) -> None:
-    """As those of a conversation do; a template without them, and a text that none renders, are refused."""
+    """Tools of a file equal those of a conversation; a template without them and a text without one are refused."""
     file = tmp_path / "tools.json"
     file.write_text(json.dumps(value))
     tools, model, prompt = read_tools_file(file), chat_model(tmp_path / "model", QWEN3), Prompt("hi")

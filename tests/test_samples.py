@@ -112,7 +112,7 @@ def test_the_first_sample_is_what_one_run_gives(flags: list[str]) -> None:
 
 @pytest.mark.slow
 def test_samples_of_a_head_with_a_context(tmp_path: Path) -> None:
-    """Of a DSpark head: its state after the prompt is repeated, too."""
+    """The state of a DSpark head after the prompt is repeated, too."""
     flags = write_pair(tmp_path, 8)
     model = load(flags[1], block_head(tmp_path, flags[1]))
     options: Any = dict(max_new_tokens=8, temperature=1.0, ignore_eos=True)

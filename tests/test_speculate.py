@@ -88,7 +88,7 @@ def test_so_it_is_with_stacked_layers_and_for_one_sequence(tree: str) -> None:
 
 @pytest.mark.slow
 def test_unrolled_levels_draft_the_same_trees() -> None:
-    """As on GPUs (`Backend.unrolled`)."""
+    """GPUs unroll them (`Backend.unrolled`)."""
     looped = speculating(*pair(), TREES["16/4/4"])
     drafter = Eagle3Drafter(pair()[3], pair()[2]._replace(unrolled=True))
     unrolled = looped._replace(method=dataclasses.replace(looped.method, drafter=drafter))

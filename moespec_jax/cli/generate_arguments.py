@@ -16,7 +16,7 @@ from moespec_jax.cli.arguments import (
 from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import command_parser
 from moespec_jax.cli.process_flags import add_process_flags
-from moespec_jax.cli.prompts import Prompt
+from moespec_jax.cli.prompts import TOOLS_WITHOUT_CONVERSATION, Prompt
 from moespec_jax.cli.sampling_flags import add_sampling_flags
 from moespec_jax.errors import RequestError
 from moespec_jax.runtime.drafters import DEFAULT_TREE, NGRAM_TREE
@@ -60,7 +60,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if not arguments.chat and (arguments.system is not None or arguments.no_thinking):
         raise RequestError("--system and --no-thinking are parts of a chat; expected --chat with them")
     if arguments.tools is not None and not (arguments.chat or arguments.prompt_file):
-        raise RequestError("--tools are parts of a conversation; expected --chat with them, or prompts of messages")
+        raise RequestError(TOOLS_WITHOUT_CONVERSATION)
     if arguments.answer_only and (arguments.json or arguments.compare):
         raise RequestError("--answer-only prints text alone; expected neither --json nor --compare with it")
     if arguments.logprobs is not None and not arguments.json:

@@ -21,6 +21,7 @@ import sys
 def read_lines(path):
     """Return the lines of a file without their line ends."""
     with open(path'''
+TOOLS_WITHOUT_CONVERSATION = "--tools are parts of a conversation; expected --chat with them, or prompts of messages"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,7 @@ def chat_text(
         conversation = Conversation("the prompt", [{"role": "user", "content": prompt.text}])
     if conversation is None:
         if tools:
-            raise RequestError("--tools are parts of a conversation; expected --chat with them, or prompts of messages")
+            raise RequestError(TOOLS_WITHOUT_CONVERSATION)
         return None
     if system:
         conversation = conversation.with_system(system)

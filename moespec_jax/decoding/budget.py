@@ -62,8 +62,8 @@ def restrict_to(
     shortlist: Shortlist | None = None,
     axes: Axes = (),
 ) -> Restricted:
-    """As `restrict`, with at most `most` experts in `budget.slots` slots, which the rows of all devices along `axes`
-    share."""
+    """Restrict as `restrict` does, with at most `most` experts in `budget.slots` slots, which the rows of all devices
+    along `axes` share."""
     row_weight = jnp.where(valid, budget.rule("score")(nodes).reshape(-1), 0.0)
     rest = (row_weight, most, probabilities, natural, valid)
     plain = partial(_restrict_rows, budget, nodes, norm_topk_prob, axes)

@@ -34,7 +34,7 @@ class DecodingSpec:
 
     @property
     def chooses(self) -> bool:
-        """Whether every round chooses its shape."""
+        """Test whether every round chooses its shape."""
         return self.tree == "auto" or isinstance(self.tree, CostTable)
 
     @property

@@ -1,13 +1,12 @@
 """Roofline of a verification: the bytes that it must read, over the copy bandwidth of the device."""
 
-import math
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.nn.decoder import Decoder
 
 
@@ -17,9 +16,9 @@ def verification_bytes(config: DecoderConfig, target: Decoder, experts_read: flo
     They are the weights of `experts_read` experts of every sparse layer and all other weights, without an embedding
     that is not the output head: few of its rows are read.
     """
-    embedding = 0 if target.lm_head is None else _bytes(target.embed)
-    others = _bytes(target) - _bytes(target.experts) - embedding
-    return others + _bytes(target.experts) * experts_read / max(config.num_experts, 1)
+    embedding = 0 if target.lm_head is None else local_bytes(target.embed)
+    others = local_bytes(target) - local_bytes(target.experts) - embedding
+    return others + local_bytes(target.experts) * experts_read / max(config.num_experts, 1)
 
 
 def copy_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
@@ -35,9 +34,3 @@ def copy_bandwidth(megabytes: int = 512, repeats: int = 10) -> float:
         array = jax.block_until_ready(add(array))
         times.append(time.perf_counter() - started)
     return 2 * array.nbytes / min(times)
-
-
-def _bytes(tree: Any) -> int:
-    """Count the bytes of a tree on one device."""
-    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
-    return sum(math.prod(shape) * size for shape, size in shards)

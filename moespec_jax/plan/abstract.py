@@ -1,13 +1,12 @@
-"""Trees of abstract arrays (`jax.ShapeDtypeStruct`): their shardings, their bytes on one device, and decoders of fewer
-layers."""
+"""Trees of abstract arrays (`jax.ShapeDtypeStruct`): their shardings, and decoders of fewer layers."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 
 from moespec_jax.config import DecoderConfig
+from moespec_jax.measure.local_bytes import local_size
 
 
 def placed(tree: Any, sharding: Any) -> Any:
@@ -22,17 +21,6 @@ def with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     kept = {name: value[:layers] for name, value in values.items() if isinstance(value, tuple)}
     return dataclasses.replace(config, num_hidden_layers=layers, **kept)
-
-
-def local_size(leaf: Any) -> int:
-    """Count the elements of an abstract leaf on one device."""
-    sharding = getattr(leaf, "sharding", None)
-    return math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-
-
-def local_bytes(tree: Any) -> int:
-    """Count the bytes of an abstract tree on one device, without padding."""
-    return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def copyable_sizes(config: DecoderConfig, tree: Any) -> set[tuple[str, int]]:

@@ -14,10 +14,11 @@ from jax.sharding import AbstractMesh, Mesh
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.autoregressive import PREFILL_CHUNK
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.nn.backend import Backend, default_backend
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.parallel.mesh import AXES, MeshConfig, make_mesh, shard_decoder, ways
-from moespec_jax.plan.abstract import local_bytes, with_layers
+from moespec_jax.plan.abstract import with_layers
 from moespec_jax.plan.cards import CARDS, Card, machine, parse_machine
 from moespec_jax.plan.floors import floors
 from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lower_prefill, lower_round, mesh_for

@@ -5,10 +5,11 @@ import math
 
 from moespec_jax.config import DecoderConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
+from moespec_jax.measure.local_bytes import local_bytes
+from moespec_jax.measure.roofline import verification_bytes
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.parallel.mesh import MeshConfig
-from moespec_jax.plan.abstract import local_bytes
 from moespec_jax.plan.program import Load, Round
 
 
@@ -34,10 +35,7 @@ def floors(load: Load, round_: Round, mesh: MeshConfig, bandwidth: float) -> dic
 def pass_bytes(config: DecoderConfig, target: Decoder, mesh: MeshConfig, experts: float) -> float:
     """Compute the bytes that one device must read for a forward pass over a few tokens: those of
     `roofline.verification_bytes`, with the least share of a layer's `experts` that the busiest device can have."""
-    embedding = 0 if target.lm_head is None else local_bytes(target.embed)
-    others = local_bytes(target) - local_bytes(target.experts) - embedding
-    held = max(config.num_experts // mesh.expert, 1)
-    return others + local_bytes(target.experts) * math.ceil(experts / mesh.expert) / held
+    return verification_bytes(config, target, math.ceil(experts / mesh.expert) * mesh.expert)
 
 
 def _level_bytes(head: DraftHead) -> int:

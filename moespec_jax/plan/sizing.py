@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from moespec_jax.measure.collectives import traffic
+from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.parallel.mesh import make_mesh
-from moespec_jax.plan.abstract import local_bytes
 from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices
 from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lower_round, mesh_for
 
