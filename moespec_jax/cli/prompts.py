@@ -116,8 +116,9 @@ def read_tools_file(path: Path) -> list[dict[str, Any]]:
     Raises:
         RequestError: the file cannot be read, or holds none.
     """
+    text = _read_text(path, "JSON with tools")
     try:
-        value = json.loads(_read_text(path, "JSON with tools"))
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     record = {"tools": value} if isinstance(value, list) else value if isinstance(value, dict) else {}
