@@ -111,7 +111,7 @@ def contents(output: Path) -> Contents:
         return found
     for file in sorted(p for p in output.rglob("*") if p.is_file()):
         name = file.relative_to(output).as_posix()
-        if name == MARK or name.endswith(".incomplete") or ".incomplete." in name:
+        if name == MARK or any(part.endswith(".incomplete") for part in file.relative_to(output).parts):
             continue
         if name.startswith(("orbax/", "checkpoints/")):
             continue

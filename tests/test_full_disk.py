@@ -108,6 +108,11 @@ def test_an_older_head_stays(
         patch.setattr("moespec_jax.checkpoint.head.write.write_json", full)
         export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
     assert tree(Path(head)) == before
+    # What a process left that was killed amid such a write, a file of safetensors' own, does not stay.
+    (Path(head) / ".draft.incomplete").mkdir()
+    (Path(head) / ".draft.incomplete" / ".tmpAbCdEf").touch()
+    export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
+    assert {path.name for path in Path(head).iterdir()} == {"config.json", "model.safetensors"}
     asked = ["--model", target, "--draft-model", head, "--output", tmp_path / "out", "--format", "specforge"]
     with full_disk(0):
         assert FULL in refused(draft.main, monkeypatch, capsys, *asked)

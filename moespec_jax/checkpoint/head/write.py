@@ -5,6 +5,7 @@ Heads that a format, or the engine that reads it, would compute differently are 
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -285,10 +286,15 @@ def write_files(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapp
     a mixture."""
     directory.mkdir(parents=True, exist_ok=True)
     weights, config = directory / SINGLE_FILE, directory / "config.json"
-    temporary = directory / f".{SINGLE_FILE}.incomplete"
+    # A directory: safetensors writes a private file of its own beside the one it is asked for, and renames it. A killed
+    # process leaves it; the next write removes it.
+    place = directory / ".draft.incomplete"
+    temporary = place / SINGLE_FILE
+    shutil.rmtree(place, ignore_errors=True)
     try:
         with writing(weights):
-            # safetensors writes a private file of its own, and renames it: the mode is that of a new file here.
+            place.mkdir()
+            # The mode of the private file is not that of a new file here.
             temporary.touch()
             mode = temporary.stat().st_mode
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
@@ -299,7 +305,7 @@ def write_files(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapp
                 old.unlink(missing_ok=True)
             os.replace(temporary, weights)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _warnings(config: DraftConfig, format: ExportFormat, layers: int) -> tuple[str, ...]:
