@@ -149,7 +149,7 @@ def test_an_export_replaces_a_checkpoint_whole_or_not_at_all(
     options = {"target_embedding": EMBED}
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(
-            "moespec_jax.checkpoint.head.write.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+            "moespec_jax.checkpoint.head.files.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
         )
         export(first, directory, format, **options)
     (directory / "model.safetensors.index.json").unlink()

@@ -105,7 +105,7 @@ def test_an_older_head_stays(
             export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
         assert tree(Path(head)) == before
     with monkeypatch.context() as patch, pytest.raises(OSError, match="config.json"):
-        patch.setattr("moespec_jax.checkpoint.head.write.write_json", full)
+        patch.setattr("moespec_jax.checkpoint.head.files.write_json", full)
         export_draft(loaded.head, loaded.config, Path(head), target=config, dtype=np.float16)
     assert tree(Path(head)) == before
     # What a process left that was killed amid such a write, a file of safetensors' own, does not stay.

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from moespec_jax.checkpoint.head.boundaries import TAPS
 from moespec_jax.checkpoint.head.dflash_config import describe_block_head
 from moespec_jax.checkpoint.head.dflash_table import block_table
+from moespec_jax.checkpoint.head.files import write_files
 from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
-from moespec_jax.checkpoint.head.write import float_tensors, layer_fields, write_files
+from moespec_jax.checkpoint.head.write import float_tensors, layer_fields
 from moespec_jax.checkpoint.write import published_fields
 from moespec_jax.config import DecoderConfig
 from moespec_jax.dflash_config import DFlashConfig

@@ -4,8 +4,6 @@ Heads that a format, or the engine that reads it, would compute differently are 
 """
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from moespec_jax.checkpoint.head.boundaries import IDS
 from moespec_jax.checkpoint.head.config import describe_head
+from moespec_jax.checkpoint.head.files import write_files
 from moespec_jax.checkpoint.head.tensor_table import EMBEDDING, draft_table, layer_number, layer_prefix, leaf_at
 from moespec_jax.checkpoint.head.vocabulary import vocabulary_maps
 from moespec_jax.checkpoint.leaves import cast
 from moespec_jax.checkpoint.parameters import final_shape
-from moespec_jax.checkpoint.shards import INDEX, SINGLE_FILE
 from moespec_jax.checkpoint.tensor_table import Tensor
 from moespec_jax.checkpoint.write import published_fields
 from moespec_jax.config import DecoderConfig, DraftConfig, RopeConfig
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import CheckpointError
-from moespec_jax.files import replacing, write_json, writing
 from moespec_jax.nn.dflash import DFlashHead
 from moespec_jax.nn.eagle3 import DraftHead
 
@@ -278,34 +274,6 @@ def _published_name(name: str, format: ExportFormat) -> str:
     if format == "specforge" or layer is None:
         return name
     return f"layers.{layer}.{name.removeprefix(layer_prefix(layer))}"
-
-
-def write_files(directory: Path, tensors: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
-    """Write both files under temporary names, then rename them. Two files cannot be replaced atomically: the old config
-    is removed first and the new one renamed last, so that an interruption leaves a directory that does not load, never
-    a mixture."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights, config = directory / SINGLE_FILE, directory / "config.json"
-    # A directory: safetensors writes a private file of its own beside the one it is asked for, and renames it. A killed
-    # process leaves it; the next write removes it.
-    place = directory / ".draft.incomplete"
-    temporary = place / SINGLE_FILE
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        with writing(weights):
-            place.mkdir()
-            # The mode of the private file is not that of a new file here.
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file(dict(tensors), temporary, metadata={"format": "pt"})
-            temporary.chmod(mode)
-        with replacing(config) as temporary_config:
-            write_json(temporary_config, fields)
-            for old in (config, directory / INDEX):
-                old.unlink(missing_ok=True)
-            os.replace(temporary, weights)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def _warnings(config: DraftConfig, format: ExportFormat, layers: int) -> tuple[str, ...]:
