@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sampled_law
 from driver import build, fast_jit
 from speculation import GREEDY, Decoding, FastPrograms, decode, draft_config, plainly, small_head, speculating
 from tiny import CONFIG, tiny_tensors
 
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
-from moespec_jax.decoding import autoregressive
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter, extend_cache
@@ -24,9 +24,8 @@ from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import Cache, empty_cache
-from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.decoder import Decoder, forward
 from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
-from moespec_jax.runtime import run as run_module
 from moespec_jax.runtime.run import Batch, Run
 
 Pair = tuple[DecoderConfig, Decoder, Backend, DraftConfig, DraftHead]
@@ -149,54 +148,16 @@ def test_streaming_changes_no_token(sampling: SamplingConfig) -> None:
     assert programs.traces["Speculative.step"] == 1
 
 
-def just_enough_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts and caches of thousands of short sequences are not filled up further than a power of two."""
-    monkeypatch.setattr(run_module, "SMALLEST_CACHE", 1)
-    monkeypatch.setattr(autoregressive, "SMALLEST_BUCKET", 1)
-
-
-def probabilities(pair: Pair, sampling: SamplingConfig, prompt: list[int], new: int) -> np.ndarray:
-    """The target's probability of every continuation of `new` tokens, by running each as plain text."""
-    config, params, backend, *_ = pair
-    paths = np.array(list(np.ndindex(*(config.vocab_size,) * new)), np.int32)
-    ids = np.concatenate([np.tile(np.array(prompt, np.int32), (len(paths), 1)), paths], axis=1)
-
-    def score(params: Decoder, ids: jax.Array) -> jax.Array:
-        from moespec_jax.decoding.sampling import log_probabilities
-
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :], ids.shape)
-        cache = empty_cache(config, ids.shape[0], ids.shape[1], jnp.float32, stacked=backend.stacked)
-        mask = causal_mask(positions, ids.shape[1])
-        hidden, _, _ = forward(config, params, ids, positions, mask, cache, backend)
-        logs = log_probabilities(sampling, unembed(params, hidden))[:, len(prompt) - 1 : -1]
-        return jnp.sum(jnp.take_along_axis(logs, ids[:, len(prompt) :, None], axis=2)[..., 0], axis=1)
-
-    return np.exp(np.asarray(fast_jit(score)(params, jnp.asarray(ids)), np.float64))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tree", [TreeConfig(1, 2, 5), TreeConfig(1, 1, 3)], ids=["tree", "chain"])
 @pytest.mark.parametrize("sampling", [SamplingConfig(2.0), SamplingConfig(2.0, 5, 0.9)], ids=["whole", "top-k top-p"])
 def test_sampled_output_is_distributed_as_the_target_says(
     tree: TreeConfig, sampling: SamplingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tokens of the whole loop against enumerated probabilities: total variation below twice the mean of direct
-    sampling, whose own spread is a tenth of that mean: a sound loop fails once in far more than a million runs."""
-    just_enough_room(monkeypatch)
-    tiny, rows, seeds, new = pair(vocab_size=7), 2048, 16, 3
-    expected = probabilities(tiny, sampling, PROMPTS[0], new)
-    np.testing.assert_allclose(expected.sum(), 1.0, atol=1e-5)  # sums of float32 logarithms
-    decoding, programs = speculating(*tiny, tree, sampling), FastPrograms()
-    counts = np.zeros(len(expected))
-    for seed in range(seeds):
-        run = decode(decoding, programs, [PROMPTS[0]] * rows, new, seed=seed)
-        digits = np.array([sequence[-new:] for sequence in run.sequences])
-        counts += np.bincount(digits @ 7 ** np.arange(new - 1, -1, -1), minlength=len(expected))
-    assert run.accepted.sum() > rows / 100  # the one guess of a chain is seldom right; the law holds all the same
-    draws = counts.sum()
-    direct = np.random.default_rng(0).multinomial(int(draws), expected / expected.sum(), size=20) / draws
-    floor = np.abs(direct - expected[None]).sum(axis=1).mean() / 2
-    assert np.abs(counts / draws - expected).sum() / 2 < 2 * floor
+    sampled_law.just_enough_room(monkeypatch)
+    tiny = pair(vocab_size=7)
+    accepted = sampled_law.check(tiny[:3], speculating(*tiny, tree, sampling), sampling, PROMPTS[0], seeds=16)
+    assert accepted > sampled_law.ROWS / 100  # the one guess of a chain is seldom right; the law holds all the same
 
 
 def states_after(decoding: Decoding, rounds: Iterable[int]) -> list[SpeculationState[Any]]:
