@@ -134,30 +134,42 @@ def chain(
     tokens: list[int] = []
     scores: list[float] = []
     for number, row in enumerate(hidden if config.sample_from_anchor else hidden[1:]):
-        logits = head.lm_head @ row
-        if config.markov != "none":
-            previous = head.markov.previous[before]
-            mixed = previous
-            if config.markov == "gated":
-                mixed = previous * _sigmoid(
-                    np.concatenate([row, previous]) @ head.markov.mixer + head.markov.mixer_bias
-                )
-            if config.markov == "rnn":
-                z = np.concatenate([state, previous, row]) @ head.markov.mixer + head.markov.mixer_bias
-                gate, candidate, output = z.reshape(3, -1)
-                state = _sigmoid(gate) * state + (1 - _sigmoid(gate)) * np.tanh(candidate)
-                mixed = np.tanh(output)
-            logits = logits + head.markov.following @ mixed
+        logits, state = next_logits(config, head, row, before, state)
         logits = logits * scale + (0.0 if noise is None else noise[number, ids])
         best = int(np.argmax(logits))
         gain = logits[best] - np.log(np.exp(logits).sum())
         if config.confidence != "none":
-            read = np.concatenate([row, head.markov.previous[before]]) if "markov" in config.confidence else row
-            gain = np.log(_sigmoid(read @ head.confidence.weight[0] + head.confidence.bias[0]))
+            gain = np.log(confidence(config, head, row, before))
         before = int(ids[best])
         tokens.append(before)
         scores.append((scores[-1] if scores else 0.0) + float(gain))
     return tokens, scores
+
+
+def next_logits(
+    config: DFlashConfig, head: Any, row: np.ndarray, before: int, state: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the token that a row drafts after the token `before`, and the next recurrent state."""
+    head, logits = wide(head), np.asarray(head.lm_head, np.float64) @ row
+    if config.markov == "none":
+        return logits, state
+    previous = head.markov.previous[before]
+    mixed = previous
+    if config.markov == "gated":
+        mixed = previous * _sigmoid(np.concatenate([row, previous]) @ head.markov.mixer + head.markov.mixer_bias)
+    if config.markov == "rnn":
+        z = np.concatenate([state, previous, row]) @ head.markov.mixer + head.markov.mixer_bias
+        gate, candidate, output = z.reshape(3, -1)
+        state = _sigmoid(gate) * state + (1 - _sigmoid(gate)) * np.tanh(candidate)
+        mixed = np.tanh(output)
+    return logits + head.markov.following @ mixed, state
+
+
+def confidence(config: DFlashConfig, head: Any, row: np.ndarray, before: int) -> float:
+    """Estimated probability that the token that a row drafts after `before` is accepted."""
+    head = wide(head)
+    read = np.concatenate([row, head.markov.previous[before]]) if "markov" in config.confidence else row
+    return float(_sigmoid(read @ head.confidence.weight[0] + head.confidence.bias[0]))
 
 
 def _attention(

@@ -209,12 +209,22 @@ def log_confidence(
 ) -> Float[Array, "batch drafted"]:
     """Estimate the log-probability that each drafted token is accepted where all before it were, from the rows that
     draft them and from the `tokens` before them."""
+    return jax.nn.log_sigmoid(confidence_logits(config, head, tokens, hidden))
+
+
+def confidence_logits(
+    config: DFlashConfig,
+    head: DFlashHead,
+    tokens: Int[Array, "batch drafted"],
+    hidden: Float[Array, "batch drafted model"],
+) -> Float[Array, "batch drafted"]:
+    """Compute the logits of the probabilities that `log_confidence` estimates."""
     assert head.confidence is not None
     if config.confidence == "hidden and markov":
         assert head.markov is not None
         hidden = jnp.concatenate([hidden, head.markov.previous[tokens]], axis=-1)
     logits = jnp.einsum("btd,cd->btc", hidden, head.confidence.weight, preferred_element_type=jnp.float32)[..., 0]
-    return jax.nn.log_sigmoid(logits + head.confidence.bias[0].astype(jnp.float32))
+    return logits + head.confidence.bias[0].astype(jnp.float32)
 
 
 def _kinds(config: DFlashConfig) -> list[tuple[int, bool]]:

@@ -1,9 +1,9 @@
-"""Train an EAGLE-3 or DFlash draft head: python -m moespec_jax.train --model TARGET --data A.jsonl --output DIR.
+"""Train a draft head: python -m moespec_jax.train --model TARGET --data A.jsonl --output DIR.
 
-The target is any model that this library runs. Each line of the data is a JSON object with text, messages or token ids;
-the target's own responses, which python -m moespec_jax.train.regenerate writes, train the best heads. The same command
-continues an interrupted run, and a larger --steps a finished one. The head is written to DIR/head, for --draft-model
-and for SGLang or vLLM (--format).
+The head is an EAGLE-3, DFlash or DSpark head (--head), and the target any model that this library runs. Each line of
+the data is a JSON object with text, messages or token ids; the target's own responses, which python -m
+moespec_jax.train.regenerate writes, train the best heads. The same command continues an interrupted run, and a larger
+--steps a finished one. The head is written to DIR/head, for --draft-model and for SGLang or vLLM (--format).
 """
 
 import argparse
@@ -42,14 +42,15 @@ from moespec_jax.train.arguments import (
     add_block_flags,
     add_head_flags,
     add_optimizer_flags,
+    add_spark_flags,
     add_training_flags,
 )
-from moespec_jax.train.block_config import block_config, dense_size, draft_vocabulary_size
+from moespec_jax.train.block_config import block_config, dense_size, draft_vocabulary_size, spark_fields
 from moespec_jax.train.left_out import LeftOut
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.records import Sample, read_samples
 from moespec_jax.train.run import Pace, draw_training, train
-from moespec_jax.train.trainer import AnyHead, BlockRecipe, Recipe
+from moespec_jax.train.trainer import AnyHead, BlockRecipe, Recipe, SparkRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,10 +116,11 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
     target = model.config
     if not 0 <= arguments.seed < 2**32:
         raise RequestError(f"expected a seed from 0 to {2**32 - 1}, got {arguments.seed}")
-    for name in ("learning_rate", "adam_learning_rate", "decay", "warmup_steps"):
-        if not 0 <= getattr(arguments, name) < float("inf"):
-            raise RequestError(f"expected --{name.replace('_', '-')} of at least 0, got {getattr(arguments, name)}")
-    block = arguments.head == "dflash"
+    for name in ("learning_rate", "adam_learning_rate", "decay", "warmup_steps", "confidence_weight"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise RequestError(f"expected --{name.replace('_', '-')} of at least 0, got {value}")
+    block = arguments.head != "eagle3"
     draft = block_config(arguments, target) if block else draft_config(arguments, target)
     # Before the training, not after it.
     if isinstance(draft, DraftConfig):
@@ -142,9 +144,15 @@ def recipe_of(arguments: argparse.Namespace, model: Model) -> Recipe:
         "batch": arguments.batch, "length": length, "unroll": unroll, "decay": arguments.decay, "loss": arguments.loss,
         "dtype": str(model.dtype), "seed": arguments.seed, "recompute": not arguments.no_recompute,
     }  # fmt: skip
-    if block:
-        return BlockRecipe(target, draft, optimizer, **settings, anchors=min(arguments.anchors, length))
-    return Recipe(target, draft, optimizer, **settings)
+    if not block:
+        return Recipe(target, draft, optimizer, **settings)
+    settings["anchors"] = min(arguments.anchors, length)
+    if arguments.head == "dflash":
+        return BlockRecipe(target, draft, optimizer, **settings)
+    weight = arguments.confidence_weight
+    return SparkRecipe(
+        target, draft, optimizer, **settings, **({} if weight is None else {"confidence_weight": weight})
+    )
 
 
 def draft_config(arguments: argparse.Namespace, target: DecoderConfig) -> DraftConfig:
@@ -156,6 +164,7 @@ def draft_config(arguments: argparse.Namespace, target: DecoderConfig) -> DraftC
             increase.
         CheckpointError: the boundaries are not numbers.
     """
+    spark_fields(arguments)  # refuses them
     if arguments.fc_norm and arguments.norm_before_fc:
         raise RequestError("expected one of --fc-norm and --norm-before-fc; got both")
     return DraftConfig(
@@ -262,7 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         help="format of DIR/head: specforge for SGLang, speculators for vLLM (default: %(default)s)",
     )
     add_head_flags(parser.add_argument_group("draft head"))
-    add_block_flags(parser.add_argument_group("DFlash head"))
+    add_block_flags(parser.add_argument_group("DFlash or DSpark head"))
+    add_spark_flags(parser.add_argument_group("DSpark head"))
     add_training_flags(parser.add_argument_group("training"))
     add_optimizer_flags(parser.add_argument_group("optimizer"))
     add_process_flags(parser.add_argument_group("several processes, which share the batch and the output directory"))

@@ -5,7 +5,7 @@ import argparse
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.run import Pace
-from moespec_jax.train.trainer import BlockRecipe, Recipe
+from moespec_jax.train.trainer import BlockRecipe, Recipe, SparkRecipe
 
 # Fields of `DraftConfig` that have a flag, with its help text.
 VARIANTS = {
@@ -14,6 +14,11 @@ VARIANTS = {
     "norm_before_residual": "start the residual stream from the normed features",
     "norm_output": "pass the normed output to the next draft step (EAGLE-3.1)",
 }
+# Choices for the parts of a DSpark head, and the rank of published heads.
+SPARK = {"markov": ["none", "vanilla", "gated", "rnn"], "confidence": ["none", "hidden", "hidden+markov"]}
+MARKOV_RANK = 256
+# Flags that only a DSpark head has.
+SPARK_FLAGS = ("markov", "markov_rank", "confidence", "confidence_weight")
 
 
 def add_head_flags(group: argparse._ArgumentGroup) -> None:
@@ -47,16 +52,18 @@ def add_block_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for the settings of a DFlash head, in place of those of an EAGLE-3 head that it has no use for."""
     group.add_argument(
         "--head",
-        choices=["eagle3", "dflash"],
+        choices=["eagle3", "dflash", "dspark"],
         default="eagle3",
-        help="kind of the head; dflash drafts a block in one pass (default: %(default)s)",
+        help="kind of the head; dflash drafts a block in one pass, and dspark is dflash with a Markov and a confidence"
+        " part (default: %(default)s)",
     )
     group.add_argument(
         "--block-size",
         type=_count,
         default=8,
         metavar="N",
-        help="rows of a block: the newest token, and one for each drafted token (default: %(default)s)",
+        help="rows of a block: the newest token, and mask tokens behind it; each drafts a token, but for the first of"
+        " a dflash head (default: %(default)s)",
     )
     group.add_argument(
         "--anchors",
@@ -70,6 +77,28 @@ def add_block_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         metavar="ID",
         help="token that stands for those not yet known (default: the last of the vocabulary)",
+    )
+
+
+def add_spark_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags for the parts of a DSpark head. They are None where they are not given."""
+    group.add_argument(
+        "--markov",
+        choices=SPARK["markov"],
+        help="form of the bias by the token drafted last (default: vanilla)",
+    )
+    group.add_argument("--markov-rank", type=_count, metavar="N", help=f"rank of that bias (default: {MARKOV_RANK})")
+    group.add_argument(
+        "--confidence",
+        choices=SPARK["confidence"],
+        help="what the estimate of acceptance reads: the hidden state, and the Markov part's vector of the token before"
+        " (default: hidden+markov, without a Markov part hidden)",
+    )
+    group.add_argument(
+        "--confidence-weight",
+        type=float,
+        metavar="X",
+        help=f"weight of the estimate's loss (default: {SparkRecipe.confidence_weight})",
     )
 
 

@@ -1,13 +1,15 @@
-"""Settings of a DFlash head to train, from flags and the target; sizes that heads of all kinds choose alike."""
+"""Settings of a DFlash or DSpark head to train, from flags and the target; sizes that heads of all kinds choose
+alike."""
 
 import argparse
+from typing import Any
 
 from moespec_jax.checkpoint.head.boundaries import even_taps
 from moespec_jax.config import DecoderConfig
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import parse_numbers
-from moespec_jax.train.arguments import VARIANTS
+from moespec_jax.train.arguments import MARKOV_RANK, SPARK_FLAGS, VARIANTS
 
 
 def block_config(arguments: argparse.Namespace, target: DecoderConfig) -> DFlashConfig:
@@ -55,7 +57,40 @@ def block_config(arguments: argparse.Namespace, target: DecoderConfig) -> DFlash
         max_position_embeddings=target.context_length,
         rms_norm_eps=target.rms_norm_eps,
         hidden_act=target.hidden_act,
+        **spark_fields(arguments),
     )
+
+
+def spark_fields(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Choose the fields of `DFlashConfig` that a DSpark head adds; none for other heads.
+
+    Raises:
+        RequestError: a head of another kind has flags of these parts, or the parts do not fit each other.
+    """
+    given = {name: value for name in SPARK_FLAGS if (value := getattr(arguments, name)) is not None}
+    if arguments.head != "dspark":
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RequestError(f"expected --head dspark with {flags}; got --head {arguments.head}")
+        return {}
+    markov = given.get("markov", "vanilla")
+    confidence = given.get("confidence", "hidden" if markov == "none" else "hidden+markov")
+    refused = [
+        ("--confidence hidden+markov", confidence == "hidden+markov"),
+        ("--markov-rank", "markov_rank" in given),
+    ]
+    if markov == "none" and (names := [name for name, is_given in refused if is_given]):
+        raise RequestError(f"expected a Markov part with {', '.join(names)}; got --markov none")
+    if confidence == "none" and "confidence_weight" in given:
+        raise RequestError("expected an estimate of acceptance with --confidence-weight; got --confidence none")
+    rank = 0 if markov == "none" else given.get("markov_rank", MARKOV_RANK)
+    # The newest token's row drafts too, as in DeepSpec's and speculators' DSpark heads.
+    return {
+        "sample_from_anchor": True,
+        "markov": markov,
+        "markov_rank": rank,
+        "confidence": confidence.replace("+", " and "),
+    }
 
 
 def draft_vocabulary_size(arguments: argparse.Namespace, target: DecoderConfig) -> int:

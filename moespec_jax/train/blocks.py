@@ -2,7 +2,8 @@
 
 The block of an anchor, the newest known token, attends to the features of the tokens before it and to itself, as in
 decoding (`nn/dflash.py`). Keys and values of the features are computed once for all blocks of a sequence, so that
-attention costs (tokens + block) scores a row.
+attention costs (tokens + block) scores a row. Where a drafted token depends on the one before it (DSpark), that is the
+true one.
 """
 
 import jax
@@ -11,10 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.attention import project_qkv
-from moespec_jax.nn.dflash import DFlashHead, block_logits, block_mask, fuse_context
+from moespec_jax.nn.dflash import (
+    DFlashHead,
+    block_logits,
+    block_mask,
+    confidence_logits,
+    fuse_context,
+    markov_step,
+)
 from moespec_jax.nn.eagle3 import finish_layer
 from moespec_jax.nn.layers import rms_norm, rope_angles
-from moespec_jax.train.objective import Loss, StepScore, Teacher
+from moespec_jax.train.objective import Loss, StepScore, Teacher, acceptance, binary_cross_entropy
 
 
 def block_outputs(
@@ -59,26 +67,59 @@ def block_scores(
     anchors: Int[Array, "batch anchors"],
     loss: Loss,
 ) -> list[StepScore]:
-    """Score every drafted token of the blocks of all anchors; other arguments as those of `unrolled_scores`."""
+    """Score every drafted token of the blocks of all anchors; other arguments as those of `unrolled_scores`.
+
+    The loss of an estimate of acceptance is its cross-entropy to sum min(p, q), the probability that speculative
+    sampling accepts, which has no gradient, and is 0 where the target's token is not in the draft vocabulary.
+    """
     assert head.target_ids is not None
     hidden = block_outputs(config, head, embed, teacher.aux_hidden_states, tokens, anchors)
     choice = jnp.searchsorted(head.target_ids, teacher.choice, side="left").astype(jnp.int32)
     first = 0 if config.sample_from_anchor else 1
 
     @jax.checkpoint
-    def score(rows: Array, step: Array) -> StepScore:
+    def score(rows: Array, recurrent: Array, step: Array) -> tuple[StepScore, Array]:
         at = anchors + step  # the target's row that draws the same token
         inside, at = at < tokens.shape[1], jnp.minimum(at, tokens.shape[1] - 1)
-        wanted, reachable, counted = (jnp.take_along_axis(x, at, axis=1) for x in (choice, teacher.reachable, counts))
+        wanted, reachable, counted, before = (
+            jnp.take_along_axis(x, at, axis=1) for x in (choice, teacher.reachable, counts, tokens)
+        )
         counted = counted & inside
         trained = counted & reachable
-        logits = block_logits(head, rows)
+        logits, recurrent = _biased_logits(config, head, rows, before, recurrent)
         target = jnp.take_along_axis(teacher.logits, at[:, :, None], axis=1)
         hits = trained & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == wanted)
         losses = jnp.where(trained, loss(target, logits), 0.0)
-        return StepScore(jnp.sum(losses), *(jnp.sum(x, dtype=jnp.float32) for x in (hits, counted)))
+        confidence = None
+        if head.confidence is not None:
+            share = jnp.where(reachable, jax.lax.stop_gradient(acceptance(target, logits)), 0.0)
+            errors = binary_cross_entropy(confidence_logits(config, head, before, rows), share)
+            confidence = jnp.sum(jnp.where(counted, errors, 0.0))
+        sums = (jnp.sum(x, dtype=jnp.float32) for x in (hits, counted))
+        return StepScore(jnp.sum(losses), *sums, confidence), recurrent
 
-    return [score(hidden[:, :, first + step], jnp.int32(step)) for step in range(config.drafted)]
+    scores, recurrent = [], jnp.zeros((*anchors.shape, config.markov_rank), hidden.dtype)
+    for step in range(config.drafted):
+        found, recurrent = score(hidden[:, :, first + step], recurrent, jnp.int32(step))
+        scores.append(found)
+    return scores
+
+
+def _biased_logits(
+    config: DFlashConfig,
+    head: DFlashHead,
+    rows: Float[Array, "batch anchors model"],
+    before: Int[Array, "batch anchors"],
+    recurrent: Float[Array, "batch anchors rank"],
+) -> tuple[Float[Array, "batch anchors draft_vocab"], Float[Array, "batch anchors rank"]]:
+    """Compute the logits of one drafted token of every block, with the Markov bias by the token before it, and the
+    recurrent state of the bias."""
+    logits = block_logits(head, rows)
+    if head.markov is None:
+        return logits, recurrent
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (recurrent, before, rows))
+    bias, after = markov_step(config, head.markov, *flat)
+    return logits + bias.reshape(logits.shape), after.reshape(recurrent.shape)
 
 
 def random_anchors(

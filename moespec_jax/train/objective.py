@@ -42,11 +42,13 @@ class StepScore(NamedTuple):
         loss: summed loss.
         hits: number of counted positions where the head's most probable token is the target's.
         positions: number of counted positions.
+        confidence: summed loss of the estimate of acceptance (DSpark); None without one.
     """
 
     loss: Float[Array, ""]
     hits: Float[Array, ""]
     positions: Float[Array, ""]
+    confidence: Float[Array, ""] | None = None
 
 
 def cross_entropy(target: Array, draft: Array) -> Array:
@@ -60,11 +62,19 @@ def kl_divergence(target: Array, draft: Array) -> Array:
     return jnp.sum(p * (jax.nn.log_softmax(target, axis=-1) - jax.nn.log_softmax(draft, axis=-1)), axis=-1)
 
 
+def acceptance(target: Array, draft: Array) -> Array:
+    """Compute sum min(p, q), the probability that speculative sampling accepts a token drawn from q."""
+    return jnp.sum(jnp.minimum(jax.nn.softmax(target, axis=-1), jax.nn.softmax(draft, axis=-1)), axis=-1)
+
+
 def negative_log_acceptance(target: Array, draft: Array) -> Array:
-    """Compute -log sum min(p, q): the sum is the probability that speculative sampling accepts a token drawn from q
-    (SpecForge's LK loss)."""
-    overlap = jnp.minimum(jax.nn.softmax(target, axis=-1), jax.nn.softmax(draft, axis=-1))
-    return -jnp.log(jnp.maximum(jnp.sum(overlap, axis=-1), 1e-8))
+    """Compute the negative logarithm of the probability of acceptance (SpecForge's LK loss)."""
+    return -jnp.log(jnp.maximum(acceptance(target, draft), 1e-8))
+
+
+def binary_cross_entropy(logits: Array, share: Array) -> Array:
+    """Compute the cross-entropy of estimated probabilities, given by their logits, to shares from 0 to 1."""
+    return -share * jax.nn.log_sigmoid(logits) - (1.0 - share) * jax.nn.log_sigmoid(-logits)
 
 
 LOSSES: dict[str, Loss] = {

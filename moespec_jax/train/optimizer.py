@@ -73,13 +73,14 @@ def _schedule(config: OptimizerConfig, peak: float) -> optax.Schedule:
 
 def _matrices(head: DraftHead | DFlashHead) -> DraftHead | DFlashHead:
     """Mark the axes of the matrices that Muon orthogonalises: input and output of every matrix product except that of
-    the output head. Other parameters are None."""
+    the output head and those of DSpark's tables of tokens and its estimate. Other parameters are None."""
     matrix = optax.contrib.MuonDimensionNumbers
     transposed = {"q", "k", "v"}  # [out, in]
+    others = {"lm_head", "previous", "following", "weight"}
 
     def axes(path: tuple, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         name = path[-1].name if hasattr(path[-1], "name") else ""
-        if leaf.ndim != 2 or name == "lm_head":
+        if leaf.ndim != 2 or name in others:
             return None
         return matrix(1, 0) if name in transposed else matrix(0, 1)
 

@@ -119,7 +119,8 @@ def _advance(
     """Run one step; returns its line of the log too."""
     started = time.perf_counter()
     state, metrics = train_step(recipe, model.backend, mesh, model.params, target_ids, state, shard_batch(mesh, batch))
-    row = {"step": step, **{name: np.asarray(value).tolist() for name, value in metrics._asdict().items()}}
+    measured = {name: value for name, value in metrics._asdict().items() if value is not None}
+    row = {"step": step, **{name: np.asarray(value).tolist() for name, value in measured.items()}}
     return state, row | {"seconds": time.perf_counter() - started}
 
 

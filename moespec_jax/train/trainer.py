@@ -75,6 +75,17 @@ class BlockRecipe(Recipe):
     anchors: int = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class SparkRecipe(BlockRecipe):
+    """Settings of the training of a DSpark head.
+
+    Fields:
+        confidence_weight: weight of the loss of the estimate of acceptance, beside that of the drafted tokens.
+    """
+
+    confidence_weight: float = 1.0
+
+
 @struct.dataclass
 class TrainState:
     """State between steps.
@@ -97,11 +108,13 @@ class Metrics(NamedTuple):
         loss: mean over all positions, by draft step.
         accuracy: share of counted positions where the head's most probable token is the target's, by draft step.
         gradient_norm: global norm of the gradient before clipping.
+        confidence_loss: mean of the loss of the estimate of acceptance, by draft step; None without one.
     """
 
     loss: Float[Array, " steps"]
     accuracy: Float[Array, " steps"]
     gradient_norm: Float[Array, ""]
+    confidence_loss: Float[Array, " steps"] | None = None
 
 
 def initial_state(recipe: Recipe, head: AnyHead, mesh: Mesh) -> TrainState:
@@ -183,8 +196,14 @@ def _loss(
         scores = unrolled_scores(
             recipe.draft, head, target.embed, teacher, tokens, counts, recipe.unroll, loss, recipe.recompute
         )
-    weighted = [recipe.decay**step * score.loss for step, score in enumerate(scores)]
+    weighted = [recipe.decay**step * _whole_loss(recipe, score) for step, score in enumerate(scores)]
     return sum(weighted[1:], weighted[0]) / _counted(recipe, batch.ids), scores
+
+
+def _whole_loss(recipe: Recipe, score: StepScore) -> Array:
+    if score.confidence is None or not isinstance(recipe, SparkRecipe):
+        return score.loss
+    return score.loss + recipe.confidence_weight * score.confidence
 
 
 def _counted(recipe: Recipe, ids: Array) -> int:
@@ -199,4 +218,5 @@ def _over_devices(scores: list[StepScore]) -> list[StepScore]:
 def _metrics(scores: list[StepScore], size: int, gradient_norm: Array) -> Metrics:
     loss = jnp.stack([score.loss for score in scores]) / size
     accuracy = jnp.stack([score.hits / jnp.maximum(score.positions, 1.0) for score in scores])
-    return Metrics(loss, accuracy, gradient_norm)
+    estimates = [score.confidence for score in scores if score.confidence is not None]
+    return Metrics(loss, accuracy, gradient_norm, jnp.stack(estimates) / size if estimates else None)
