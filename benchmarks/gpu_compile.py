@@ -43,6 +43,7 @@ from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.mosaic_gpu import mosaic_experts
 from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.experts.triton_gpu import triton_experts
+from moespec_jax.nn.quantization import Quantized
 from moespec_jax.nn.routing import Routing
 from moespec_jax.plan.cuda import GPUS, PLUGINS, described_devices, installed_versions, lowering_for
 
@@ -90,11 +91,11 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
     return rows
 
 
-def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int) -> dict[str, Any]:
-    """What the compiler makes of one model's experts on one GPU."""
-    compute = COMPUTES[backend](config.hidden_act)
+def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int, int8: bool = False) -> dict[str, Any]:
+    """What the compiler makes of one model's experts, in bfloat16 or int8, on one GPU."""
+    compute = COMPUTES[backend](config.expert_activation)
     with lowering_for(gpu):
-        lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots))
+        lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots, int8))
     compiled = lowered.compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
@@ -115,7 +116,7 @@ def check_compiler(versions: dict[str, str]) -> None:
         raise SystemExit('The CUDA compiler is not installed: pip install "jax[cuda12]".')
 
 
-def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tuple[Any, ...]:
+def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int, int8: bool) -> tuple[Any, ...]:
     """Experts, layer, tokens and routing, as shapes on the GPU."""
     sharding = SingleDeviceSharding(described_devices(gpu)[0])
 
@@ -123,9 +124,15 @@ def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int) -> tupl
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     rows, model, ffn = LAYERS * config.num_experts, config.hidden_size, config.moe_intermediate_size
-    gate, up, down = array(rows, model, ffn), array(rows, model, ffn), array(rows, ffn, model)
+
+    def matrices(inner: int, outer: int) -> Any:
+        scales = array(rows, 1, outer, dtype=jnp.float32)
+        return Quantized(array(rows, inner, outer, dtype=jnp.int8), scales) if int8 else array(rows, inner, outer)
+
+    gate, up, down = matrices(model, ffn), matrices(model, ffn), matrices(ffn, model)
     ids, weights = (array(tokens, config.num_experts_per_tok, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
-    experts = Flat(gate, up, down, num_experts=config.num_experts)
+    biases = [array(rows, 1, width) for width in (ffn, ffn, model)] if config.expert_bias else [None] * 3
+    experts = Flat(gate, up, down, config.num_experts, *biases)
     return experts, array(dtype=jnp.int32), array(tokens, model), Routing(ids, weights, max_distinct=slots)
 
 

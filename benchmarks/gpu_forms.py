@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moespec_jax.checkpoint.families import read_config
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import Activation, ClampedSwiglu, DecoderConfig
 from moespec_jax.decoding.budget import restrict
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.budget_rules import Nodes
@@ -26,10 +26,15 @@ from moespec_jax.nn.attention_gpu import fused_attention
 from moespec_jax.nn.backend import GPU_FORMS, PLAIN, Backend
 from moespec_jax.nn.cache import Cache, keep_rows
 from moespec_jax.nn.cache_gpu import move_rows
+from moespec_jax.nn.experts.dense import dense_experts
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
+from moespec_jax.nn.experts.gpu import sum_distinct
+from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.triton_gpu import slot_outputs
 from moespec_jax.nn.layers import add_norm
 from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
+from moespec_jax.nn.quantization import Quantized
 from moespec_jax.nn.routing import Routing, combine_weights, normalise
 from moespec_jax.nn.routing_gpu import choose
 from moespec_jax.nn.shortlist_gpu import fused_shortlist
@@ -39,6 +44,8 @@ from moespec_jax.nn.top_k_gpu import fused_most_probable
 FORMS = tuple(GPU_FORMS)
 # Slots of the cache, and those that are filled.
 SLOTS, START = 1024, 300
+# Experts whose products are checked, of the model's size.
+EXPERTS = 16
 # Of values rounded to 8 bits several times; ids must agree.
 TOLERANCE = 2**-6
 
@@ -112,6 +119,7 @@ def cases_of(config: DecoderConfig, rows: int, interpret: bool) -> Iterator[Case
     yield from routing_cases(config, rows, interpret, logits)
     experts = min(rows * config.num_experts_per_tok, config.num_experts)
     yield sum_case(config, interpret, logits, normal(experts, rows, config.hidden_size, dtype=jnp.float32))
+    yield from expert_cases(config, interpret, normal, logits[:, :EXPERTS], normal(rows, config.hidden_size))
     fused = partial(fused_most_probable, k=10, interpret=interpret)
     yield Case("most_probable", fused, partial(most_probable, k=10), (normal(rows, 32000, dtype=jnp.float32),))
     path = jnp.asarray(np.sort(rng.permutation(max(rows, 9))[:9])[None], jnp.int32)
@@ -201,6 +209,38 @@ def sum_case(config: DecoderConfig, interpret: bool, logits: jax.Array, outputs:
         return listed, jnp.einsum("ts,std->td", weights, outputs)
 
     return Case("list and sum of experts", fused, plain, (ids, best, outputs))
+
+
+def expert_cases(
+    config: DecoderConfig, interpret: bool, normal: Callable[..., jax.Array], logits: jax.Array, x: jax.Array
+) -> Iterator[Case]:
+    """`EXPERTS` experts of the model's size, and in int8 with biases and gpt-oss's activation."""
+    model, ffn = config.hidden_size, config.moe_intermediate_size
+    best, ids = jax.lax.top_k(jax.nn.softmax(logits), min(config.num_experts_per_tok, EXPERTS))
+    experts: Any = Flat(
+        *(normal(EXPERTS, inner, outer) * inner**-0.5 for inner, outer in ((model, ffn), (model, ffn), (ffn, model))),
+        num_experts=EXPERTS, **{f"{name}_bias": normal(EXPERTS, 1, outer) for name, outer in
+                                (("gate", ffn), ("up", ffn), ("down", model))},
+    )  # fmt: skip
+    plain = experts.replace(gate_bias=None, up_bias=None, down_bias=None)
+    int8 = experts.replace(**{name: _int8(getattr(experts, name)) for name in ("gate", "up", "down")})
+    for name, form, stored in (("experts", "silu", plain), ("experts in int8, as gpt-oss's", ClampedSwiglu(), int8)):
+
+        def fused(experts: Flat, x: jax.Array, routing: Routing, form: Activation = form) -> jax.Array:
+            def run(rows: jax.Array, ids: jax.Array) -> jax.Array:
+                return slot_outputs(form, rows, experts, jnp.int32(0), ids, interpret=interpret)
+
+            return sum_distinct(x, routing, EXPERTS, run, interpret=interpret)
+
+        def every(experts: Flat, x: jax.Array, routing: Routing, form: Activation = form) -> jax.Array:
+            return dense_experts(form)(experts, 0, x, routing)
+
+        yield Case(name, fused, every, (stored, x, Routing(ids, best)))
+
+
+def _int8(matrices: jax.Array) -> Quantized:
+    scale = jnp.max(jnp.abs(matrices.astype(jnp.float32)), axis=1, keepdims=True) / 127
+    return Quantized(jnp.round(matrices.astype(jnp.float32) / scale).astype(jnp.int8), scale)
 
 
 def on(model: Any, backend: Backend) -> Any:

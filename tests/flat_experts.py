@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
+from moespec_jax.config import Activation
 from moespec_jax.nn.experts.gpu import SlotOutputs, sum_distinct, sum_grouped
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS
@@ -61,12 +62,12 @@ def check(got: jax.Array, experts: Flat, x: jax.Array, routing: Routing, activat
     )
     assert got.dtype == jnp.float32
     # To 8 bits in bfloat16 are rounded the hidden rows, and, of several tokens, the sums, by half a bit of the largest.
-    rounding = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2e-6}[experts.gate.dtype.name]
+    rounding = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2e-6}[x.dtype.name]
     rounding *= 1.5 if len(x) > 1 else 1.0
     np.testing.assert_allclose(np.asarray(got), expected, rtol=0, atol=rounding * max(np.abs(expected).max(), 1.0))
 
 
-def by_slots(activation: str, outputs: SlotOutputs) -> Callable[[Flat, jax.Array, Routing], jax.Array]:
+def by_slots(activation: Activation, outputs: SlotOutputs) -> Callable[[Flat, jax.Array, Routing], jax.Array]:
     """Experts of `LAYER` by an interpreted kernel, over slots of distinct experts or of blocks of rows."""
 
     def compute(experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:

@@ -28,17 +28,35 @@ from flat_experts import (
     some_choice,
 )
 
+from moespec_jax.config import Activation, ClampedSwiglu
 from moespec_jax.nn.experts.distinct_gpu import list_distinct
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS
 from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, slot_outputs, supported, triton_experts
+from moespec_jax.nn.quantization import Quantized, quantize_rows
 from moespec_jax.nn.routing import Routing
 
 # Said at lowering, from jax 0.11 on; the module says why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
-def interpret(activation: str, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
+def quantized(experts: Flat) -> Flat:
+    def one(matrix: jax.Array) -> Quantized:
+        values, scales = zip(*(quantize_rows(np.asarray(m, np.float32).T) for m in matrix), strict=True)
+        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales)[:, None]))
+
+    return jax.tree.map(one, experts)
+
+
+def is_quantized(leaf: object) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def dequantized(leaf: jax.Array | Quantized) -> jax.Array:
+    return leaf.values.astype(jnp.float32) * leaf.scale if isinstance(leaf, Quantized) else leaf
+
+
+def interpret(activation: Activation, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
     """The kernels block by block on the CPU; what was not written reads as NaN."""
     return fast_jit(by_slots(activation, partial(slot_outputs, interpret=True)))(experts, x, routing)
 
@@ -65,6 +83,46 @@ def test_activations_interpreted(activation: str) -> None:
     experts = random_experts(jnp.float16)
     x, routing = random_input(experts, [[2, 0]])
     check(interpret(activation, experts, x, routing), experts, x, routing, activation)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, SLOT_TOKENS + 1])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_int8_experts_are_those_that_they_approximate(dtype: Any, tokens: int) -> None:
+    experts = random_experts(dtype, model=2 * TILE, ffn=3 * TILE)
+    x, routing = random_input(experts, some_choice(tokens))
+    rounded = quantized(experts)
+    check(interpret("silu", rounded, x, routing), jax.tree.map(dequantized, rounded, is_leaf=is_quantized), x, routing)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5, SLOT_TOKENS + 1])
+def test_biases_and_clamped_swiglu_as_in_gpt_oss(tokens: int, int8: bool) -> None:
+    """Inputs large enough that both clamps act."""
+    experts = random_experts(model=2 * TILE, ffn=TILE)
+    random = np.random.default_rng(5)
+    biases = {
+        f"{name}_bias": jnp.asarray(random.normal(size=(len(matrix), 1, matrix.shape[2])), jnp.bfloat16)
+        for name, matrix in (("gate", experts.gate), ("up", experts.up), ("down", experts.down))
+    }
+    x, routing = random_input(experts, some_choice(tokens))
+    x, form = x * jnp.asarray(4, x.dtype), ClampedSwiglu()
+    experts = (quantized(experts) if int8 else experts).replace(**biases)
+    got = np.asarray(interpret(form, experts, x, routing))
+    whole = jax.tree.map(lambda leaf: np.asarray(dequantized(leaf), np.float64), experts, is_leaf=is_quantized)
+    expected, clamped = np.zeros(x.shape), 0
+    for token, (ids, weights) in enumerate(zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            if expert == EXPERTS:
+                continue
+            at, row = LAYER * EXPERTS + expert, np.asarray(x[token], np.float64)
+            gate, up = row @ whole.gate[at] + whole.gate_bias[at, 0], row @ whole.up[at] + whole.up_bias[at, 0]
+            clamped += (gate > 7).sum() * (np.abs(up) > 7).sum()
+            gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+            hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+            expected[token] += weight * (hidden @ whole.down[at] + whole.down_bias[at, 0])
+    assert clamped > 0
+    # Hidden values are rounded to 8 bits, and, of several tokens, the sums.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2**-7 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("tokens", [16, 17, SLOT_TOKENS, SLOT_TOKENS + 1, 200])
@@ -101,7 +159,7 @@ def test_many_tokens_read_no_expert_that_none_uses() -> None:
     assert not np.asarray(got)[2::3].any()
 
 
-def lowered(activation: str, arguments: tuple[Any, ...]) -> str:
+def lowered(activation: Activation, arguments: tuple[Any, ...]) -> str:
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         return jax.jit(triton_experts(activation)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
@@ -123,6 +181,22 @@ def test_lowers_at_real_shapes_and_nothing_but_the_kernels_touches_weights(model
 @pytest.mark.parametrize("tokens", [1, SLOT_TOKENS, 2 * SLOT_TOKENS])
 def test_every_activation_and_dtype_lowers(activation: str, dtype: Any, tokens: int) -> None:
     assert "xla.gpu.triton" in lowered(activation, shapes(EXPERTS, MODEL, FFN, 2, tokens, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, SLOT_TOKENS, 2 * SLOT_TOKENS])
+def test_int8_with_biases_lowers(tokens: int) -> None:
+    experts, *others = shapes(EXPERTS, MODEL, FFN, 2, tokens)
+
+    def row(matrix: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((matrix.shape[0], 1, matrix.shape[2]), dtype)
+
+    matrices = {name: getattr(experts, name) for name in ("gate", "up", "down")}
+    biases = {f"{name}_bias": row(matrix, jnp.bfloat16) for name, matrix in matrices.items()}
+    int8 = {
+        name: Quantized(jax.ShapeDtypeStruct(matrix.shape, jnp.int8), row(matrix, jnp.float32))
+        for name, matrix in matrices.items()
+    }
+    assert "xla.gpu.triton" in lowered(ClampedSwiglu(), (experts.replace(**int8, **biases), *others))
 
 
 @pytest.mark.parametrize(
@@ -179,10 +253,12 @@ def not_cached() -> Iterator[None]:
     reason='the CUDA compiler is not installed; it needs no GPU: pip install "jax[cuda12]"',
 )
 @pytest.mark.usefixtures("not_cached")
+@pytest.mark.parametrize(("model", "int8"), [("OLMoE-1B-7B", False), ("OLMoE-1B-7B", True), ("gpt-oss-20b", True)])
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90"])
-def test_compiles_to_machine_code_and_copies_no_expert(gpu: str) -> None:
+def test_compiles_to_machine_code_and_copies_no_expert(gpu: str, model: str, int8: bool) -> None:
     from benchmarks.gpu_compile import row
     from moespec_jax.checkpoint.families import read_config
     from moespec_jax.measure.published_shapes import MODELS
 
-    assert row(read_config(MODELS["OLMoE-1B-7B"]), gpu, "triton", tokens=60, slots=64)["copies"] == []
+    config = read_config(MODELS[model])
+    assert row(config, gpu, "triton", 60, config.num_experts, int8)["copies"] == []

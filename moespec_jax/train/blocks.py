@@ -95,8 +95,8 @@ def block_scores(
             share = jnp.where(reachable, jax.lax.stop_gradient(acceptance(target, logits)), 0.0)
             errors = binary_cross_entropy(confidence_logits(config, head, before, rows), share)
             confidence = jnp.sum(jnp.where(counted, errors, 0.0))
-        sums = (jnp.sum(x, dtype=jnp.float32) for x in (hits, counted))
-        return StepScore(jnp.sum(losses), *sums, confidence), recurrent
+        correct, count = (jnp.sum(x, dtype=jnp.float32) for x in (hits, counted))
+        return StepScore(jnp.sum(losses), correct, count, confidence), recurrent
 
     scores, recurrent = [], jnp.zeros((*anchors.shape, config.markov_rank), hidden.dtype)
     for step in range(config.drafted):

@@ -5,7 +5,7 @@ the weights, and additional rows cost none. More tokens are sorted by expert, an
 one expert (a grouped product): the number of slots is static, so that the device does not wait for the host.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, slot_experts
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Quantized
 from moespec_jax.nn.routing import Routing
 
 # Dtypes whose products tensor cores compute exactly; float32 would be rounded to a mantissa of 10 bits (TF32).
@@ -32,19 +31,18 @@ SlotOutputs = Callable[..., Array]
 # (rows of every slot, or rows that all slots share; expert id of every slot, `num_experts` for none) -> rows of every
 # slot after its expert, float32; undefined without one.
 RunSlots = Callable[[Array, Array], Array]
+# (activation, experts, dtype of tokens) -> what a kernel does not support of them; None if it runs.
+Missing = Callable[[Activation, Flat, DTypeLike], str | None]
 
 
-def kernel_experts(
-    activation: Activation, activations: Container[str], tile: int, outputs: SlotOutputs
-) -> ExpertCompute:
+def kernel_experts(activation: Activation, missing: Missing, outputs: SlotOutputs) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout from a CUDA kernel; `layer` may be traced.
 
-    On other platforms, and for what the kernel does not support (`unsupported`), it is that of the back-end `slots`.
+    On other platforms, and for what the kernel does not support, it is that of the back-end `slots`.
 
     Args:
         activation: activation of the experts.
-        activations: those that the kernel supports.
-        tile: side of the kernel's tiles.
+        missing: names what the kernel does not support.
         outputs: the kernel.
     """
     fallback = slot_experts(activation)
@@ -60,7 +58,7 @@ def kernel_experts(
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        if unsupported(activation, activations, experts, x.dtype, tile) is not None:
+        if missing(activation, experts, x.dtype) is not None:
             return fallback(experts, layer, x, routing)
         arguments = (experts, jnp.asarray(layer, jnp.int32), x, routing)
         return jax.lax.platform_dependent(*arguments, cuda=kernels, default=fallback)
@@ -68,21 +66,15 @@ def kernel_experts(
     return compute
 
 
-def unsupported(
-    activation: Activation, activations: Container[str], experts: Flat, dtype: DTypeLike, tile: int
-) -> str | None:
-    """Name what a kernel does not support: other weights or tokens (`dtype`) than 16-bit floats, activations, matrices
-    that are not of whole tiles; None if it runs."""
-    if isinstance(experts.gate, Quantized):
-        return "quantized experts"
-    if not experts.gate.dtype == jnp.dtype(dtype) in DTYPES:
-        return f"experts in {experts.gate.dtype}"
-    if experts.gate_bias is not None:
-        return "experts with biases"
-    if not isinstance(activation, str) or activation not in activations:
-        return f"the activation {activation}"
-    if any(size % tile for size in experts.gate.shape[1:]):
-        return "experts of " + " x ".join(map(str, experts.gate.shape[1:]))
+def unsupported(matrix: Array, dtype: DTypeLike, tile: int) -> str | None:
+    """Name what no kernel supports of matrices `[all, in, out]` and tokens (`dtype`): dtypes other than 16-bit floats,
+    and int8 for weights; matrices that are not of whole tiles. None if it runs."""
+    if matrix.dtype not in (*DTYPES, jnp.int8):
+        return f"experts in {matrix.dtype}"
+    if jnp.dtype(dtype) not in DTYPES or matrix.dtype not in (jnp.dtype(dtype), jnp.int8):
+        return f"tokens in {jnp.dtype(dtype)}"
+    if any(size % tile for size in matrix.shape[1:]):
+        return "experts of " + " x ".join(map(str, matrix.shape[1:]))
     return None
 
 

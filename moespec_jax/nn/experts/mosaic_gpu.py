@@ -23,6 +23,7 @@ from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
+from moespec_jax.nn.quantization import Quantized
 
 # Rows of a wgmma, and the largest width, in 16-bit numbers, of a tile that TMA swizzles.
 TILE = 64
@@ -39,12 +40,18 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def mosaic_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for Hopper GPUs (`gpu.kernel_experts`)."""
-    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, slot_outputs)
+    return kernel_experts(activation, missing, slot_outputs)
 
 
 def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | None:
-    """Name what the kernels do not support (`gpu.unsupported`)."""
-    return unsupported(activation, KERNEL_ACTIVATIONS, experts, dtype, TILE)
+    """Name what the kernels do not support: besides `gpu.unsupported`, quantized experts, biases and activations."""
+    if isinstance(experts.gate, Quantized):
+        return "quantized experts"
+    if experts.gate_bias is not None:
+        return "experts with biases"
+    if activation not in KERNEL_ACTIVATIONS:
+        return f"the activation {activation}"
+    return unsupported(experts.gate, dtype, TILE)
 
 
 def supported(device: object) -> bool:

@@ -15,6 +15,7 @@ XLA sums over slots, or over each token's rows (`gpu.py`).
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +24,14 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.config import Activation
+from moespec_jax.config import Activation, ClampedSwiglu
 from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
-from moespec_jax.nn.layers import ACTIVATIONS
+from moespec_jax.nn.layers import gated
 from moespec_jax.nn.moe import ExpertCompute
+from moespec_jax.nn.quantization import Matrix, Quantized
+
+Slice = slice | pl.Slice
 
 # Columns of a thread block, and rows of weights that it multiplies in one step.
 TILE = 64
@@ -36,20 +40,39 @@ FEWEST_ROWS = 16
 # One stage computes during the loads of the others: up to 72 KiB, of the 99 KiB that Ada allows a thread block.
 STAGES, WARPS = 4, 4
 
-# Activations that Triton lowers: not `erfc` (exact gelu).
-KERNEL_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    name: ACTIVATIONS[name] for name in ("silu", "swish", "gelu_pytorch_tanh", "relu")
-}
+# Activations that Triton lowers, besides `ClampedSwiglu`: not `erfc` (exact gelu).
+KERNEL_ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh", "relu")
+
+
+class Weights(NamedTuple):
+    """Matrices of all experts, and rows of all experts that products are multiplied by and added to; in a kernel,
+    references to them.
+
+    Fields:
+        values: matrices `[all, in, out]`, 16-bit floats or int8.
+        scale: scales of int8 values, `[all, 1, out]`; None for floats.
+        bias: biases, `[all, 1, out]`, or None.
+    """
+
+    values: Array
+    scale: Array | None
+    bias: Array | None
+
+
+def _weights(matrix: Matrix, bias: Array | None) -> Weights:
+    return Weights(matrix.values, matrix.scale, bias) if isinstance(matrix, Quantized) else Weights(matrix, None, bias)
 
 
 def triton_experts(activation: Activation) -> ExpertCompute:
     """Build the expert compute over the `Flat` layout for NVIDIA GPUs (`gpu.kernel_experts`)."""
-    return kernel_experts(activation, KERNEL_ACTIVATIONS, TILE, slot_outputs)
+    return kernel_experts(activation, missing, slot_outputs)
 
 
 def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | None:
-    """Name what the kernels do not support (`gpu.unsupported`)."""
-    return unsupported(activation, KERNEL_ACTIVATIONS, experts, dtype, TILE)
+    """Name what the kernels do not support: besides `gpu.unsupported`, some activations."""
+    if not isinstance(activation, ClampedSwiglu) and activation not in KERNEL_ACTIVATIONS:
+        return f"the activation {activation}"
+    return unsupported(_weights(experts.gate, None).values, dtype, TILE)
 
 
 def supported(device: object) -> bool:
@@ -77,24 +100,18 @@ def slot_outputs(
         ids: expert of every slot, counted from the layer's first; `num_experts` where there is none.
         interpret: whether to interpret the kernels, on any platform.
     """
-    gate, up, down = experts.gate, experts.up, experts.down
-    assert isinstance(gate, Array) and isinstance(up, Array) and isinstance(down, Array)
+    gate, up = _weights(experts.gate, experts.gate_bias), _weights(experts.up, experts.up_bias)
+    down = _weights(experts.down, experts.down_bias)
     run = partial(_multiply, ids=ids, first=first[None], num_experts=experts.num_experts, interpret=interpret)
     height = max(FEWEST_ROWS, pl.next_power_of_2(x.shape[-2]))
-
-    assert isinstance(activation, str)
-
-    def gated(gate: Array, up: Array) -> Array:
-        return KERNEL_ACTIVATIONS[activation](gate) * up
-
-    hidden = run(gated, x, (gate, up), kept=height, dtype=x.dtype)
+    hidden = run(partial(gated, activation), x, (gate, up), kept=height, dtype=x.dtype)
     return run(lambda y: y, hidden, (down,), kept=x.shape[-2], dtype=jnp.float32)
 
 
 def _multiply(
     finish: Callable[..., Array],
     x: Float[Array, "*slots rows inner"],
-    weights: tuple[Float[Array, "all inner columns"], ...],
+    weights: tuple[Weights, ...],
     *,
     ids: Int[Array, " slots"],
     first: Int[Array, "1"],
@@ -108,19 +125,21 @@ def _multiply(
     Args:
         finish: elementwise function of one float32 product for each of `weights`.
         x: rows of every slot, or, with two axes, rows that all slots share.
-        weights: matrices of all experts.
+        weights: matrices of all experts, with their scales and biases.
         ids: expert of every slot.
         first: index in the matrices of the expert of id 0.
         num_experts: ids from here on stand for none; the output of their slots is undefined.
-        kept: number of rows to write; those beyond the rows of `x` are 0.
+        kept: number of rows to write; those beyond the rows of `x` are of rows of 0.
         dtype: dtype of the output.
         interpret: whether to interpret the kernel.
     """
-    slots, given, (_, inner, columns) = ids.shape[0], x.shape[-2], weights[0].shape
+    slots, given, (_, inner, columns) = ids.shape[0], x.shape[-2], weights[0].values.shape
+    arrays, structure = jax.tree.flatten(weights)
     height = max(FEWEST_ROWS, pl.next_power_of_2(given))
 
     def block(ids, first, x, *references):
-        *weights, out = references
+        *references, out = references
+        weights: tuple[Weights, ...] = structure.unflatten(references)
         # Neighbours in the first grid axis run at the same time, on neighbouring columns of the same rows.
         across, slot = pl.ds(pl.program_id(0) * TILE, TILE), pl.program_id(1)
         row = jnp.arange(height, dtype=jnp.int32)[:, None]
@@ -134,12 +153,13 @@ def _multiply(
                 rows = x.at[slot, pl.ds(0, height), along] if x.ndim == 3 else x.at[pl.ds(0, height), along]
                 left = plgpu.load(rows) if given == height else plgpu.load(rows, mask=row < given, other=0.0)
                 return tuple(
-                    total + jnp.dot(left, matrix[expert, along, across], preferred_element_type=jnp.float32)
-                    for total, matrix in zip(sums, weights, strict=True)
+                    total + _product(left, of, expert, along, across) for total, of in zip(sums, weights, strict=True)
                 )
 
             sums = (jnp.zeros((height, TILE), jnp.float32),) * len(weights)
-            result = finish(*jax.lax.fori_loop(0, inner // TILE, step, sums)).astype(dtype)
+            sums = jax.lax.fori_loop(0, inner // TILE, step, sums)
+            sums = (_scaled(total, of, expert, across) for total, of in zip(sums, weights, strict=True))
+            result = finish(*sums).astype(dtype)
             target = out.at[slot, pl.ds(0, height), across]
             plgpu.store(target, result, mask=None if kept == height else row < kept)
 
@@ -151,4 +171,16 @@ def _multiply(
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
         name="experts_down" if len(weights) == 1 else "experts_gate_up",
-    )(ids, first, x, *weights)
+    )(ids, first, x, *arrays)
+
+
+def _product(left: Array, of: Weights, expert: Array, along: Slice, across: Slice) -> Array:
+    # int8 is exact in both 16-bit dtypes.
+    tile = of.values[expert, along, across].astype(left.dtype)
+    return jnp.dot(left, tile, preferred_element_type=jnp.float32)
+
+
+def _scaled(total: Array, of: Weights, expert: Array, across: Slice) -> Array:
+    """Multiply products by the scales of their columns, and add the bias."""
+    total = total if of.scale is None else total * of.scale[expert, :, across]
+    return total if of.bias is None else total + of.bias[expert, :, across].astype(jnp.float32)
