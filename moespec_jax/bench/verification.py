@@ -25,6 +25,7 @@ from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.state_specs import BY_SEQUENCE, REPLICATED
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.timing import TimingCase, decode_once
+from moespec_jax.nn.best_tokens import best_of
 from moespec_jax.nn.cache import Cache
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
@@ -105,9 +106,9 @@ def verify_many(
         cache, tokens, _ = carry
         decoding = dataclasses.replace(state.decoding, cache=cache)
         before = dataclasses.replace(state, decoding=decoding)
-        logits, after, info = method.verify(params, before, trees._replace(tokens=tokens))
+        outputs, after, info = method.verify_to_accept(params, before, trees._replace(tokens=tokens))
         # Adds 0, since token ids are not negative; the compiler cannot infer it, so that passes depend on each other.
-        tokens = tokens + jnp.minimum(jnp.argmax(logits, axis=-1).astype(jnp.int32), 0)
+        tokens = tokens + jnp.minimum(best_of(outputs).ids, 0)
         read = mean_distinct_experts(experts_read(method.target.config, info, len(tokens)))
         return dataclasses.replace(after, length=cache.length), tokens, read
 

@@ -7,6 +7,7 @@ accepted, and where there is none it is the bonus. So drafts decide how many tok
 `vmap` over the batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -18,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moespec_jax.decoding.history import History, extended
 from moespec_jax.decoding.sampling import SamplingConfig, draw_token
 from moespec_jax.decoding.tree import Tree, ancestors, depths
+from moespec_jax.nn.best_tokens import BestTokens, best_of
 from moespec_jax.nn.summary import summary
 
 
@@ -42,6 +44,18 @@ class Accepted:
 Accept = Callable[[Tree, Array, Array, History], Accepted]
 
 
+@dataclasses.dataclass(frozen=True)
+class BestTokenAccept:
+    """An `Accept` that depends on nothing of the logits but each node's most probable token, which can take their
+    place."""
+
+    function: Callable[[Tree, Array | BestTokens, Array, History], Accepted]
+
+    def __call__(self, tree: Tree, logits: Array | BestTokens, key: Array, history: History) -> Accepted:
+        """Accept a path of one sequence's tree."""
+        return self.function(tree, logits, key, history)
+
+
 def accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None = None) -> Accept:
     """Choose the acceptance: of the target's own tokens or, for timing, simulated with a mean number of tokens
     `simulate`.
@@ -60,7 +74,7 @@ def accept_own(
     sampling: SamplingConfig,
     longest_path: int,
     tree: Tree,
-    logits: Float[Array, "nodes vocab"],
+    logits: Float[Array, "nodes vocab"] | BestTokens,
     key: Array,
     history: History,
 ) -> Accepted:
@@ -72,7 +86,7 @@ def accept_own(
 
     def choose(accepted: Accepted) -> tuple[Array, Array, Array]:
         node = accepted.path[-1]
-        row = jax.lax.dynamic_index_in_dim(logits, node, keepdims=False)
+        row = _row(logits, node)
         drafted = jnp.roll(tree.tokens[accepted.path], -1)  # the root is in the history
         token = draw_token(sampling, key, row, extended(history, drafted, accepted.count - 1))
         match = (tree.parents == node) & (tree.tokens == token)
@@ -85,7 +99,7 @@ def accept_simulated(
     mean_length: float,
     longest_path: int,
     tree: Tree,
-    logits: Float[Array, "nodes vocab"],
+    logits: Float[Array, "nodes vocab"] | BestTokens,
     key: Array,
     history: History,
 ) -> Accepted:
@@ -102,8 +116,7 @@ def accept_simulated(
     count = jnp.minimum(whole + (u < mean_length - whole).astype(jnp.int32), depth[deepest] + 1)
     steps = jnp.minimum(jnp.arange(longest_path, dtype=jnp.int32), count - 1)
     path = jnp.argmax(mask[deepest][None, :] & (depth[None, :] == steps[:, None]), axis=-1).astype(jnp.int32)
-    bonus = jnp.argmax(jax.lax.dynamic_index_in_dim(logits, path[-1], keepdims=False))
-    return Accepted(path, count, bonus.astype(jnp.int32))
+    return Accepted(path, count, best_of(_row(logits, path[-1])).ids)
 
 
 def walk(longest_path: int, choose: Callable[[Accepted], tuple[Array, Array, Array]]) -> Accepted:
@@ -138,5 +151,11 @@ def cut_path(tree: Tree, accepted: Accepted, kept: Bool[Array, " nodes"]) -> Acc
 @functools.cache
 def _accept_rule(sampling: SamplingConfig, longest_path: int, simulate: float | None) -> Accept:
     if simulate is not None:
-        return functools.partial(accept_simulated, simulate, longest_path)
-    return functools.partial(accept_own, sampling, longest_path)
+        return BestTokenAccept(functools.partial(accept_simulated, simulate, longest_path))
+    own = functools.partial(accept_own, sampling, longest_path)
+    return BestTokenAccept(own) if sampling.best_suffices else own
+
+
+def _row(outputs: Array | BestTokens, node: Int[Array, ""]) -> Array | BestTokens:
+    """Take the logits, or the best token, of one node."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, node, keepdims=False), outputs)

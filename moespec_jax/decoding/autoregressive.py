@@ -14,8 +14,9 @@ from moespec_jax.decoding.state_specs import decode_state_specs, plain_run_info_
 from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, any_unfinished, append_tokens
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import Backend
+from moespec_jax.nn.best_tokens import BestTokens, highest_logit, logits_or_best
 from moespec_jax.nn.cache import empty_cache
-from moespec_jax.nn.decoder import Decoder, forward, unembed
+from moespec_jax.nn.decoder import Decoder, forward
 
 PREFILL_CHUNK = 512
 SMALLEST_BUCKET = 16
@@ -129,7 +130,7 @@ class Autoregressive:
             cache=dataclasses.replace(state.cache, length=prompts.lengths),
             logprobs=None if self.logprobs is None else no_logprobs(prompts.tokens, self.logprobs),
         )
-        return self._append(decoding, unembed(params, state.last_hidden))
+        return self._append(decoding, self._outputs(params, state.last_hidden))
 
     def step(self, params: Decoder, state: DecodeState, rounds: Int[Array, ""]) -> tuple[DecodeState, RunInfo]:
         """Generate up to `rounds` tokens for every unfinished sequence."""
@@ -156,7 +157,7 @@ class Autoregressive:
         )
         assert cache is not None
         round_info = plain_round_info(self.config, ~state.done, info)
-        return self._append(dataclasses.replace(state, cache=cache), unembed(params, hidden[:, 0])), round_info
+        return self._append(dataclasses.replace(state, cache=cache), self._outputs(params, hidden[:, 0])), round_info
 
     def _proceeds(self, state: DecodeState, rounds: Int[Array, ""]) -> Array:
         return any_unfinished(state)
@@ -178,12 +179,20 @@ class Autoregressive:
         """Sharding of the results of `step` on a mesh."""
         return decode_state_specs(params, logprobs=self.logprobs is not None), plain_run_info_specs()
 
-    def _append(self, state: DecodeState, logits: Float[Array, "batch vocab"]) -> DecodeState:
+    def _outputs(
+        self, params: Decoder, hidden: Float[Array, "batch model"]
+    ) -> Float[Array, "batch vocab"] | BestTokens:
+        """Compute what the next tokens are drawn from."""
+        best_suffices = self.sampling.best_suffices and self.logprobs is None
+        return logits_or_best(params, hidden, best_suffices=best_suffices)
+
+    def _append(self, state: DecodeState, outputs: Float[Array, "batch vocab"] | BestTokens) -> DecodeState:
         """Draw a token for every unfinished sequence and append it."""
-        drawn = draw(self.sampling, state.key, logits, state.histories)
+        drawn = draw(self.sampling, state.key, outputs, state.histories)
         # `NO_TOKEN` ends a sequence, as it pads the stop ids; `Run` then reports the logits.
-        drawn = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), drawn, NO_TOKEN)
-        return append_tokens(state, drawn[:, None], jnp.ones_like(state.length), logits[:, None])
+        drawn = jnp.where(jnp.isfinite(highest_logit(outputs)), drawn, NO_TOKEN)
+        logits = None if isinstance(outputs, BestTokens) else outputs[:, None]
+        return append_tokens(state, drawn[:, None], jnp.ones_like(state.length), logits)
 
 
 def row_at(

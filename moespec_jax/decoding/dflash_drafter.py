@@ -31,6 +31,8 @@ from moespec_jax.nn.dflash import (
     log_confidence,
     markov_step,
 )
+from moespec_jax.nn.top_k import most_probable_of_shards
+from moespec_jax.parallel.collectives import own_shard
 
 Params = SpeculativeParams[DFlashHead]
 
@@ -126,17 +128,19 @@ class DFlashDrafter(HeadDrafter):
         """Choose the tokens of a chain, and their conditional log-probabilities, from the rows that draft them."""
         config, head, ids = self.config, params.draft, params.draft.target_ids
         assert ids is not None  # only a head in training has none
+        axes = head.sharding.vocabulary
         logits, scale = _noised_logits(params, state, block_logits(head, hidden)), _inverse_temperature(state)
         if head.markov is None:
-            gains, best = (part[..., 0] for part in self.backend.most_probable(logits, 1))
+            found = most_probable_of_shards(self.backend.most_probable, logits, 1, axes)
+            gains, best = (part[..., 0] for part in found)
             chain = ids[best]
         else:
-            markov = head.markov
+            markov = dataclasses.replace(head.markov, following=own_shard(head.markov.following, axes, axis=0))
 
             def step(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[tuple[Array, Array], Any]:
                 recurrent, before = carry
                 bias, recurrent = markov_step(config, markov, recurrent, before, row[1])
-                gain, best = self.backend.most_probable(row[0] + bias * scale, 1)
+                gain, best = most_probable_of_shards(self.backend.most_probable, row[0] + bias * scale, 1, axes)
                 token = ids[best[:, 0]]
                 return (recurrent, token), (token, gain[:, 0])
 
@@ -155,12 +159,13 @@ def _inverse_temperature(state: SpeculationState[HeadState]) -> float:
 
 
 def _noised_logits(
-    params: Params, state: SpeculationState[HeadState], logits: Float[Array, "batch drafted draft_vocab"]
-) -> Float[Array, "batch drafted draft_vocab"]:
+    params: Params, state: SpeculationState[HeadState], logits: Float[Array, "batch drafted draft_vocab_shard"]
+) -> Float[Array, "batch drafted draft_vocab_shard"]:
     """Divide logits by the temperature and give them the noise of the target's draws, where tokens are sampled."""
-    decoding = state.decoding
+    decoding, ids = state.decoding, params.draft.target_ids
     if state.sampling.greedy:
         return logits
+    assert ids is not None  # only a head in training has none
     positions = decoding.length[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
     noise = batch_noise(decoding.key, positions, params.target.embed.shape[0])
-    return logits * _inverse_temperature(state) + noise[..., params.draft.target_ids]
+    return logits * _inverse_temperature(state) + noise[..., own_shard(ids, params.draft.sharding.vocabulary)]

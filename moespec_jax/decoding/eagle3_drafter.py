@@ -25,6 +25,8 @@ from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache, in_rows
 from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
+from moespec_jax.nn.top_k import most_probable_of_shards
+from moespec_jax.parallel.collectives import own_shard
 
 Params = SpeculativeParams[DraftHead]
 
@@ -137,7 +139,8 @@ def grow_trees(
         roots: the newest token of each sequence.
         cache: all confirmed pairs.
         skipped: number of pairs that it lacks.
-        logits: of the tokens `level` places after the root's next, from the outputs before them.
+        logits: of the tokens `level` places after the root's next, from the outputs before them; on a mesh, over this
+            device's shard of the draft vocabulary.
         backend: forms of the head's attention, of the choice of tokens and of the loop over levels.
 
     Returns:
@@ -149,7 +152,7 @@ def grow_trees(
     check_draft_vocabulary(tree, len(ids))
 
     def children(outputs: Array, level: Array) -> tuple[Array, Array]:
-        return backend.most_probable(logits(outputs, level), k)
+        return most_probable_of_shards(backend.most_probable, logits(outputs, level), k, head.sharding.vocabulary)
 
     def first_children(scores: Array, children: Array) -> tuple[Level, Beam]:
         return first_level(tree, scores, children, ids)
@@ -181,16 +184,18 @@ def draw_logits(
     state: SpeculationState[HeadState],
     outputs: Float[Array, "batch *beam model"],
     level: Int[Array, ""],
-) -> Float[Array, "batch *beam draft_vocab"]:
+) -> Float[Array, "batch *beam draft_vocab_shard"]:
     """Compute the head's logits of the token that the target draws `level` places after the root's next.
 
     Where tokens are sampled, they are given the noise of that draw. Top-k and top-p are the target's alone, so that
     every node of a tree has children.
     """
     logits, decoding, sampling = draft_logits(config, params.draft, outputs), state.decoding, state.sampling
+    ids = params.draft.target_ids
     if not sampling.greedy:
+        assert ids is not None  # only a head in training has none
         positions, vocab_size = (decoding.length + level)[:, None], params.target.embed.shape[0]
-        noise = batch_noise(decoding.key, positions, vocab_size)[:, 0, params.draft.target_ids]
+        noise = batch_noise(decoding.key, positions, vocab_size)[:, 0, own_shard(ids, params.draft.sharding.vocabulary)]
         logits = logits / sampling.temperature + jnp.expand_dims(noise, tuple(range(1, logits.ndim - 1)))
     return logits
 

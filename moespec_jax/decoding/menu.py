@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.decoding.accept import Accept, accept_rule
+from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.choice import Choice, after_round, expected_gains, first_choice
 from moespec_jax.decoding.drafter import DraftState, SpeculationState, SpeculativeParams, Weights
 from moespec_jax.decoding.method import run_rounds
@@ -176,18 +176,15 @@ def plain_round(
     decoding = state.decoding
     roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)
     trees = Tree(roots, jnp.full_like(roots, -1), jnp.zeros(roots.shape, jnp.float32))
-    logits, cache, info = method.verify(params, state, trees)
-    accepted = accept_trees(_accept_root(method), decoding, trees, logits, None)
+    root_alone = dataclasses.replace(method, accept=accept_rule(method.target.sampling, 1))
+    outputs, cache, info = root_alone.verify_to_accept(params, state, trees)
+    accepted = accept_trees(root_alone.accept, decoding, trees, outputs, None)
     round_info = tree_round_info(method.target.config, ~decoding.done, trees, accepted, info)
     draft = method.drafter.skip(state.draft, decoding.length - 1, info.aux_hidden_states)
-    new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
+    new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, outputs)
     return dataclasses.replace(state, decoding=new, draft=draft), round_info
 
 
 def _with_expected(info: RunInfo, expected: Array) -> RunInfo:
     assert info.last is not None
     return info._replace(last=info.last._replace(expected=expected))
-
-
-def _accept_root(method: Speculative[Weights, DraftState]) -> Accept:
-    return accept_rule(method.target.sampling, 1)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from moespec_jax.decoding.history import History, occurrences
 from moespec_jax.errors import RequestError, wrong_type
+from moespec_jax.nn.best_tokens import BestTokens
 from moespec_jax.nn.top_k import top_k
 from moespec_jax.parallel.collectives import first_sequence
 
@@ -80,6 +81,12 @@ class SamplingConfig:
         """True if the most probable token is always drawn."""
         return self.temperature < _COLDEST
 
+    @property
+    def best_suffices(self) -> bool:
+        """True if a draw depends on nothing of the logits but the most probable token."""
+        penalised = self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty
+        return self.greedy and not penalised and self.logits_processor is None
+
 
 def log_probabilities(sampling: SamplingConfig, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
     """Compute the log of the distribution, in float32; excluded tokens are -inf.
@@ -141,10 +148,14 @@ def batch_noise(
 
 
 def draw_token(
-    sampling: SamplingConfig, key: Array, logits: Float[Array, " vocab"], history: History
+    sampling: SamplingConfig, key: Array, logits: Float[Array, " vocab"] | BestTokens, history: History
 ) -> Int[Array, ""]:
     """Draw the token after a history in the sequence of this key: the most probable one or, where tokens are sampled,
-    the one with the largest sum of log-probability and noise."""
+    the one with the largest sum of log-probability and noise. Where the best token suffices, it can take the place of
+    logits."""
+    if isinstance(logits, BestTokens):
+        assert sampling.best_suffices
+        return logits.ids
     logits = processed(sampling, logits, history)
     if not sampling.greedy:
         logits = log_probabilities(sampling, logits) + token_noise(key, history.length, logits.shape[0])
@@ -152,10 +163,10 @@ def draw_token(
 
 
 def draw(
-    sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"], histories: History
+    sampling: SamplingConfig, key: Array, logits: Float[Array, "batch vocab"] | BestTokens, histories: History
 ) -> Int[Array, " batch"]:
     """Draw the token after the history of every sequence; `key` is that of the whole batch."""
-    keys = sequence_keys(key, logits.shape[0])
+    keys = sequence_keys(key, len(histories.length))
     return jax.vmap(partial(draw_token, sampling))(keys, logits, histories)
 
 

@@ -18,7 +18,9 @@ from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.cache import Cache, in_rows
-from moespec_jax.nn.decoder import forward, unembed
+from moespec_jax.nn.decoder import forward, shard_logits
+from moespec_jax.nn.top_k import most_probable_of_shards
+from moespec_jax.parallel.collectives import own_shard
 
 State = SpeculationState[tuple[()]]
 
@@ -89,9 +91,10 @@ class SelfDrafter(StatelessDrafter):
             rope_length=positions + 1,
         )
         cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
-        logits, sampling = unembed(params.target, hidden), state.sampling
+        logits, sampling = shard_logits(params.target, hidden), state.sampling
+        axes = params.target.sharding.vocabulary
         if not sampling.greedy:
             # Nodes of one level share the noise of their position.
-            noise = batch_noise(state.decoding.key, positions[:, :1] + 1, logits.shape[-1])
-            logits = logits / sampling.temperature + noise
-        return self.backend.most_probable(logits, count), cache
+            noise = batch_noise(state.decoding.key, positions[:, :1] + 1, len(params.target.embed))
+            logits = logits / sampling.temperature + own_shard(noise, axes)
+        return most_probable_of_shards(self.backend.most_probable, logits, count, axes), cache

@@ -14,7 +14,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import TreeConfig
-from moespec_jax.decoding.accept import Accept, Accepted, cut_path
+from moespec_jax.decoding.accept import Accept, Accepted, BestTokenAccept, cut_path
 from moespec_jax.decoding.autoregressive import Autoregressive, TargetPrefill
 from moespec_jax.decoding.budget import RestrictTree, restrict
 from moespec_jax.decoding.budget_config import BudgetConfig
@@ -35,6 +35,7 @@ from moespec_jax.decoding.state_specs import depth_count_specs, prefill_state_sp
 from moespec_jax.decoding.states import NO_TOKEN, DecodeState, PrefillState, Prompts, any_unfinished, append_tokens
 from moespec_jax.decoding.tree import Tree, ancestors, depths
 from moespec_jax.nn.attention import tree_mask
+from moespec_jax.nn.best_tokens import BestTokens, highest_logit, logits_or_best
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.decoder import ForwardInfo, forward, unembed
 from moespec_jax.nn.summary import summary
@@ -146,9 +147,9 @@ class Speculative(Generic[Weights, DraftState]):
         """Draft, verify, accept, keep the accepted rows, commit."""
         trees, state = self.propose(params, state)
         decoding = state.decoding
-        logits, cache, info = self.verify(params, state, trees)
-        accepted = accept_trees(self.accept, decoding, trees, logits, kept_nodes(self.budget, info, trees))
-        state, round_info = self.commit(state, trees, accepted, logits, cache, info)
+        outputs, cache, info = self.verify_to_accept(params, state, trees)
+        accepted = accept_trees(self.accept, decoding, trees, outputs, kept_nodes(self.budget, info, trees))
+        state, round_info = self.commit(state, trees, accepted, outputs, cache, info)
         return state, round_info
 
     def propose(
@@ -162,6 +163,21 @@ class Speculative(Generic[Weights, DraftState]):
     ) -> tuple[Float[Array, "batch nodes vocab"], Cache, ForwardInfo]:
         """Run the target over every node: its logits, its cache with the nodes' rows behind the committed ones, and its
         intermediate results."""
+        hidden, cache, info = self._pass_over(params, state, trees)
+        return unembed(params.target, hidden), cache, info
+
+    def verify_to_accept(
+        self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState], trees: Tree
+    ) -> tuple[Float[Array, "batch nodes vocab"] | BestTokens, Cache, ForwardInfo]:
+        """Run `verify`, with best tokens in place of logits where a round needs no more of a sharded vocabulary."""
+        hidden, cache, info = self._pass_over(params, state, trees)
+        best_suffices = isinstance(self.accept, BestTokenAccept) and self.target.logprobs is None
+        return logits_or_best(params.target, hidden, best_suffices=best_suffices), cache, info
+
+    def _pass_over(
+        self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState], trees: Tree
+    ) -> tuple[Float[Array, "batch nodes model"], Cache, ForwardInfo]:
+        """Run the target over every node, without the output head."""
         decoding, config = state.decoding, self.target.config
         cache_length = decoding.length - 1
         ancestor_mask = jax.vmap(ancestors)(trees.parents)
@@ -188,14 +204,14 @@ class Speculative(Generic[Weights, DraftState]):
             restrict=limit,
         )
         assert cache is not None
-        return unembed(params.target, hidden), cache, info
+        return hidden, cache, info
 
     def commit(
         self,
         state: SpeculationState[DraftState],
         trees: Tree,
         accepted: Accepted,
-        logits: Float[Array, "batch nodes vocab"],
+        outputs: Float[Array, "batch nodes vocab"] | BestTokens,
         cache: Cache,
         info: ForwardInfo,
     ) -> tuple[SpeculationState[DraftState], RoundInfo]:
@@ -208,7 +224,7 @@ class Speculative(Generic[Weights, DraftState]):
         round_info = tree_round_info(self.target.config, ~decoding.done, trees, accepted, info)
         committed = committed_depths(accepted, ~decoding.done)
         counts = psum(jnp.sum(committed, axis=0, dtype=jnp.float32), data_axes())
-        new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, logits)
+        new = append_path(dataclasses.replace(decoding, cache=cache), trees, accepted, outputs)
         # Longer where other shapes of a menu have longer paths.
         counts = state.depth_counts + jnp.pad(counts, (0, len(state.depth_counts) - len(counts)))
         return dataclasses.replace(state, decoding=new, draft=draft, depth_counts=counts), round_info
@@ -255,14 +271,15 @@ def accept_trees(
     accept: Accept,
     decoding: DecodeState,
     trees: Tree,
-    logits: Float[Array, "batch nodes vocab"],
+    outputs: Float[Array, "batch nodes vocab"] | BestTokens,
     kept: Bool[Array, "batch nodes"] | None,
 ) -> Accepted:
     """Accept a path of every sequence's tree; its bonus token is `NO_TOKEN` where logits on the path are not finite."""
-    keys = sequence_keys(decoding.key, len(logits))
-    accepted = jax.vmap(accept)(trees, logits, keys, decoding.histories)
-    on_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
-    finite = jnp.isfinite(jnp.max(on_path, axis=(1, 2)))
+    keys = sequence_keys(decoding.key, len(trees.tokens))
+    # Best tokens are given to a `BestTokenAccept` alone.
+    accepted = jax.vmap(accept)(trees, outputs, keys, decoding.histories)  # pyright: ignore[reportArgumentType]
+    on_path = jax.vmap(lambda rows, path: jax.tree.map(lambda leaf: leaf[path], rows))(outputs, accepted.path)
+    finite = jnp.isfinite(jnp.max(highest_logit(on_path), axis=1))
     accepted = dataclasses.replace(accepted, bonus=jnp.where(finite, accepted.bonus, NO_TOKEN))
     return accepted if kept is None else jax.vmap(cut_path)(trees, accepted, kept)
 
@@ -277,7 +294,10 @@ def kept_nodes(budget: BudgetConfig | None, info: ForwardInfo, trees: Tree) -> B
 
 
 def append_path(
-    decoding: DecodeState, trees: Tree, accepted: Accepted, logits: Float[Array, "batch nodes vocab"]
+    decoding: DecodeState,
+    trees: Tree,
+    accepted: Accepted,
+    outputs: Float[Array, "batch nodes vocab"] | BestTokens,
 ) -> DecodeState:
     """Append accepted tokens and the bonus token to every unfinished sequence: each was drawn from the logits of the
     node before it."""
@@ -286,5 +306,6 @@ def append_path(
     new = jnp.where(step < accepted.count[:, None] - 1, jnp.roll(path_tokens, -1, axis=1), accepted.bonus[:, None])
     if decoding.logprobs is None:
         return append_tokens(decoding, new, accepted.count)
-    on_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
+    assert not isinstance(outputs, BestTokens)
+    on_path = jnp.take_along_axis(outputs, accepted.path[:, :, None], axis=1)
     return append_tokens(decoding, new, accepted.count, on_path)

@@ -22,7 +22,7 @@ from moespec_jax.nn.layer_blocks import Angles, Context, Layer, LayerForm, atten
 from moespec_jax.nn.layers import Norm, rope_angles
 from moespec_jax.nn.moe import Restrict, RouterInfo
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import all_gather, axis_index, axis_size
+from moespec_jax.parallel.collectives import all_gather, own_shard
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
@@ -123,14 +123,18 @@ def forward(
 
 def unembed(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab"]:
     """Compute float32 logits."""
+    return all_gather(shard_logits(params, hidden), params.sharding.vocabulary)
+
+
+def shard_logits(params: Decoder, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch vocab_shard"]:
+    """Compute float32 logits over this device's shard of the vocabulary."""
     axes, head = params.sharding.vocabulary, params.lm_head
     if head is None:
         # An embedding is replicated for its look-ups; as output matrix, each device multiplies by its part of it.
-        size = len(params.embed) // axis_size(axes)
-        head = jax.lax.dynamic_slice_in_dim(params.embed, axis_index(axes) * size, size) if axes else params.embed
-    logits = all_gather(jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32), axes)
+        head = own_shard(params.embed, axes, axis=0)
+    logits = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
     if params.lm_head_bias is not None:
-        bias = params.lm_head_bias.astype(jnp.float32)
+        bias = own_shard(params.lm_head_bias, axes).astype(jnp.float32)
         logits = logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
     return logits if params.logits_scaling == 1.0 else logits / params.logits_scaling
 

@@ -22,7 +22,7 @@ from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.eagle3 import DraftLayer, finish_layer
 from moespec_jax.nn.layers import rms_norm, rope_angles
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import all_gather, data_axes, pmax
+from moespec_jax.parallel.collectives import data_axes, pmax
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
@@ -170,11 +170,10 @@ def block_mask(
     return seen & (jnp.abs(row - slot) < window) if window else seen
 
 
-def block_logits(head: DFlashHead, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch draft_vocab"]:
-    """Compute float32 logits over the draft vocabulary, without a Markov bias."""
+def block_logits(head: DFlashHead, hidden: Float[Array, "*batch model"]) -> Float[Array, "*batch draft_vocab_shard"]:
+    """Compute float32 logits over the draft vocabulary, without a Markov bias; on a mesh, over this device's shard."""
     assert head.lm_head is not None
-    logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
-    return all_gather(logits, head.sharding.vocabulary)
+    return jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
 
 
 def markov_step(
@@ -183,9 +182,9 @@ def markov_step(
     state: Float[Array, "batch rank"],
     tokens: Int[Array, " batch"],
     hidden: Float[Array, "batch model"],
-) -> tuple[Float[Array, "batch draft_vocab"], Float[Array, "batch rank"]]:
-    """Compute the bias that the target's `tokens` give to the logits after them, and the next recurrent state, which
-    begins with zeros (`rnn`; other forms leave it as it is)."""
+) -> tuple[Float[Array, "batch following"], Float[Array, "batch rank"]]:
+    """Compute the bias that the target's `tokens` give to the logits after them, of the tokens of `markov.following`,
+    and the next recurrent state, which begins with zeros (`rnn`; other forms leave it as it is)."""
     previous = markov.previous[tokens]
     mixed = previous
     if config.markov != "vanilla":

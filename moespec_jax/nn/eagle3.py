@@ -19,7 +19,7 @@ from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
 from moespec_jax.nn.summary import summary
-from moespec_jax.parallel.collectives import all_gather, data_axes, pmax, psum
+from moespec_jax.parallel.collectives import data_axes, pmax, psum
 from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
 
 
@@ -175,9 +175,8 @@ def next_features(
 
 def draft_logits(
     config: DraftConfig, head: DraftHead, outputs: Float[Array, "*batch model"]
-) -> Float[Array, "*batch draft_vocab"]:
-    """Compute float32 logits over the draft vocabulary."""
+) -> Float[Array, "*batch draft_vocab_shard"]:
+    """Compute float32 logits over the draft vocabulary; on a mesh, over this device's shard of it."""
     assert head.lm_head is not None
     hidden = rms_norm(outputs, head.norm, config.rms_norm_eps)
-    logits = jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)
-    return all_gather(logits, head.sharding.vocabulary)
+    return jnp.einsum("...d,vd->...v", hidden, head.lm_head, preferred_element_type=jnp.float32)

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moespec_jax.parallel.collectives import all_gather, axis_index, axis_size
+from moespec_jax.parallel.mesh import Axes
+
 PARTS = 64
 # Shorter axes take one stage.
 SHORTEST = 4096
@@ -38,6 +41,31 @@ def top_logarithms(
 
 # `most_probable`, or a function of its signature.
 MostProbable = Callable[[Array, int], tuple[Array, Array]]
+
+
+def most_probable_of_shards(
+    find: MostProbable, logits: Float[Array, "*rows shard"], k: int, axes: Axes
+) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:
+    """Compute `most_probable` of a vocabulary that is sharded over `axes`, from the k that `find` finds in every shard.
+
+    Devices exchange these and the sum of each shard's exponentials. Equal logits have equal log-probabilities, whose
+    last digits depend on the number of shards.
+    """
+    if not axes:
+        return find(logits, k)
+    *rows, size = logits.shape
+    _, ids = find(logits, min(k, size))
+    values = jnp.take_along_axis(logits, ids, axis=-1)
+    # Of a shard of -inf alone, -inf less -inf would be NaN.
+    exponentials = jnp.where(logits > -jnp.inf, jnp.exp(logits - values[..., :1]), 0.0)
+    found = jnp.concatenate([values, jnp.sum(exponentials, axis=-1, keepdims=True)], axis=-1)
+    found = all_gather(found, axes).reshape(*rows, axis_size(axes), -1)
+    ids, values, sums = all_gather(ids + axis_index(axes) * size, axes), found[..., :-1], found[..., -1]
+    largest = jnp.max(values[..., 0], axis=-1, keepdims=True)
+    total = jnp.sum(sums * jnp.exp(values[..., 0] - largest), axis=-1, keepdims=True)
+    # Shards follow each other, and equals within one too: positions are in the order of ids among equals.
+    best, place = top_logarithms((values.reshape(*rows, -1) - largest) - jnp.log(total), k)
+    return best, jnp.take_along_axis(ids, place, axis=-1)
 
 
 def two_stages(values: Float[Array, "*rows n"], *, k: int) -> tuple[Float[Array, "*rows k"], Int[Array, "*rows k"]]:

@@ -4,6 +4,7 @@
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -30,6 +31,29 @@ def pmax(x: Array, axes: Axes) -> Array:
 def all_gather(x: Array, axes: Axes) -> Array:
     """Concatenate the devices' shards along the last dimension."""
     return jax.lax.all_gather(x, axes, axis=x.ndim - 1, tiled=True) if axes else x
+
+
+def all_argmax(x: Array, axes: Axes) -> tuple[Array, Array]:
+    """Find the largest element of the last dimension, which is sharded over `axes`: its index in the whole dimension,
+    int32, and its value. As in `jnp.argmax`, the lowest index among equals, and NaN is larger than any number.
+
+    Devices exchange one element of each shard.
+    """
+    index = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
+    value = jnp.take_along_axis(x, index, axis=-1)
+    if axes:
+        indices, values = all_gather(index + axis_index(axes) * x.shape[-1], axes), all_gather(value, axes)
+        shard = jnp.argmax(values, axis=-1, keepdims=True)
+        index, value = (jnp.take_along_axis(part, shard, axis=-1) for part in (indices, values))
+    return index[..., 0], value[..., 0]
+
+
+def own_shard(x: Array, axes: Axes, axis: int = -1) -> Array:
+    """Slice this device's shard of a dimension, to be sharded over `axes`, of an array that every device has."""
+    if not axes:
+        return x
+    size = x.shape[axis] // axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(x, axis_index(axes) * size, size, axis)
 
 
 def axis_index(axes: Axes) -> Array | int:
