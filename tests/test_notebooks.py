@@ -1,12 +1,16 @@
 """Notebooks run from beginning to end in a fresh kernel, say what their prose says, and are committed as they ran."""
 
 import base64
+import importlib.util
 import re
 import struct
+import tomllib
+import types
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from notebooks.run import HERE, execute
 
@@ -121,6 +125,36 @@ def test_committed_notebook_names_no_machine(name: str) -> None:
             assert not MACHINE.search(text), text
 
 
-def test_all_begin_with_the_same_installation() -> None:
+@pytest.fixture
+def installation() -> str:
+    """Source of the first cell, which all notebooks share."""
     (first,) = {code_cells(committed(name))[0].source for name in PICTURES}
-    assert "REPOSITORY" in first and "%pip install" in first
+    return first
+
+
+def run_where_missing(source: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Run a cell where the package is not installed; returns its magics."""
+    magics: list[tuple[str, str]] = []
+    notebook = types.SimpleNamespace(run_line_magic=lambda name, line: magics.append((name, line)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: notebook})
+    return magics
+
+
+def test_without_an_address_the_first_cell_says_so(installation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address is that of the project's metadata, where it has one."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    stated = re.findall(r"^REPOSITORY = (.+?)(?:  #.*)?$", installation, re.MULTILINE)
+    assert stated == [f'"{urls["Repository"]}"' if "Repository" in urls else "None"]
+    if stated == ["None"]:
+        with pytest.raises(ModuleNotFoundError, match="no public address yet: run python -m pip install"):
+            run_where_missing(installation, monkeypatch)
+
+
+def test_with_an_address_the_first_cell_installs_from_it(installation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = 'REPOSITORY = "https://example.org/moespec_jax"'
+    source = re.sub(r"^REPOSITORY = .*$", address, installation, count=1, flags=re.MULTILINE)
+    ((name, line),) = run_where_missing(source, monkeypatch)
+    assert name == "pip" and "{REPOSITORY}" in line and "moespec_jax[train,{runtime}] @ git+" in line
+    monkeypatch.undo()
+    exec(TransformerManager().transform_cell(installation), {})  # installed: it does nothing
