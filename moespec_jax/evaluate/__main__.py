@@ -3,8 +3,10 @@
 Teacher-forces texts through verifications, exactly and under expert budgets,
 and reports the divergence (KL) from the exact target's distribution of the next
 token, the share of positions with the same most probable token, and the
-perplexity. With --answers, also answers questions by plain decoding, by exact
-speculation and under the budgets, and checks the answers.
+perplexity. With --also-load, the same for the target loaded a second way: with
+int8 experts, in another dtype, or from a quantized checkpoint. With --answers,
+also answers questions by plain decoding, by exact speculation and under the
+budgets, and checks the answers.
 
 Without arguments: the embedded pair on held-out Python modules, with budgets of
 a quarter and of half of the experts.
@@ -40,6 +42,13 @@ from moespec_jax.evaluate.answers import Question, read_questions
 from moespec_jax.evaluate.divergence import measure
 from moespec_jax.evaluate.report import report
 from moespec_jax.evaluate.rows import answer_rows, text_rows
+from moespec_jax.evaluate.second_loading import (
+    add_second_flag,
+    check_checkpoints,
+    compare,
+    second_loadings,
+    second_rows,
+)
 from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.evaluate.texts import TextSet, add_text_flags, own_sets, prompts_to_continue, text_files, written_sets
 from moespec_jax.files import write_text
@@ -55,6 +64,7 @@ examples:
   python -m moespec_jax.evaluate --model MODEL --draft-model HEAD --chat --prompts mine=prompts.jsonl \\
       --tree-size 60 --tree-depth 7 --tree-top-k 10 --expert-budget 32 --expert-budget 48
   python -m moespec_jax.evaluate --model MODEL --draft-model HEAD --chat --answers gsm8k.jsonl --profile profile.json
+  python -m moespec_jax.evaluate --model MODEL --draft-model none --also-load int8 --texts mine=texts.txt
 
 After an interruption, the same command continues with the tasks that are
 missing. To run tasks of lm-evaluation-harness, see docs/evaluate.md.
@@ -71,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evaluate", __doc__, EXAMPLE)
     add_model_flags(group := parser.add_argument_group("model"))
     add_mesh_flag(group)
+    add_second_flag(group)
     group = parser.add_argument_group("tree and budgets (default tree: that of moespec_jax.generate)")
     add_tree_flags(group)
     group.add_argument(
@@ -121,14 +132,16 @@ def _run(arguments: argparse.Namespace) -> None:
     arguments.count = COUNT if limit is None else limit
     _check(arguments)
     tree, budgets = _requested_specs(arguments)
+    seconds = second_loadings(arguments)
     questions, left_out = _questions(arguments, limit)
     model = load_requested(arguments, *(budgets or ()))
     specs = _specs(model, tree, budgets, rule_of(arguments))
-    speculative = len(specs) > 1
-    written = written_sets(model, arguments) if speculative else []
-    prompts = prompts_to_continue(model, arguments) if speculative else {}
+    reads_texts = len(specs) > 1 or bool(seconds)
+    written = written_sets(model, arguments) if reads_texts else []
+    prompts = prompts_to_continue(model, arguments) if reads_texts else {}
     if not (written or prompts or questions):
-        raise RequestError("expected a draft head for teacher forcing, or --answers; there is neither")
+        raise RequestError("expected a draft head for teacher forcing, --also-load or --answers; there is none of them")
+    check_checkpoints(model, arguments, seconds, _longest(written, prompts, arguments.tokens))
     about, batch = _about(model, arguments), arguments.batch
     ledger = Ledger(
         arguments.output / "pieces.jsonl", about | _measured_on(arguments, specs, written, prompts, questions)
@@ -136,7 +149,9 @@ def _run(arguments: argparse.Namespace) -> None:
     texts = [*written, *own_sets(model, prompts, arguments.tokens, batch, ledger)]
     measure(model, texts, specs, batch, ledger)
     answer(model, questions, specs, _as_prompt(model, arguments), arguments.answer_tokens, batch, ledger)
-    rows = text_rows(model, texts, specs, ledger) + answer_rows(questions, left_out, specs, batch, ledger)
+    compare(model, arguments, seconds, texts, ledger)
+    rows = text_rows(model, texts, specs, ledger) + second_rows(model, seconds, texts, ledger)
+    rows += answer_rows(questions, left_out, specs, batch, ledger)
     _write([about | row for row in rows], arguments)
 
 
@@ -250,7 +265,15 @@ def _measured_on(
     sets = {f"{s.name}, {s.kind}": _hash([s.texts, s.given]) for s in written}
     sets |= {name: _hash(ids) for name, ids in prompts.items()}
     sets |= {f"{name}, answered": _hash([repr(question) for question in found]) for name, found in questions.items()}
+    # None where there is none: older ledgers lack the name.
+    numbers["also_load"] = arguments.also_load or None
     return numbers | {"ways": {evaluated.name: evaluated.columns() for evaluated in specs}, "sets": sets}
+
+
+def _longest(written: Sequence[TextSet], prompts: Mapping[str, list[list[int]]], tokens: int) -> int:
+    """Length of the longest text, those that the target is going to write included."""
+    lengths = [len(text) for texts in written for text in texts.texts]
+    return max([*lengths, *(len(prompt) + tokens for ids in prompts.values() for prompt in ids)], default=0)
 
 
 def _hash(value: Any) -> str:

@@ -60,6 +60,20 @@ def text_columns(sums: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any
     stats = {name: np.asarray(values, np.float64) for name, values in sums.items()}
     rounds, positions = stats["rounds"].sum(), stats["positions"]
     found: dict[str, Any] = {"texts": len(positions), "positions": int(positions.sum()), "rounds": int(rounds)}
+    found |= distribution_columns(stats, sizes)
+    by_depth = stats["committed"].sum(axis=0) / rounds
+    return found | {
+        "accept_length": round(1 + float(by_depth.sum()), 3),
+        "accepted_by_depth": by_depth.round(4).tolist(),
+        "experts_wanted": round(float(stats["wanted"].sum() / rounds), 2),
+        "experts_read": round(float(stats["read"].sum() / rounds), 2),
+        "tokens_replaced": round(float(stats["replaced"].sum() / rounds), 4),
+    }
+
+
+def distribution_columns(stats: Mapping[str, np.ndarray], sizes: Sequence[int]) -> dict[str, Any]:
+    """Columns about distributions alone: divergence, equal first choices, perplexity, and bits per byte."""
+    positions, found = stats["positions"], dict[str, Any]()
     for name, key in {"kl": "kl", "top1": "same"}.items():
         means = stats[key] / positions
         found |= {name: round(float(means.mean()), 6), f"{name}_95": interval(means)}
@@ -70,15 +84,7 @@ def text_columns(sums: Mapping[str, Any], sizes: Sequence[int]) -> dict[str, Any
     if all(sizes):
         mean, low, high = ratio(stats["nll"] / np.log(2), np.asarray(sizes, np.float64))
         found |= {"bits_per_byte": _rounded(mean), "bits_per_byte_95": [_rounded(low), _rounded(high)]}
-    found["nll_by_text"] = (stats["nll"] / positions).round(6).tolist()
-    by_depth = stats["committed"].sum(axis=0) / rounds
-    return found | {
-        "accept_length": round(1 + float(by_depth.sum()), 3),
-        "accepted_by_depth": by_depth.round(4).tolist(),
-        "experts_wanted": round(float(stats["wanted"].sum() / rounds), 2),
-        "experts_read": round(float(stats["read"].sum() / rounds), 2),
-        "tokens_replaced": round(float(stats["replaced"].sum() / rounds), 4),
-    }
+    return found | {"nll_by_text": (stats["nll"] / positions).round(6).tolist()}
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:

@@ -25,6 +25,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         parts += [_title(first), markdown_table(cells)]
     kinds = {row["measured"] for row in rows}
     parts += [_READING[kind] for kind in ("texts", "answers") if kind in kinds]
+    if any(row["measured"] == "texts" and row["rounds"] is None for row in rows):
+        parts.append(_READING["plain passes"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,7 +65,7 @@ def output_word(row: dict[str, Any]) -> str:
 
 def text_cells(row: dict[str, Any]) -> list[str]:
     """Format the cells of a row about texts."""
-    bits = row["bits_per_byte"]
+    bits, tokens = row["bits_per_byte"], row["accept_length"]
     return [
         row["way"],
         output_word(row),
@@ -72,8 +74,8 @@ def text_cells(row: dict[str, Any]) -> list[str]:
         within(row, "perplexity", "{:.3f}"),
         "" if bits is None else within(row, "bits_per_byte", "{:.3f}"),
         within(row, "nats_lost", "{:.4f}"),
-        f"{row['accept_length']:.2f}",
-        f"{row['experts_read']:.1f} ({row['experts_wanted']:.1f})",
+        "" if tokens is None else f"{tokens:.2f}",
+        "" if tokens is None else f"{row['experts_read']:.1f} ({row['experts_wanted']:.1f})",
     ]
 
 
@@ -112,6 +114,10 @@ _READING = {
         " text's tokens by exact verification, minus that of this row. Tokens a round: tokens of the text that a round"
         " commits; on the target's own text those that greedy decoding would accept. Experts: distinct experts per"
         " layer and round. In parentheses: 95 % bootstrap interval over texts."
+    ),
+    "plain passes": (
+        "Plain: one pass over each text by the target as it was loaded first. Plain, with a name: by the target loaded"
+        " a second way; divergence, first choices and lost nats are against the first way's plain pass."
     ),
     "answers": (
         "Greedy answers. In parentheses: Wilson's 95 % interval. Lost: questions that plain decoding answers correctly"

@@ -26,10 +26,19 @@ def text_rows(
                 continue
             found = divergence.text_columns(ledger.get(divergence.task_name(texts, evaluated)), sizes)
             exact = exact or found
-            lost = np.array(found["nll_by_text"]) - np.array(exact["nll_by_text"])
-            found |= {"nats_lost": round(float(lost.mean()), 6), "nats_lost_95": interval(lost)}
-            rows.append({"measured": "texts", "set": texts.name, "kind": texts.kind} | evaluated.columns() | found)
+            rows.append(of_set(texts) | evaluated.columns() | found | lost_columns(found, exact))
     return rows
+
+
+def of_set(texts: TextSet) -> dict[str, Any]:
+    """Columns that name a set of texts."""
+    return {"measured": "texts", "set": texts.name, "kind": texts.kind}
+
+
+def lost_columns(found: Mapping[str, Any], exact: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of the nats that the tokens of each text lose against those of `exact`."""
+    lost = np.array(found["nll_by_text"]) - np.array(exact["nll_by_text"])
+    return {"nats_lost": round(float(lost.mean()), 6), "nats_lost_95": interval(lost)}
 
 
 def answer_rows(
