@@ -20,7 +20,14 @@ import moespec_jax.evaluate.__main__ as evaluate
 import moespec_jax.study.__main__ as study
 import moespec_jax.tune.__main__ as tune
 from moespec_jax.cli import arguments
+from moespec_jax.config import TreeConfig
+from moespec_jax.decoding import autoregressive
+from moespec_jax.decoding.budget_config import BudgetConfig
+from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.evaluate.loglikelihood import Text, score_batch
+from moespec_jax.evaluate.specs import evaluated_spec
 from moespec_jax.measure.timing import decode_once
+from moespec_jax.parallel.mesh import parse_mesh
 from moespec_jax.runtime.load import load
 from moespec_jax.study.rules import PAPER
 from moespec_jax.tune import search
@@ -94,6 +101,16 @@ def timed(flags: list[str], output: Path) -> Any:
     }
 
 
+def scored(flags: list[str], output: Path) -> Any:
+    """Scores of texts as lm-evaluation-harness has them: directly, of two chunks, and by verifications."""
+    model = arguments.load(flags[1], flags[3], check=None, mesh=parse_mesh(flags[5]) if flags[5:] else None)
+    texts = [Text([5, 6, 7, 9] * 6, 3, [8, 1]), Text([9], 1, [5]), Text([3] * 30, 25, [4])]
+    tight = DecodingSpec(TreeConfig(2, 2, 6), BudgetConfig(3, score="probability", credit="all"))
+    autoregressive.PREFILL_CHUNK = 16
+    ways = [evaluated_spec(model, spec) for spec in (DecodingSpec(), tight)]
+    return [score_batch(model, way, texts, 3) for way in ways]
+
+
 def tasks(ledger: Path) -> list[Any]:
     """Finished tasks of a ledger, without its request."""
     return [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
@@ -107,7 +124,7 @@ def run(main: Any, argv: list[str], lines: bool = True) -> list[Any]:
     return [json.loads(line) for line in out.getvalue().splitlines()] if lines else []
 
 
-COMMANDS = {"evaluate": evaluated, "study": studied, "tune": tuned, "bench": timed}
+COMMANDS = {"evaluate": evaluated, "study": studied, "tune": tuned, "bench": timed, "scores": scored}
 
 
 def main() -> None:

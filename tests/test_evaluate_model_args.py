@@ -9,6 +9,7 @@ from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
+from moespec_jax.evaluate.lm_eval import with_mesh_argument
 from moespec_jax.evaluate.model_args import AUTO_BATCH, read_model_args
 from moespec_jax.runtime.load import DEMO_TARGET
 
@@ -42,6 +43,10 @@ def test_arguments_are_flags_without_dashes(least: str) -> None:
         ({"dtype": None}, "dtype", None),
         ({"batch_size": "auto"}, "batch_size", AUTO_BATCH),
         ({"profile": "p.json", "max_kl": 0.01}, "max_kl", 0.01),
+        ({}, "mesh", None),
+        ({"mesh": None}, "mesh", None),
+        ({"mesh": "auto"}, "mesh", "auto"),
+        ({"mesh": "data=2/tensor=4"}, "mesh", "data=2,tensor=4"),
     ],
 )
 def test_none_and_defaults(given: dict[str, Any], name: str, value: Any) -> None:
@@ -62,3 +67,32 @@ def test_none_and_defaults(given: dict[str, Any], name: str, value: Any) -> None
 def test_others_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         read_model_args(given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["run", "--model", "moespec"], ["run", "--model", "moespec"]),
+        (["run", "--mesh", "data=2", "--tasks", "a"], ["run", "--tasks", "a", "--model_args", "mesh=data=2"]),
+        (
+            ["run", "--model_args", "pretrained=DIR,tree=none", "--mesh=expert=4,tensor=2"],
+            ["run", "--model_args", "pretrained=DIR,tree=none,mesh=expert=4/tensor=2"],
+        ),
+        (["-a", '{"pretrained": "DIR"}', "--mesh", "auto"], ["--model_args", '{"pretrained": "DIR", "mesh": "auto"}']),
+    ],
+)
+def test_a_mesh_becomes_a_model_argument(argv: list[str], expected: list[str]) -> None:
+    assert with_mesh_argument(argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mesh"], "expected one argument"),
+        (["--mesh", "auto", "--model_args", "a=1,mesh=auto"], "expected one mesh"),
+        (["--mesh", "auto", "--model_args", '{"mesh": "auto"}'], "expected one mesh"),
+    ],
+)
+def test_a_mesh_is_given_once(argv: list[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        with_mesh_argument(argv)

@@ -58,6 +58,14 @@ def test_study_and_tune_find_on_four_devices_what_one_finds(measured: Any) -> No
     assert four["tune"]["profile"]["mesh"] == mesh | {"expert": 1} and one["tune"]["profile"]["mesh"] is None
 
 
+@pytest.mark.slow
+def test_texts_have_on_four_devices_the_scores_that_one_gives(measured: Any) -> None:
+    """Three texts, which two shards of the batch do not divide."""
+    one, _ = measured(["scores"], {"data": 2, "tensor": 2})
+    direct, verified = ([pair for text in way for part in text for pair in part] for way in one["scores"])
+    assert direct != verified and all(log_p < 0 for log_p, _ in direct)
+
+
 def same(one: Any, here: Any, place: str = "") -> list[str]:
     """Places where results differ: in anything but the last digits of numbers."""
     if isinstance(one, dict) and isinstance(here, dict):

@@ -71,6 +71,7 @@ class MoespecLM(TemplateLM):
             "loglikelihood": source,
             "model_dtype": self.model.precision,
             "jax_device": device_name(),
+            "mesh": self.model.programs.mesh_sizes,
             "versions": versions(),
         }
 

@@ -7,7 +7,7 @@ root must follow other tokens, and the next token is scored exactly.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.decoding.accept import Accepted
-from moespec_jax.decoding.autoregressive import SMALLEST_BUCKET, TargetPrefill, bucket_lengths
+from moespec_jax.decoding.autoregressive import TargetPrefill
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
-from moespec_jax.decoding.states import PrefillState
+from moespec_jax.decoding.state_specs import BY_SEQUENCE
+from moespec_jax.decoding.states import PrefillState, any_unfinished
 from moespec_jax.evaluate.specs import EvaluatedSpec, speculative_method
 from moespec_jax.measure.fidelity import with_texts
 from moespec_jax.measure.teacher_forcing import forced_round
+from moespec_jax.measure.text_chunks import TextChunks, in_blocks, read_chunk
 from moespec_jax.nn.decoder import Decoder, unembed
-from moespec_jax.nn.layers import apply_norm
+from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
-from moespec_jax.runtime.run import SMALLEST_CACHE, Batch, Run
+from moespec_jax.runtime.run import Batch, Run
 
 
 class Text(NamedTuple):
@@ -87,24 +89,20 @@ def _scored(text: Text, row: Rows) -> Scored:
 def score_directly(model: Model, texts: Sequence[Text]) -> Rows:
     """Score texts by prefill in chunks of bucketed length; logits are computed for chunks with scored tokens only."""
     prefill, params, run = model.autoregressive(SamplingConfig()).prefill, model.params, model.programs.run
-    longest = max(len(text.tokens) for text in texts)
-    lengths = jnp.asarray([len(text.tokens) for text in texts], jnp.int32)
-    slots = max(SMALLEST_CACHE, 1 << (sum(bucket_lengths(longest)) - 1).bit_length())
-    tokens = _padded(texts, slots + 1)
-    log_p, best = np.zeros((len(texts), slots), np.float32), np.zeros((len(texts), slots), bool)
-    state, start = prefill.init(params, len(texts), slots), 0
-    for chunk in bucket_lengths(longest):
-        span = slice(start, start + chunk)
-        part = jnp.asarray(tokens[:, start : start + chunk + 1])
-        if any(max(text.given - 1, start) < min(len(text.tokens) - 1, span.stop) for text in texts):
-            state, *found = run(score_chunk, prefill, params, state, part, jnp.int32(start), lengths, donate=True)
-            log_p[:, span], best[:, span] = (np.asarray(values) for values in found)
+    chunks, count = TextChunks(model.programs, [text.tokens for text in texts]), len(texts)
+    by_text = cast(Any, BY_SEQUENCE)
+    log_p, best = np.zeros((count, chunks.slots), np.float32), np.zeros((count, chunks.slots), bool)
+    state, lengths, specs = chunks.empty(prefill, params), chunks.lengths, prefill.specs(params)
+    for span, tokens, start in chunks:
+        if any(max(text.given - 1, span.start) < min(len(text.tokens) - 1, span.stop) for text in texts):
+            scored = (specs, by_text, by_text)
+            state, *found = run(score_chunk, prefill, params, state, tokens, start, lengths, donate=True, specs=scored)
+            log_p[:, span], best[:, span] = (fetch(values)[:count] for values in found)
         else:
-            chunk_tokens, at = part[:, :-1], jnp.int32(start)
-            state = run(TargetPrefill.read, prefill, params, state, chunk_tokens, at, lengths, donate=True)
-        start += chunk
-    last = run(score_last, prefill, params, state.last_hidden)
-    return Rows(log_p, best, np.asarray(last))
+            read = TargetPrefill.read
+            state = run(read, prefill, params, state, tokens[:, :-1], start, lengths, donate=True, specs=specs)
+    last = run(score_last, prefill, params, state.last_hidden, specs=by_text)
+    return Rows(log_p, best, fetch(last)[:count])
 
 
 def score_chunk(
@@ -116,19 +114,12 @@ def score_chunk(
     lengths: Int[Array, " batch"],
 ) -> tuple[PrefillState, Float[Array, "batch chunk"], Bool[Array, "batch chunk"]]:
     """Read a chunk and score the token after each position: log-probability, and whether it is the most probable."""
-    config, (batch, chunk) = prefill.config, tokens[:, 1:].shape
-    last_boundary = (config.num_hidden_layers,)
-    state, hidden = prefill.read_with_aux(params, state, tokens[:, :-1], start, lengths, last_boundary)
-    assert hidden is not None
-    hidden = apply_norm(hidden, params.norm, config.rms_norm_eps)
+    state, hidden = read_chunk(prefill, params, state, tokens[:, :-1], start, lengths)
 
-    def score(block: tuple[Array, Array]) -> tuple[Array, Array]:
-        return score_rows(unembed(params, block[0]), block[1])
+    def score(hidden: Array, following: Array) -> tuple[Array, Array]:
+        return score_rows(unembed(params, hidden), following)
 
-    # In blocks of rows, since the logits of a whole chunk may be larger than the model.
-    blocks = (batch, chunk // SMALLEST_BUCKET, SMALLEST_BUCKET)
-    in_blocks = (hidden.reshape(*blocks, -1).swapaxes(0, 1), tokens[:, 1:].reshape(blocks).swapaxes(0, 1))
-    log_p, best = (found.swapaxes(0, 1).reshape(batch, chunk) for found in jax.lax.map(score, in_blocks))
+    log_p, best = in_blocks(score, hidden, tokens[:, 1:])
     return state, log_p, best
 
 
@@ -147,8 +138,10 @@ def score_verified(model: Model, evaluated: EvaluatedSpec, texts: Sequence[Text]
     batch = Batch([text[:count] for text, count in zip(longer, given, strict=True)], [len(t) for t in longer], (), 0)
     params = model.speculative_params
     state = with_texts(model.programs, Run(model.programs, method, params, batch).state_after(0), longer, given)
-    _, found = model.programs.run(score_forced, method, params, state, donate=True)
-    log_p, best, last = (np.array(values) for values in found)
+    by_text = cast(Any, BY_SEQUENCE)
+    specs = (method.specs(params)[0], Rows(by_text, by_text, by_text))
+    _, found = model.programs.run(score_forced, method, params, state, donate=True, specs=specs)
+    log_p, best, last = (np.array(fetch(cast(Array, values))[: len(texts)]) for values in found)
     if any(text.given == 1 for text in texts):
         # The token after a single given token is scored exactly.
         first = np.asarray(score_directly(model, [Text(text.tokens[:1], 1, []) for text in texts]).last)
@@ -175,7 +168,7 @@ def score_forced(
         return after, jax.vmap(add_rows)(rows, progress, accepted, logits)
 
     rows = Rows(jnp.zeros(slots, jnp.float32), jnp.zeros(slots, bool), last)
-    return jax.lax.while_loop(lambda carry: ~jnp.all(carry[0].decoding.done), step, (state, rows))
+    return jax.lax.while_loop(lambda carry: any_unfinished(carry[0].decoding), step, (state, rows))
 
 
 class Progress(NamedTuple):
@@ -210,10 +203,3 @@ def score_rows(
     """Compute the log-probability of each row's next token, and whether it is the most probable."""
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), next_tokens[..., None], axis=-1)[..., 0]
     return log_p, jnp.argmax(logits, axis=-1).astype(jnp.int32) == next_tokens
-
-
-def _padded(texts: Sequence[Text], slots: int) -> np.ndarray:
-    tokens = np.zeros((len(texts), slots), np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        row[: len(text.tokens)] = text.tokens
-    return tokens

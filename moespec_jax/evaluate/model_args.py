@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from moespec_jax.cli.arguments import add_model_flags, add_profile_flag, add_tree_flags
+from moespec_jax.cli.arguments import add_mesh_flag, add_model_flags, add_profile_flag, add_tree_flags
 from moespec_jax.cli.budget_flags import add_budget_flags
 from moespec_jax.cli.command import Parser
 from moespec_jax.errors import RequestError
@@ -18,14 +18,14 @@ AUTO_BATCH = 16
 def read_model_args(given: dict[str, Any]) -> argparse.Namespace:
     """Parse model arguments into the namespace of a command's flags.
 
-    `pretrained` is `model`; `tree` is size/depth/top-k, or none for plain decoding. In `expert_budget`, slashes
-    separate the numbers of layers, since commas separate model arguments.
+    `pretrained` is `model`; `tree` is size/depth/top-k, or none for plain decoding. In `expert_budget` and `mesh`,
+    slashes stand for commas, since those separate model arguments.
 
     Raises:
         RequestError: an argument is unknown or has an invalid value.
     """
     parser = Parser(prog="model_args", allow_abbrev=False, add_help=False)
-    for add in (add_model_flags, add_tree_flags, add_budget_flags, add_profile_flag):
+    for add in (add_model_flags, add_mesh_flag, add_tree_flags, add_budget_flags, add_profile_flag):
         add(parser.add_argument_group())
     parser.add_argument("--batch-size", type=_batch_size, default=1)
     parser.add_argument("--max-length", type=int)
@@ -46,7 +46,7 @@ def _flags(given: dict[str, Any]) -> list[str]:
         flag = "--" + {"pretrained": "model"}.get(name, name).replace("_", "-")
         if name == "tree":
             flags += _tree_flags(value)
-        elif name == "expert_budget":
+        elif name in ("expert_budget", "mesh") and value is not None:
             flags.append(f"{flag}={value}".replace("/", ","))
         elif value is True:
             flags.append(flag)
