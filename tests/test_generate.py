@@ -71,6 +71,7 @@ RUN_FIELDS = {
     "choice": type(None),
     "samples": int,
     "logprobs_of": type(None),
+    "checkpoint_format": type(None),
 }
 PROMPT_FIELDS = {
     "text": str,

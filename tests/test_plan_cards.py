@@ -63,6 +63,12 @@ def test_published_shapes_have_the_published_number_of_parameters() -> None:
         assert all_bytes(decoder) / 2e9 == pytest.approx(billions, rel=0.003), name
 
 
+@pytest.mark.slow
+def test_in_mxfp4_gpt_oss_is_as_large_as_its_published_files() -> None:
+    decoder = abstract_decoder(read_config(MODELS["gpt-oss-20b"]), BACKENDS["slots"], "bfloat16", quantization="mxfp4")
+    assert all_bytes(decoder) / 1e9 == pytest.approx(13.76, rel=0.003)
+
+
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_sizes_are_those_of_the_parameters_and_of_the_caches(quantization: None) -> None:
     config, batch, slots = tiny(), 3, 256

@@ -50,7 +50,7 @@ PATH = "a directory or a hub id"
         ({"draft_boundaries": 3}, "expected draft_boundaries as whole numbers (2, 24, 45); got 3 (int)"),
         ({"dtype": "f32x"}, "expected dtype as float32, bfloat16 or float16; got 'f32x' (str)"),
         ({"backend": "slots"}, "expected backend as a back-end, such as BACKENDS['slots']; got 'slots' (str)"),
-        ({"quantization": 8}, "expected a quantization of int8; got 8"),
+        ({"quantization": 8}, "expected a quantization of int8, mxfp4; got 8"),
         ({"mesh": 2}, 'expected mesh as a MeshConfig, a jax.sharding.Mesh or "auto"; got 2 (int)'),
         ({"mesh": "data=2"}, "expected mesh as a MeshConfig, a jax.sharding.Mesh or \"auto\"; got 'data=2' (str)"),
         ({"check": 1}, "expected check as a function; got 1 (int)"),

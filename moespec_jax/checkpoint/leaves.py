@@ -15,11 +15,12 @@ from tqdm import tqdm
 from moespec_jax.checkpoint.parameters import (
     Place,
     build_decoder,
+    check_blocks,
     is_quantized,
     leaf_dtype,
     leaf_shapes,
+    part_path,
     place_of,
-    scale_path,
 )
 from moespec_jax.checkpoint.placement import Placement, repeat_heads, with_repeated_heads
 from moespec_jax.checkpoint.tensor_table import Path, Tensor, tensor_table
@@ -27,7 +28,7 @@ from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.quantization import Quantization, quantize_rows
+from moespec_jax.nn.quantization import FORMS, Quantization
 from moespec_jax.parallel.mesh import REPLICATED
 
 # One slice for each dimension of an array.
@@ -65,6 +66,7 @@ def load_source(
 
     Raises:
         CheckpointError: the source is damaged, or a matrix to be quantized is not finite.
+        RequestError: as `check_blocks`.
     """
     store = LeafStore(config, backend, dtype, source.table, placement, quantization)
     names = [name for name, tensor in source.table.items() if store.holds(tensor)]
@@ -148,6 +150,7 @@ class LeafStore:
         self._backend, self._dtype, self._placement = backend, dtype, placement
         self._quantization: Quantization | None = quantization
         self._plan = REPLICATED if placement is None else placement.plan
+        check_blocks(config, quantization, placement)
         self._config = config if placement is None else with_repeated_heads(config, placement)
         own_table = table if self._config == config else tensor_table(self._config)
         self._shapes = leaf_shapes(self._config, backend, quantization, own_table)
@@ -165,14 +168,17 @@ class LeafStore:
         Raises:
             CheckpointError: it is to be quantized, and not finite.
         """
-        if is_quantized(tensor.path, self._quantization):
-            try:
-                array, scale = quantize_rows(array)
-            except ValueError as error:
-                where = "/".join(map(str, tensor.path))
-                raise CheckpointError(f"expected finite weights to quantize; of {where}, {error}") from None
-            self._put(scale_path(tensor.path), scale[None, :], transpose=False)
-        self._put(tensor.path, array, tensor.transpose)
+        if self._quantization is None or not is_quantized(tensor.path):
+            self._put(tensor.path, array, tensor.transpose)
+            return
+        form = FORMS[self._quantization]
+        try:
+            arrays = form.quantize(array)
+        except ValueError as error:
+            where = "/".join(map(str, tensor.path))
+            raise CheckpointError(f"expected finite weights to quantize; of {where}, {error}") from None
+        for part, one in zip(form.parts, arrays, strict=True):
+            self._put(part_path(tensor.path, part), one, tensor.transpose)
 
     def _put(self, path: Path, array: np.ndarray, transpose: bool) -> None:
         place = self._place(path)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from moespec_jax.checkpoint.placement import Placement
 from moespec_jax.checkpoint.tensor_table import Path, Tensor, tensor_table
 from moespec_jax.config import DecoderConfig
+from moespec_jax.errors import RequestError
 from moespec_jax.nn.attention import Attention
 from moespec_jax.nn.backend import Backend
 from moespec_jax.nn.decoder import Decoder, layer_runs
@@ -20,8 +21,8 @@ from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layer_blocks import Layer
 from moespec_jax.nn.layers import GatedMlp, LayerNorm
 from moespec_jax.nn.moe import SparseMlp
-from moespec_jax.nn.quantization import Quantization, Quantized
-from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan
+from moespec_jax.nn.quantization import FORMS, Part, Quantization
+from moespec_jax.parallel.mesh import REPLICATED, ShardingPlan, ways
 
 # Matrices of a routed expert, and their biases.
 MATRICES = ("gate", "up", "down")
@@ -70,10 +71,7 @@ def leaf_shapes(
     rows: dict[Path, int] = {}
     shapes: dict[Path, tuple[int, ...]] = {}
     for tensor in (tensor_table(config) if table is None else table).values():
-        parts = {tensor.path: final_shape(tensor)}
-        if is_quantized(tensor.path, quantization):
-            parts[scale_path(tensor.path)] = (1, final_shape(tensor)[-1])
-        for path, shape in parts.items():
+        for path, shape in part_shapes(tensor, quantization).items():
             place = place_of(config, backend, path)
             shapes[place.leaf] = shape
             if place.row is not None:
@@ -81,22 +79,57 @@ def leaf_shapes(
     return {leaf: (rows[leaf], *shape) if leaf in rows else shape for leaf, shape in shapes.items()}
 
 
-def is_quantized(path: Path, quantization: Quantization | None) -> bool:
-    """Test whether the tensor at `path` of the tensor table is kept quantized, as routed experts are."""
-    return quantization is not None and path[0] == "experts" and path[-1] in MATRICES
+def part_shapes(tensor: Tensor, quantization: Quantization | None) -> dict[Path, tuple[int, ...]]:
+    """Compute the shape of every array that a tensor of the table is kept as: one, or the parts of a quantized
+    matrix."""
+    shape = final_shape(tensor)
+    if quantization is None or not is_quantized(tensor.path):
+        return {tensor.path: shape}
+    rows, columns = shape
+    return {
+        part_path(tensor.path, part): (rows // part.inputs if part.inputs else 1, columns)
+        for part in FORMS[quantization].parts
+    }
 
 
-def scale_path(path: Path) -> Path:
-    """Path of the scales `[1, out]` of a quantized matrix's output channels."""
-    return (*path[:-1], f"{path[-1]}_scale")
+def check_blocks(config: DecoderConfig, quantization: Quantization | None, placement: Placement | None) -> None:
+    """Refuse experts whose inputs are not whole blocks of a quantization, on every device of a mesh.
+
+    Raises:
+        RequestError: the hidden size, or the width of an expert on one device, is not a multiple of a block.
+    """
+    if quantization is None:
+        return
+    block = max(part.inputs for part in FORMS[quantization].parts)
+    shards = 1 if placement is None else ways(placement.sizes, placement.plan.expert_ffn)
+    sizes = (config.hidden_size, config.moe_intermediate_size // shards)
+    if config.num_sparse_layers and any(size % block for size in sizes):
+        raise RequestError(
+            f"expected experts whose sizes are multiples of {block} for {quantization}; got {sizes[0]} x {sizes[1]}"
+            f"{' on each device' if shards > 1 else ''}"
+        )
+
+
+def is_quantized(path: Path) -> bool:
+    """Test whether a `quantization` quantizes the tensor at `path` of the tensor table: the matrices of routed experts
+    are."""
+    return path[0] == "experts" and path[-1] in MATRICES
+
+
+def part_path(path: Path, part: Part) -> Path:
+    """Path of a part of the quantized matrix at `path`."""
+    return (*path[:-1], f"{path[-1]}{part.suffix}")
 
 
 def leaf_dtype(config: DecoderConfig, path: Path, dtype: DTypeLike, quantization: Quantization | None) -> jnp.dtype:
     """Dtype of a leaf of parameters in `dtype`."""
     name = str(path[-1])
-    if name.endswith("_scale") or name == "correction" or (name == "router" and config.router.float32):
+    if quantization is not None and path[0] == "experts":
+        kinds = {kind + part.suffix: part.dtype for kind in MATRICES for part in FORMS[quantization].parts}
+        return jnp.dtype(kinds.get(name, dtype))
+    if name == "correction" or (name == "router" and config.router.float32):
         return jnp.dtype(jnp.float32)
-    return jnp.dtype(jnp.int8 if is_quantized(path, quantization) else dtype)
+    return jnp.dtype(dtype)
 
 
 def final_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -130,7 +163,12 @@ def abstract_decoder(
     where: jax.sharding.Sharding | Placement | None = None,
     quantization: Quantization | None = None,
 ) -> Decoder:
-    """Build abstract parameters, of `jax.ShapeDtypeStruct`, with one sharding for all leaves or those of a mesh."""
+    """Build abstract parameters, of `jax.ShapeDtypeStruct`, with one sharding for all leaves or those of a mesh.
+
+    Raises:
+        RequestError: as `check_blocks`.
+    """
+    check_blocks(config, quantization, where if isinstance(where, Placement) else None)
 
     def leaf(path: Path, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         sharding = where.sharding(path, shape) if isinstance(where, Placement) else where
@@ -193,8 +231,11 @@ def _matrices(leaves: Mapping[Path, Any], path: Path) -> dict[str, Any]:
 
 
 def _matrix(leaves: Mapping[Path, Any], path: Path) -> Any:
-    scale = leaves.get(scale_path(path))
-    return leaves[path] if scale is None else Quantized(leaves[path], scale)
+    for form in FORMS.values():
+        parts = [leaves.get(part_path(path, part)) for part in form.parts]
+        if all(part is not None for part in parts):
+            return form.kind(*parts)
+    return leaves[path]
 
 
 def _random_leaf(path: Path, shape: tuple[int, ...], key: jax.Array, dtype: DTypeLike) -> jax.Array:

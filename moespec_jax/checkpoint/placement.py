@@ -89,6 +89,7 @@ _SPLIT: dict[str, tuple[str, int]] = {
     "q_norm": ("norm over heads", 1), "k_norm": ("norm over heads", 1),
     "lm_head": ("vocabulary", 2),
     "gate": ("ffn", 1), "up": ("ffn", 1), "down": ("ffn", 2), "gate_scale": ("ffn", 1), "up_scale": ("ffn", 1),
+    "gate_exponents": ("ffn", 1), "up_exponents": ("ffn", 1), "down_exponents": ("ffn", 2),
 }  # fmt: skip
 _REPLICATED = frozenset(
     {

@@ -16,6 +16,7 @@ def statistics_table(model: Model, result: RunResult, comparison: Comparison | N
     rows = [
         ("model", f"{model.config.model_type} from {model.directory}"),
         ("device", f"{devices_text(result.device, result.mesh)}, {model.precision}, experts by {result.backend}"),
+        *_published(result),
         ("output", _output(result)),
         ("exactness", result.exactness),
         ("sampling", _sampling(result)),
@@ -44,12 +45,21 @@ def _output(result: RunResult) -> str:
     exactness = "LOSSY under an expert budget"
     if result.exact:
         exactness = "exact"
-        if result.quantization is not None:
+        if result.quantization is not None and not result.keeps_format:
             exactness += f" for the {result.quantization} model, which differs from the checkpoint"
     if result.simulated_accept_length is not None:
         exactness = "SIMULATED acceptance, not the model's output"
     how = "speculative decoding" if result.drafts else "plain decoding"
     return f"{exactness}, {how}; {new} new tokens, ended by {', '.join(sorted(reasons))}"
+
+
+def _published(result: RunResult) -> list[tuple[str, str]]:
+    """Line about weights that the checkpoint has quantized: what became of them."""
+    if result.checkpoint_format is None:
+        return []
+    kept = ", experts kept as published, others" if result.keeps_format else ","
+    again = "" if result.quantization is None or result.keeps_format else f", experts to {result.quantization}"
+    return [("weights", f"published in {result.checkpoint_format}{kept} dequantized to {result.dtype}{again}")]
 
 
 def _sampling(result: RunResult) -> str:

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from moespec_jax.config import Activation, ClampedSwiglu, RopeConfig
-from moespec_jax.nn.quantization import Matrix, Quantized, product
+from moespec_jax.nn.quantization import Matrix, Mxfp4, Quantized, product, widened
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import pmean
 from moespec_jax.parallel.mesh import Axes
@@ -29,9 +29,9 @@ class GatedMlp:
     """Weights of `down(act(gate(x)) * up(x))`, stored `[in, out]`; stacked layers have a leading axis. Biases are rows;
     they are None where there are none."""
 
-    gate: Float[Array, "*stack model ffn"] | Quantized
-    up: Float[Array, "*stack model ffn"] | Quantized
-    down: Float[Array, "*stack ffn model"] | Quantized
+    gate: Float[Array, "*stack model ffn"] | Quantized | Mxfp4
+    up: Float[Array, "*stack model ffn"] | Quantized | Mxfp4
+    down: Float[Array, "*stack ffn model"] | Quantized | Mxfp4
     gate_bias: Float[Array, "*stack 1 ffn"] | None = None
     up_bias: Float[Array, "*stack 1 ffn"] | None = None
     down_bias: Float[Array, "*stack 1 model"] | None = None
@@ -103,6 +103,8 @@ def gated_mlp(x: Float[Array, "tokens model"], mlp: GatedMlp, activation: Activa
     quantized = any(isinstance(matrix, Quantized) for matrix in (mlp.gate, mlp.up, mlp.down))
 
     def times(rows: Array, matrix: Matrix, bias: Array | None) -> Array:
+        if isinstance(matrix, Mxfp4):  # the numbers of plain matrices: rounded as they are
+            matrix = widened(matrix, rows.dtype)
         whole = product(rows, matrix) if quantized or isinstance(matrix, Quantized) else rows @ matrix
         return add_bias(whole, bias)
 

@@ -16,9 +16,10 @@ _CARDS_HEAD = (
 LEGEND = """
 GB are 10^9 bytes of one card. "with .95": beyond the three quarters that JAX reserves by default; set
 XLA_CLIENT_MEM_FRACTION=.95. Floors are bytes of weights over the published bandwidth of the cards' memory, not
-measurements; that of a round is from the fewest experts that its tokens can select to the most. int8 is
---quantization int8. There are no 4-bit weights: checkpoints in MXFP4 or 4-bit integers are dequantized when they are
-loaded, and need as much as these. Several cards are not tried yet: --mesh as in the table.
+measurements; that of a round is from the fewest experts that its tokens can select to the most. int8 and mxfp4 are
+--quantization of these names; mxfp4 rounds experts coarsely unless they are published so, as those of gpt-oss. Other
+quantized checkpoints are dequantized when they are loaded, and need as much as in bfloat16. Several cards are not
+tried yet: --mesh as in the table.
 """
 
 

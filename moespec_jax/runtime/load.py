@@ -21,6 +21,7 @@ from moespec_jax.checkpoint.placement import (
     place_output,
     with_repeated_heads,
 )
+from moespec_jax.checkpoint.quantized.detect import stored_format
 from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.checkpoint.tokenizer import load_tokenizer, read_stop_ids
 from moespec_jax.config import DecoderConfig
@@ -69,7 +70,8 @@ def load(
         dtype: of weights and activations; by default float32 on CPU, which would convert bfloat16 weights at every
             use, and bfloat16 elsewhere.
         backend: expert compute and attention; by default the platform's.
-        quantization: of the routed experts, which changes the output slightly.
+        quantization: of the routed experts, which changes the output slightly; "mxfp4" does not change experts that
+            are published in MXFP4.
         mesh: over which model and head are sharded: sizes of one on the first devices; "auto" chooses sizes for all
             devices; or a mesh whose axes are among `data`, `expert` and `tensor`, in any order. With several processes,
             every one must call `load`.
@@ -116,8 +118,10 @@ def load(
     draft = draft if draft is None or isinstance(draft, NamedDraft) else _share(draft, params, placement)
     programs = Programs(None if placement is None else placement.mesh)
     config = config if placement is None else with_repeated_heads(config, placement)
+    stored = stored_format(directory)
     return Model(
-        config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization, sampling
+        config, params, backend, kind, tokenizer, stop_ids, directory, draft, programs, quantization, sampling,
+        checkpoint_format=None if stored is None else stored.name,
     )  # fmt: skip
 
 

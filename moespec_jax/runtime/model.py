@@ -48,7 +48,7 @@ from moespec_jax.runtime.requested_sampling import SamplingOptions, describe_sam
 from moespec_jax.runtime.results import RunResult, device_name, versions
 from moespec_jax.runtime.round_costs import Chooser, RoundCosts, are_known, known_by, with_shapes
 from moespec_jax.runtime.run import Batch, OnRound, OnTokens, Run
-from moespec_jax.runtime.run_result import as_requested, measurements, prompt_results
+from moespec_jax.runtime.run_result import as_requested, environment, measurements, of_weights, prompt_results
 from moespec_jax.runtime.samples import with_samples
 from moespec_jax.runtime.specs import NOTHING_DRAFTED, menu_trees, resolved_spec
 from moespec_jax.runtime.stop_strings import StopStrings, listed_stops
@@ -72,6 +72,7 @@ class Model:
         draft: draft head, or drafter by name, if there is one.
         programs: compiled programs.
         quantization: of the routed experts.
+        checkpoint_format: in which the checkpoint's weights are quantized; None for plain weights.
         published_sampling: how tokens are drawn where a request leaves it open.
         round_costs: costs of the rounds of menus that were measured, or read from files.
     """
@@ -88,6 +89,7 @@ class Model:
     quantization: Quantization | None = None
     published_sampling: PublishedSampling = PublishedSampling()
     round_costs: dict[str, RoundCosts] = dataclasses.field(default_factory=dict)
+    checkpoint_format: str | None = None
 
     def __repr__(self) -> str:
         draft = described(None if self.draft is None else self.draft.name)
@@ -227,14 +229,11 @@ class Model:
             greedy=sampling.greedy,
             sampling=describe_sampling(sampling, self.published_sampling, options),
             draft_model=self.drafter_name(spec),
-            mesh=self.programs.mesh_sizes,
-            device=device_name(),
-            dtype=str(self.dtype),
-            quantization=self.quantization,
             backend=self.expert_form,
-            versions=versions(),
             choice=None if chooser is None else chooser.report(),
+            **of_weights(self.dtype, self.quantization, self.checkpoint_format),
             **as_requested(spec, self.is_exact(spec, len(ids)), str(self.dtype)),
+            **environment(self.programs.mesh_sizes),
             **measurements(run, batch),
         )
 

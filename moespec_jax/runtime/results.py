@@ -83,6 +83,8 @@ class RunResult:
             `predicted_s`, the seconds of all rounds by these costs, is to be compared with `decode_s`.
         samples: of each prompt.
         logprobs_of: the distribution that `PromptResult.logprobs` are of, in words; None if they were not asked for.
+        checkpoint_format: in which the checkpoint's weights are quantized; they were dequantized when they were loaded,
+            but for experts whose `quantization` is that format. None for plain weights.
     """
 
     prompts: list[PromptResult]
@@ -112,6 +114,12 @@ class RunResult:
     choice: dict[str, Any] | None = None
     samples: int = 1
     logprobs_of: str | None = None
+    checkpoint_format: str | None = None
+
+    @property
+    def keeps_format(self) -> bool:
+        """Whether the experts are kept in the checkpoint's own format, so that quantization changes nothing."""
+        return self.quantization == "mxfp4" and (self.checkpoint_format or "").startswith("MXFP4")
 
     @property
     def drafts(self) -> bool:

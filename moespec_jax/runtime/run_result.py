@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.tokenizer import decode_after
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.spec import DecodingSpec
-from moespec_jax.runtime.results import PromptResult, exactness, logprobs_of
+from moespec_jax.nn.quantization import Quantization
+from moespec_jax.runtime.results import PromptResult, device_name, exactness, logprobs_of, versions
 from moespec_jax.runtime.run import Batch, Run
 from moespec_jax.runtime.stop_strings import StopStrings
 from moespec_jax.runtime.token_logprobs import token_logprobs
@@ -24,6 +26,16 @@ def as_requested(spec: DecodingSpec, exact: bool, dtype: str) -> dict[str, Any]:
         "simulated_accept_length": spec.simulate_accept_length,
         "logprobs_of": None if spec.logprobs is None else logprobs_of(exact, spec.budget, spec.adapt),
     }
+
+
+def of_weights(dtype: jnp.dtype, quantization: Quantization | None, checkpoint_format: str | None) -> dict[str, Any]:
+    """Fields of `results.RunResult` about the weights."""
+    return {"dtype": str(dtype), "quantization": quantization, "checkpoint_format": checkpoint_format}
+
+
+def environment(mesh: dict[str, int] | None) -> dict[str, Any]:
+    """Fields of `results.RunResult` about devices and libraries."""
+    return {"mesh": mesh, "device": device_name(), "versions": versions()}
 
 
 def measurements(run: Run[Any, Any, Any], batch: Batch) -> dict[str, Any]:

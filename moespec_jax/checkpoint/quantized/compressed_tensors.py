@@ -21,14 +21,16 @@ def read_compressed_tensors(fields: Fields) -> Format:
         extra = section(fields, name)
         if extra and extra.get("format") != "dense":
             raise UnsupportedConfig(f"{name} is not supported: expected none; config.json has {shown(extra)}")
+    quantizing = [group for group in _groups(fields) if group.get("weights") is not None]
+    forms = [str(group.get("format") or fields.get("format")) for group in quantizing]
     groups = [
-        (_targets(group), _scheme(str(group.get("format") or fields.get("format")), section(group, "weights")))
-        for group in _groups(fields)
-        if group.get("weights") is not None
+        (_targets(group), _scheme(form, section(group, "weights")))
+        for form, group in zip(forms, quantizing, strict=True)
     ]
     if len(groups) == 1:  # what its targets are, the stored tensors show
         scheme = groups[0][1]
-        return Format("compressed-tensors", lambda module: (scheme,))
+        name = "MXFP4" if forms[0] == "mxfp4-pack-quantized" else forms[0]
+        return Format(f"{name} (compressed-tensors)", lambda module: (scheme,))
 
     def schemes(module: str) -> tuple[Scheme, ...]:
         ranked = [(rank, scheme) for targets, scheme in groups if (rank := _match(module, targets)) is not None]

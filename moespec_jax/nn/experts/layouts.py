@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from moespec_jax.nn.layers import GatedMlp
-from moespec_jax.nn.quantization import Quantized
+from moespec_jax.nn.quantization import Mxfp4, Quantized
 from moespec_jax.nn.summary import summary
 
 # experts[sparse layer][expert]; matrices are `[in, out]`
@@ -28,9 +28,9 @@ class Flat:
         gate_bias, up_bias, down_bias: rows, as are the scales of `Quantized`; None where the family has none.
     """
 
-    gate: Float[Array, "all model ffn"] | Quantized
-    up: Float[Array, "all model ffn"] | Quantized
-    down: Float[Array, "all ffn model"] | Quantized
+    gate: Float[Array, "all model ffn"] | Quantized | Mxfp4
+    up: Float[Array, "all model ffn"] | Quantized | Mxfp4
+    down: Float[Array, "all ffn model"] | Quantized | Mxfp4
     num_experts: int = struct.field(pytree_node=False)
     gate_bias: Float[Array, "all 1 ffn"] | None = None
     up_bias: Float[Array, "all 1 ffn"] | None = None

@@ -23,7 +23,7 @@ from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Quantized
+from moespec_jax.nn.quantization import Mxfp4, Quantized
 
 # Rows of a wgmma, and the largest width, in 16-bit numbers, of a tile that TMA swizzles.
 TILE = 64
@@ -45,7 +45,7 @@ def mosaic_experts(activation: Activation) -> ExpertCompute:
 
 def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | None:
     """Name what the kernels do not support: besides `gpu.unsupported`, quantized experts, biases and activations."""
-    if isinstance(experts.gate, Quantized):
+    if isinstance(experts.gate, Quantized | Mxfp4):
         return "quantized experts"
     if experts.gate_bias is not None:
         return "experts with biases"

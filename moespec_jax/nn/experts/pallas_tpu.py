@@ -20,7 +20,7 @@ from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS, distinct_experts, slot_experts
 from moespec_jax.nn.layers import ACTIVATIONS
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Matrix, Quantized
+from moespec_jax.nn.quantization import Mxfp4, Quantized
 from moespec_jax.nn.routing import Routing, combine_weights
 
 # For one tile of each of three matrices, double-buffered; a kernel may use 16 MiB in all on v5e and v5p.
@@ -39,8 +39,9 @@ def pallas_experts(activation: Activation) -> ExpertCompute:
 
     def compute(experts: object, layer: int | Array, x: Array, routing: Routing) -> Array:
         assert isinstance(experts, Flat)
-        if x.shape[0] > SLOT_TOKENS or isinstance(activation, ClampedSwiglu) or experts.gate_bias is not None:
+        if x.shape[0] > SLOT_TOKENS or missing(activation, experts, x.dtype) is not None:
             return plain(experts, layer, x, routing)
+        assert isinstance(activation, str)
         ids, active = distinct_experts(routing, experts.num_experts)
         rows = jnp.asarray(layer, jnp.int32) * experts.num_experts + ids
         combine = combine_weights(routing, ids)
@@ -52,9 +53,11 @@ def pallas_experts(activation: Activation) -> ExpertCompute:
 
 
 def missing(activation: Activation, experts: object, dtype: DTypeLike) -> str | None:
-    """Name what the kernel does not support: biases, and activations of both products; None if it runs."""
+    """Name what the kernel does not support: biases, MXFP4, and activations of both products; None if it runs."""
     if isinstance(experts, Flat) and experts.gate_bias is not None:
         return "experts with biases"
+    if isinstance(experts, Flat) and isinstance(experts.gate, Mxfp4):
+        return "experts in MXFP4"
     return f"the activation {activation}" if isinstance(activation, ClampedSwiglu) else None
 
 
@@ -146,7 +149,7 @@ def ffn_tile(model: int, ffn: int, itemsize: int) -> int:
     return max(fitting, default=min(widths, default=ffn))
 
 
-def _as_operands(weights: Matrix) -> list[Array]:
+def _as_operands(weights: Array | Quantized) -> list[Array]:
     """List the operands of the kernel for some matrices: values, and scales if they are quantized."""
     return [weights.values, weights.scale] if isinstance(weights, Quantized) else [weights]
 

@@ -14,7 +14,7 @@ from moespec_jax.nn.experts.blocks import RunExpert, run_blocks
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import add_bias, gated
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Matrix, Quantized, product, row_of
+from moespec_jax.nn.quantization import Matrix, product, row_of
 from moespec_jax.nn.routing import Routing, combine_weights
 
 SLOT_TOKENS = 64
@@ -76,7 +76,7 @@ def distinct_experts(routing: Routing, num_experts: int) -> tuple[Int[Array, " s
 
 def _run(experts: Flat, row: Array, x: Array, activation: Activation) -> Array:
     def times(rows: Array, weights: Matrix, bias: Array | None) -> Array:
-        if rows.shape[0] > 1 or rows.shape[1] % PARTS or isinstance(weights, Quantized):
+        if rows.shape[0] > 1 or rows.shape[1] % PARTS or not isinstance(weights, Array):
             products = _whole(rows, weights, row)
         else:
             products = jax.lax.platform_dependent(rows, weights, row, cuda=_split_k, default=_whole)

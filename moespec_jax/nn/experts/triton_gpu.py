@@ -29,7 +29,7 @@ from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import gated
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Matrix, Quantized
+from moespec_jax.nn.quantization import Matrix, Mxfp4, Quantized
 
 Slice = slice | pl.Slice
 
@@ -60,6 +60,7 @@ class Weights(NamedTuple):
 
 
 def _weights(matrix: Matrix, bias: Array | None) -> Weights:
+    assert not isinstance(matrix, Mxfp4)
     return Weights(matrix.values, matrix.scale, bias) if isinstance(matrix, Quantized) else Weights(matrix, None, bias)
 
 
@@ -72,6 +73,8 @@ def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | No
     """Name what the kernels do not support: besides `gpu.unsupported`, some activations."""
     if not isinstance(activation, ClampedSwiglu) and activation not in KERNEL_ACTIVATIONS:
         return f"the activation {activation}"
+    if isinstance(experts.gate, Mxfp4):
+        return "experts in MXFP4"
     return unsupported(_weights(experts.gate, None).values, dtype, TILE)
 
 
