@@ -12,6 +12,7 @@ from moespec_jax import status_line
 from moespec_jax.checkpoint.dtypes import FLOAT_DTYPES
 from moespec_jax.checkpoint.orbax_io import quiet_orbax
 from moespec_jax.checkpoint.quantized.detect import QUANTIZATION_FIELDS
+from moespec_jax.checkpoint.wrappers import text_fields
 from moespec_jax.cli import command
 from moespec_jax.errors import CheckpointError, RequestError, platform_error
 from moespec_jax.files import read_json, write_json, writing
@@ -129,12 +130,13 @@ def _remove(workplace: Path) -> None:
 
 def copy_metadata(model: Path, output: Path, dtype: str | None) -> None:
     """Copy all files but the weights, config.json last: a directory without it is incomplete. With a `dtype`, the dtype
-    fields of config.json are updated; a description of quantized weights is left out, as they are dequantized."""
+    fields of config.json are updated; a description of quantized weights is left out, as they are dequantized. Of a
+    model of text and images, config.json is that of the text model."""
     for pattern in _METADATA:
         for file in sorted(model.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, output / file.name)
-    fields = read_json(model / "config.json")
+    fields = text_fields(read_json(model / "config.json"))
     fields = {name: value for name, value in fields.items() if name not in QUANTIZATION_FIELDS}
     if dtype is not None:
         fields |= {name: dtype for name in ("dtype", "torch_dtype") if name in fields}

@@ -147,7 +147,7 @@ REFUSED = [
     ("llama4_text", dict(moe_layers="all"), "moe_layers"),
     ("llama4_text", dict(attn_temperature_tuning="yes"), "attn_temperature_tuning"),
     ("llama4_text", dict(norm_topk_prob=True), "norm_topk_prob"),
-    ("llama4_text", dict(model_type="llama4"), "llama4_text"),
+    ("llama4_text", dict(model_type="llama4"), "text_config"),
 ]
 
 

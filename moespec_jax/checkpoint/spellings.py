@@ -4,7 +4,7 @@ transformers 5 can write a model as it keeps it in memory: Mixtral's sparse bloc
 and the experts of a layer are fused into `experts.gate_up_proj` `[experts, 2 * ffn, model]`, gate above up, and
 `experts.down_proj` `[experts, model, ffn]`; some families publish such tensors, in forms of their own (`FusedForm`).
 The matrix of an expert is a part of such a tensor, and is read as if it were stored alone. Of tied matrices, some
-writers store only the output matrix.
+writers store only the output matrix. Tensors of a text model inside another model have a prefix (`wrappers.py`).
 """
 
 import re
@@ -12,6 +12,7 @@ import re
 from moespec_jax.checkpoint.families import FAMILIES
 from moespec_jax.checkpoint.fused import Fused, entries_of, fused_shared, fused_tensor
 from moespec_jax.checkpoint.shards import Headers
+from moespec_jax.checkpoint.wrappers import text_name
 from moespec_jax.config import DecoderConfig
 
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -31,8 +32,11 @@ def unify_names(config: DecoderConfig, headers: Headers) -> tuple[Headers, list[
     """
     found, misshapen = Headers({}, list(headers.duplicates)), []
     for stored, entry in headers.entries.items():
-        parts = {_table_name(config, stored): entry}
-        if fused := _fused(config, stored):
+        name = text_name(config.model_type, stored)
+        if name is None:
+            continue
+        parts = {_table_name(config, name): entry}
+        if fused := _fused(config, name):
             if entry.shape != fused.shape:
                 misshapen.append(f"{stored} (expected {list(fused.shape)}, got {list(entry.shape)})")
                 continue

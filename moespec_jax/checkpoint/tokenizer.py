@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from moespec_jax.checkpoint.added_tokens import add_stated_tokens
 from moespec_jax.checkpoint.config_fields import shown
+from moespec_jax.checkpoint.wrappers import text_fields
 from moespec_jax.errors import CheckpointError, UnusableConversation, first_line
 from moespec_jax.files import read_json
 
@@ -118,7 +119,7 @@ def read_stop_ids(directory: Path) -> tuple[int, ...]:
         file = directory / name
         if not file.exists():
             continue
-        given = read_json(file).get("eos_token_id")
+        given = text_fields(read_json(file)).get("eos_token_id")
         ids = [] if given is None else given if isinstance(given, list) else [given]
         if not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in ids):
             raise CheckpointError(f"expected eos_token_id to be an id or a list of ids in {file}; it is {shown(given)}")

@@ -35,7 +35,6 @@ UNSUPPORTED_FAMILIES = {
     "jamba": _STATE_SPACE,
     "lfm2_moe": "layers of convolutions",
     "dbrx": "fused projections with layer norms of its own",
-    "llama4": "a vision tower: its text model is llama4_text",
 }
 
 # For each field the values that change nothing; null counts as absent.

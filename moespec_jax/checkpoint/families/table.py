@@ -15,6 +15,7 @@ from moespec_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moespec_jax.checkpoint.families.sigmoid import DOTS1, GLM4_MOE, HY_V3, MINIMAX_M2, SOLAR_OPEN
 from moespec_jax.checkpoint.quantized.detect import read_format
 from moespec_jax.checkpoint.unsupported import UNSUPPORTED_FAMILIES, check_neutral
+from moespec_jax.checkpoint.wrappers import text_fields
 from moespec_jax.config import DecoderConfig
 from moespec_jax.errors import UnsupportedConfig
 from moespec_jax.nn.layers import ACTIVATIONS
@@ -46,12 +47,13 @@ _MOST_EXPERTS_IN_ALL = 1 << 18
 
 
 def read_config(fields: Fields) -> DecoderConfig:
-    """Read the decoder that a published `config.json` describes.
+    """Read the decoder that a published `config.json` describes; of a model of text and images, the text model.
 
     Raises:
         UnsupportedConfig: the model type is unknown, or a field is missing, out of range or requires something that is
             not implemented; the message names the field.
     """
+    fields = text_fields(fields)
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))

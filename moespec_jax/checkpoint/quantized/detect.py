@@ -10,6 +10,7 @@ from moespec_jax.checkpoint.quantized.fp8 import read_fbgemm, read_fp8
 from moespec_jax.checkpoint.quantized.modelopt import read_modelopt
 from moespec_jax.checkpoint.quantized.packed_words import read_awq, read_gptq
 from moespec_jax.checkpoint.quantized.scheme import Format
+from moespec_jax.checkpoint.wrappers import text_fields
 from moespec_jax.errors import CheckpointError, UnsupportedConfig
 from moespec_jax.files import read_json
 
@@ -59,7 +60,7 @@ def stored_format(directory: Path) -> Format | None:
         CheckpointError: the format is not supported.
     """
     file, beside = directory / "config.json", directory / "hf_quant_config.json"
-    fields = read_json(file) if file.exists() else {}
+    fields = text_fields(read_json(file)) if file.exists() else {}
     if all(fields.get(name) is None for name in QUANTIZATION_FIELDS) and beside.exists():
         file, fields = beside, {QUANTIZATION_FIELDS[0]: {"quant_method": "modelopt"} | read_json(beside)}
     try:
