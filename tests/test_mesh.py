@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from devices import results
+from families_spread import FAMILIES
 from jax.sharding import Mesh
 from tiny import write_tiny
 
@@ -55,6 +56,18 @@ def test_two_processes_give_what_one_device_gives() -> None:
     first, second = results(command, devices=4, processes=2)
     assert first == second
     same(first)
+
+
+# Experts' axes and scales of each form of quantization are split in every family; quickly in two.
+FORMS = [(family, "int8" if number % 2 else "mxfp4") for number, family in enumerate(FAMILIES)]
+
+
+@pytest.mark.slow_except("glm4_moe-mxfp4")
+@pytest.mark.parametrize(("family", "quantization"), FORMS, ids=["-".join(form) for form in FORMS])
+def test_every_family_decodes_on_a_mesh_as_on_one_device(family: str, quantization: str) -> None:
+    (found,) = results(["tests/families_spread.py", family, quantization, "data=2,expert=2,tensor=2"], devices=8)
+    assert found["mesh"] == found["one"]
+    assert len({token for row in found["one"] for token in row[-16:]}) > 8
 
 
 def same(found: dict[str, Any]) -> None:
