@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 def quantized(experts: Flat) -> Flat:
     def one(matrix: jax.Array) -> Quantized:
         values, scales = zip(*(quantize_rows(np.asarray(m, np.float32).T) for m in matrix), strict=True)
-        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales)[:, None]))
+        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales).swapaxes(1, 2)))
 
     return jax.tree.map(one, experts)
 
