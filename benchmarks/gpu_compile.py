@@ -43,7 +43,7 @@ from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.mosaic_gpu import mosaic_experts
 from moespec_jax.nn.experts.slots import slot_experts
 from moespec_jax.nn.experts.triton_gpu import triton_experts
-from moespec_jax.nn.quantization import Quantized
+from moespec_jax.nn.quantization import FORMS, Quantization
 from moespec_jax.nn.routing import Routing
 from moespec_jax.plan.cuda import GPUS, PLUGINS, described_devices, installed_versions, lowering_for
 
@@ -91,11 +91,13 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
     return rows
 
 
-def row(config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int, int8: bool = False) -> dict[str, Any]:
-    """What the compiler makes of one model's experts, in bfloat16 or int8, on one GPU."""
+def row(
+    config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int, stored: Quantization | None = None
+) -> dict[str, Any]:
+    """What the compiler makes of one model's experts, in bfloat16 or quantized, on one GPU."""
     compute = COMPUTES[backend](config.expert_activation)
     with lowering_for(gpu):
-        lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots, int8))
+        lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots, stored))
     compiled = lowered.compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and hlo is not None
@@ -116,7 +118,9 @@ def check_compiler(versions: dict[str, str]) -> None:
         raise SystemExit('The CUDA compiler is not installed: pip install "jax[cuda12]".')
 
 
-def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int, int8: bool) -> tuple[Any, ...]:
+def _arguments(
+    config: DecoderConfig, gpu: str, tokens: int, slots: int, stored: Quantization | None
+) -> tuple[Any, ...]:
     """Experts, layer, tokens and routing, as shapes on the GPU."""
     sharding = SingleDeviceSharding(described_devices(gpu)[0])
 
@@ -126,8 +130,10 @@ def _arguments(config: DecoderConfig, gpu: str, tokens: int, slots: int, int8: b
     rows, model, ffn = LAYERS * config.num_experts, config.hidden_size, config.moe_intermediate_size
 
     def matrices(inner: int, outer: int) -> Any:
-        scales = array(rows, 1, outer, dtype=jnp.float32)
-        return Quantized(array(rows, inner, outer, dtype=jnp.int8), scales) if int8 else array(rows, inner, outer)
+        if stored is None:
+            return array(rows, inner, outer)
+        kind, parts, _ = FORMS[stored]
+        return kind(*(array(rows, inner // p.inputs if p.inputs else 1, outer, dtype=p.dtype) for p in parts))
 
     gate, up, down = matrices(model, ffn), matrices(model, ffn), matrices(ffn, model)
     ids, weights = (array(tokens, config.num_experts_per_tok, dtype=dtype) for dtype in (jnp.int32, jnp.float32))

@@ -34,7 +34,7 @@ from moespec_jax.nn.experts.triton_gpu import slot_outputs
 from moespec_jax.nn.layers import add_norm
 from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
-from moespec_jax.nn.quantization import Quantized
+from moespec_jax.nn.quantization import BLOCK, QUANTIZATIONS, Matrix, Mxfp4, Quantization, Quantized
 from moespec_jax.nn.routing import Routing, combine_weights, normalise
 from moespec_jax.nn.routing_gpu import choose
 from moespec_jax.nn.shortlist_gpu import fused_shortlist
@@ -214,33 +214,44 @@ def sum_case(config: DecoderConfig, interpret: bool, logits: jax.Array, outputs:
 def expert_cases(
     config: DecoderConfig, interpret: bool, normal: Callable[..., jax.Array], logits: jax.Array, x: jax.Array
 ) -> Iterator[Case]:
-    """`EXPERTS` experts of the model's size, and in int8 with biases and gpt-oss's activation."""
+    """`EXPERTS` experts of the model's size; and quantized, with biases and gpt-oss's activation."""
     model, ffn = config.hidden_size, config.moe_intermediate_size
+    sizes = {"gate": (model, ffn), "up": (model, ffn), "down": (ffn, model)}
     best, ids = jax.lax.top_k(jax.nn.softmax(logits), min(config.num_experts_per_tok, EXPERTS))
-    experts: Any = Flat(
-        *(normal(EXPERTS, inner, outer) * inner**-0.5 for inner, outer in ((model, ffn), (model, ffn), (ffn, model))),
-        num_experts=EXPERTS, **{f"{name}_bias": normal(EXPERTS, 1, outer) for name, outer in
-                                (("gate", ffn), ("up", ffn), ("down", model))},
-    )  # fmt: skip
-    plain = experts.replace(gate_bias=None, up_bias=None, down_bias=None)
-    int8 = experts.replace(**{name: _int8(getattr(experts, name)) for name in ("gate", "up", "down")})
-    for name, form, stored in (("experts", "silu", plain), ("experts in int8, as gpt-oss's", ClampedSwiglu(), int8)):
-
-        def fused(experts: Flat, x: jax.Array, routing: Routing, form: Activation = form) -> jax.Array:
-            def run(rows: jax.Array, ids: jax.Array) -> jax.Array:
-                return slot_outputs(form, rows, experts, jnp.int32(0), ids, interpret=interpret)
-
-            return sum_distinct(x, routing, EXPERTS, run, interpret=interpret)
-
-        def every(experts: Flat, x: jax.Array, routing: Routing, form: Activation = form) -> jax.Array:
-            return dense_experts(form)(experts, 0, x, routing)
-
-        yield Case(name, fused, every, (stored, x, Routing(ids, best)))
+    plain = {name: normal(EXPERTS, *size) * size[0] ** -0.5 for name, size in sizes.items()}
+    biases = {f"{name}_bias": normal(EXPERTS, 1, size[1]) for name, size in sizes.items()}
+    yield _expert_case("experts", interpret, "silu", Flat(**plain, num_experts=EXPERTS), x, Routing(ids, best))
+    for form in QUANTIZATIONS:
+        stored: Any = {name: random_stored(form, *size) for name, size in sizes.items()}
+        experts = Flat(**stored, num_experts=EXPERTS, **biases)
+        yield _expert_case(f"experts in {form}", interpret, ClampedSwiglu(), experts, x, Routing(ids, best))
 
 
-def _int8(matrices: jax.Array) -> Quantized:
-    scale = jnp.max(jnp.abs(matrices.astype(jnp.float32)), axis=1, keepdims=True) / 127
-    return Quantized(jnp.round(matrices.astype(jnp.float32) / scale).astype(jnp.int8), scale)
+def _expert_case(
+    name: str, interpret: bool, activation: Activation, experts: Flat, x: jax.Array, routing: Routing
+) -> Case:
+    def fused(experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
+        def run(rows: jax.Array, ids: jax.Array) -> jax.Array:
+            return slot_outputs(activation, rows, experts, jnp.int32(0), ids, interpret=interpret)
+
+        return sum_distinct(x, routing, EXPERTS, run, interpret=interpret)
+
+    def every(experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
+        return dense_experts(activation)(experts, 0, x, routing)
+
+    return Case(name, fused, every, (experts, x, routing))
+
+
+def random_stored(form: Quantization, inner: int, outer: int) -> Matrix:
+    """Draw quantized matrices with weights of about `inner ** -0.5`, without quantizing any."""
+    random = np.random.default_rng(inner)
+    if form == "int8":
+        values = random.integers(-127, 128, (EXPERTS, inner, outer), np.int8)
+        return Quantized(jnp.asarray(values), jnp.full((EXPERTS, 1, outer), inner**-0.5 / 64, jnp.float32))
+    codes = random.integers(0, 256, (EXPERTS, inner // 2, outer), np.uint8)
+    usual = 126 - round(np.log2(inner) / 2)
+    exponents = random.integers(usual - 1, usual + 2, (EXPERTS, inner // BLOCK, outer), np.uint8)
+    return Mxfp4(jnp.asarray(codes), jnp.asarray(exponents))
 
 
 def on(model: Any, backend: Backend) -> Any:

@@ -33,27 +33,39 @@ from moespec_jax.nn.experts.distinct_gpu import list_distinct
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.experts.slots import SLOT_TOKENS
 from moespec_jax.nn.experts.triton_gpu import KERNEL_ACTIVATIONS, TILE, slot_outputs, supported, triton_experts
-from moespec_jax.nn.quantization import Quantized, quantize_rows
+from moespec_jax.nn.quantization import BLOCK, FORMS, Matrix, Mxfp4, Quantization, Quantized
 from moespec_jax.nn.routing import Routing
 
 # Said at lowering, from jax 0.11 on; the module says why it is used all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 
-def quantized(experts: Flat) -> Flat:
-    def one(matrix: jax.Array) -> Quantized:
-        values, scales = zip(*(quantize_rows(np.asarray(m, np.float32).T) for m in matrix), strict=True)
-        return Quantized(jnp.asarray(np.stack(values).swapaxes(1, 2)), jnp.asarray(np.stack(scales).swapaxes(1, 2)))
+def quantized(experts: Flat, form: Quantization) -> Flat:
+    def one(matrix: jax.Array) -> Matrix:
+        parts = zip(*(FORMS[form].quantize(np.asarray(m, np.float32).T) for m in matrix), strict=True)
+        return FORMS[form].kind(*(jnp.asarray(np.stack(part).swapaxes(1, 2)) for part in parts))
 
     return jax.tree.map(one, experts)
 
 
 def is_quantized(leaf: object) -> bool:
-    return isinstance(leaf, Quantized)
+    return isinstance(leaf, Quantized | Mxfp4)
 
 
-def dequantized(leaf: jax.Array | Quantized) -> jax.Array:
-    return leaf.values.astype(jnp.float32) * leaf.scale if isinstance(leaf, Quantized) else leaf
+def dequantized(leaf: Matrix) -> np.ndarray:
+    """In float32, of MXFP4 by a table of the codes' numbers."""
+    if isinstance(leaf, Mxfp4):
+        *stack, blocks, out = leaf.exponents.shape
+        codes = np.asarray(leaf.codes).reshape(*stack, blocks, BLOCK // 2, out)
+        table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+        numbers = np.concatenate([np.append(table, -table)[half] for half in (codes & 15, codes >> 4)], axis=-2)
+        scaled = np.ldexp(numbers, np.asarray(leaf.exponents, np.int32)[..., None, :] - 127)
+        return scaled.reshape(*stack, -1, out)
+    return (
+        np.asarray(leaf.values, np.float32) * np.asarray(leaf.scale)
+        if isinstance(leaf, Quantized)
+        else np.asarray(leaf)
+    )
 
 
 def interpret(activation: Activation, experts: Flat, x: jax.Array, routing: Routing) -> jax.Array:
@@ -85,18 +97,19 @@ def test_activations_interpreted(activation: str) -> None:
     check(interpret(activation, experts, x, routing), experts, x, routing, activation)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, SLOT_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, 5, 16, SLOT_TOKENS + 1])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_int8_experts_are_those_that_they_approximate(dtype: Any, tokens: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_experts_are_those_that_they_approximate(form: Quantization, dtype: Any, tokens: int) -> None:
     experts = random_experts(dtype, model=2 * TILE, ffn=3 * TILE)
     x, routing = random_input(experts, some_choice(tokens))
-    rounded = quantized(experts)
+    rounded = quantized(experts, form)
     check(interpret("silu", rounded, x, routing), jax.tree.map(dequantized, rounded, is_leaf=is_quantized), x, routing)
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("stored", [None, *FORMS])
 @pytest.mark.parametrize("tokens", [1, 5, SLOT_TOKENS + 1])
-def test_biases_and_clamped_swiglu_as_in_gpt_oss(tokens: int, int8: bool) -> None:
+def test_biases_and_clamped_swiglu_as_in_gpt_oss(tokens: int, stored: Quantization | None) -> None:
     """Inputs large enough that both clamps act."""
     experts = random_experts(model=2 * TILE, ffn=TILE)
     random = np.random.default_rng(5)
@@ -106,7 +119,7 @@ def test_biases_and_clamped_swiglu_as_in_gpt_oss(tokens: int, int8: bool) -> Non
     }
     x, routing = random_input(experts, some_choice(tokens))
     x, form = x * jnp.asarray(4, x.dtype), ClampedSwiglu()
-    experts = (quantized(experts) if int8 else experts).replace(**biases)
+    experts = (experts if stored is None else quantized(experts, stored)).replace(**biases)
     got = np.asarray(interpret(form, experts, x, routing))
     whole = jax.tree.map(lambda leaf: np.asarray(dequantized(leaf), np.float64), experts, is_leaf=is_quantized)
     expected, clamped = np.zeros(x.shape), 0
@@ -184,7 +197,8 @@ def test_every_activation_and_dtype_lowers(activation: str, dtype: Any, tokens: 
 
 
 @pytest.mark.parametrize("tokens", [1, SLOT_TOKENS, 2 * SLOT_TOKENS])
-def test_int8_with_biases_lowers(tokens: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_quantized_experts_with_biases_lower(form: Quantization, tokens: int) -> None:
     experts, *others = shapes(EXPERTS, MODEL, FFN, 2, tokens)
 
     def row(matrix: Any, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -192,11 +206,16 @@ def test_int8_with_biases_lowers(tokens: int) -> None:
 
     matrices = {name: getattr(experts, name) for name in ("gate", "up", "down")}
     biases = {f"{name}_bias": row(matrix, jnp.bfloat16) for name, matrix in matrices.items()}
-    int8 = {
-        name: Quantized(jax.ShapeDtypeStruct(matrix.shape, jnp.int8), row(matrix, jnp.float32))
+
+    def part(matrix: Any, inputs: int, dtype: str) -> jax.ShapeDtypeStruct:
+        rows = matrix.shape[1] // inputs if inputs else 1
+        return jax.ShapeDtypeStruct((matrix.shape[0], rows, matrix.shape[2]), jnp.dtype(dtype))
+
+    stored = {
+        name: FORMS[form].kind(*(part(matrix, p.inputs, p.dtype) for p in FORMS[form].parts))
         for name, matrix in matrices.items()
     }
-    assert "xla.gpu.triton" in lowered(ClampedSwiglu(), (experts.replace(**int8, **biases), *others))
+    assert "xla.gpu.triton" in lowered(ClampedSwiglu(), (experts.replace(**stored, **biases), *others))
 
 
 @pytest.mark.parametrize(
@@ -253,12 +272,15 @@ def not_cached() -> Iterator[None]:
     reason='the CUDA compiler is not installed; it needs no GPU: pip install "jax[cuda12]"',
 )
 @pytest.mark.usefixtures("not_cached")
-@pytest.mark.parametrize(("model", "int8"), [("OLMoE-1B-7B", False), ("OLMoE-1B-7B", True), ("gpt-oss-20b", True)])
+@pytest.mark.parametrize(
+    ("model", "stored"),
+    [("OLMoE-1B-7B", None), ("OLMoE-1B-7B", "int8"), ("gpt-oss-20b", "int8"), ("gpt-oss-20b", "mxfp4")],
+)
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90"])
-def test_compiles_to_machine_code_and_copies_no_expert(gpu: str, model: str, int8: bool) -> None:
+def test_compiles_to_machine_code_and_copies_no_expert(gpu: str, model: str, stored: Quantization | None) -> None:
     from benchmarks.gpu_compile import row
     from moespec_jax.checkpoint.families import read_config
     from moespec_jax.measure.published_shapes import MODELS
 
     config = read_config(MODELS[model])
-    assert row(config, gpu, "triton", 60, config.num_experts, int8)["copies"] == []
+    assert row(config, gpu, "triton", 60, config.num_experts, stored)["copies"] == []

@@ -157,10 +157,10 @@ def product_of_halves(x: Float[Array, "tokens in"], matrix: Mxfp4) -> Float[Arra
     the product, whereas it writes a matrix joined of both to memory."""
     blocks, out = matrix.exponents.shape
     inputs = x.reshape(len(x), blocks, 2, BLOCK // 2)
-    scales = jnp.broadcast_to(_powers(matrix.exponents)[:, None, :], (blocks, BLOCK // 2, out)).reshape(-1, out)
+    scales = jnp.broadcast_to(powers_of_two(matrix.exponents)[:, None, :], (blocks, BLOCK // 2, out)).reshape(-1, out)
 
     def half(number: int, codes: Array) -> Array:
-        return _widened_product(inputs[:, :, number].reshape(len(x), -1), (_e2m1(codes) * scales).astype(x.dtype))
+        return _widened_product(inputs[:, :, number].reshape(len(x), -1), (e2m1(codes) * scales).astype(x.dtype))
 
     return half(0, matrix.codes & 15) + half(1, matrix.codes >> 4)
 
@@ -175,16 +175,18 @@ def widened(matrices: Matrix, dtype: jnp.dtype) -> Array:
 def _widened_blocks(matrices: Mxfp4, dtype: jnp.dtype) -> Array:
     *stack, blocks, out = matrices.exponents.shape
     halves = matrices.codes.reshape(*stack, blocks, BLOCK // 2, out)
-    numbers = _e2m1(jnp.concatenate([halves & 15, halves >> 4], axis=-2))
-    return (numbers * _powers(matrices.exponents)[..., None, :]).astype(dtype).reshape(*stack, blocks * BLOCK, out)
+    numbers = e2m1(jnp.concatenate([halves & 15, halves >> 4], axis=-2))
+    return (
+        (numbers * powers_of_two(matrices.exponents)[..., None, :]).astype(dtype).reshape(*stack, blocks * BLOCK, out)
+    )
 
 
-def _powers(exponents: UInt8[Array, "*any"]) -> Float[Array, "*any"]:
+def powers_of_two(exponents: UInt8[Array, "*any"]) -> Float[Array, "*any"]:
     """Compute powers of two: of a float32, the exponent without other bits."""
     return jax.lax.bitcast_convert_type(exponents.astype(jnp.uint32) << 23, jnp.float32)
 
 
-def _e2m1(codes: UInt8[Array, "*any"]) -> Float[Array, "*any"]:
+def e2m1(codes: UInt8[Array, "*any"]) -> Float[Array, "*any"]:
     """Compute the numbers of codes without a table, which accelerators read slowly: they are piecewise linear."""
     steps = (codes & 7).astype(jnp.float32)
     size = jnp.maximum(steps * 0.5, jnp.maximum(steps - 2, steps * 2 - 8))

@@ -66,15 +66,15 @@ def kernel_experts(activation: Activation, missing: Missing, outputs: SlotOutput
     return compute
 
 
-def unsupported(matrix: Array, dtype: DTypeLike, tile: int) -> str | None:
-    """Name what no kernel supports of matrices `[all, in, out]` and tokens (`dtype`): dtypes other than 16-bit floats,
-    and int8 for weights; matrices that are not of whole tiles. None if it runs."""
-    if matrix.dtype not in (*DTYPES, jnp.int8):
-        return f"experts in {matrix.dtype}"
-    if jnp.dtype(dtype) not in DTYPES or matrix.dtype not in (jnp.dtype(dtype), jnp.int8):
+def unsupported(weights: jnp.dtype, sizes: tuple[int, ...], dtype: DTypeLike, tile: int) -> str | None:
+    """Name what no kernel supports: weights that are neither 16-bit floats nor stored in fewer bits, tokens of another
+    `dtype`, matrices of other `sizes` than whole tiles. None if it runs."""
+    if weights not in (*DTYPES, jnp.int8, jnp.uint8):
+        return f"experts in {weights}"
+    if jnp.dtype(dtype) not in DTYPES or weights not in (jnp.dtype(dtype), jnp.int8, jnp.uint8):
         return f"tokens in {jnp.dtype(dtype)}"
-    if any(size % tile for size in matrix.shape[1:]):
-        return "experts of " + " x ".join(map(str, matrix.shape[1:]))
+    if any(size % tile for size in sizes):
+        return "experts of " + " x ".join(map(str, sizes))
     return None
 
 

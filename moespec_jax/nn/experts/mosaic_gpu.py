@@ -51,7 +51,7 @@ def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | No
         return "experts with biases"
     if activation not in KERNEL_ACTIVATIONS:
         return f"the activation {activation}"
-    return unsupported(experts.gate, dtype, TILE)
+    return unsupported(experts.gate.dtype, experts.gate.shape[1:], dtype, TILE)
 
 
 def supported(device: object) -> bool:

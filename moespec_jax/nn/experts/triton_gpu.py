@@ -7,6 +7,8 @@ Pallas' Triton lowering is deprecated since jax 0.11 in favour of Mosaic, and em
 for GPUs before Hopper we know no other way to read experts without a copy. XLA copies an expert before every product
 of several rows, and as of jax 0.12 even a trivial Mosaic kernel does not compile for Ampere.
 
+Weights are 16-bit floats, or int8 or MXFP4, which a thread block widens tile by tile.
+
 The first launch computes act(gate(x)) * up(x) for every slot, the second multiplies by `down`. A thread block computes
 one tile of 64 columns and reads those columns of the weights only; those of slots without an expert return at once.
 XLA sums over slots, or over each token's rows (`gpu.py`).
@@ -29,7 +31,7 @@ from moespec_jax.nn.experts.gpu import kernel_experts, unsupported
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.nn.layers import gated
 from moespec_jax.nn.moe import ExpertCompute
-from moespec_jax.nn.quantization import Matrix, Mxfp4, Quantized
+from moespec_jax.nn.quantization import BLOCK, Matrix, Mxfp4, Quantized, e2m1, powers_of_two
 
 Slice = slice | pl.Slice
 
@@ -49,19 +51,29 @@ class Weights(NamedTuple):
     references to them.
 
     Fields:
-        values: matrices `[all, in, out]`, 16-bit floats or int8.
-        scale: scales of int8 values, `[all, 1, out]`; None for floats.
+        values: matrices `[all, in, out]`, 16-bit floats or int8; codes of MXFP4, `[all, in / 2, out]`.
+        exponents: of MXFP4, `[all, in / 32, out]`; None for others.
+        scale: scales of int8 values, `[all, 1, out]`; None for others.
         bias: biases, `[all, 1, out]`, or None.
     """
 
     values: Array
+    exponents: Array | None
     scale: Array | None
     bias: Array | None
 
+    @property
+    def inner(self) -> int:
+        """Number of inputs."""
+        return self.values.shape[1] * (1 if self.exponents is None else 2)
+
 
 def _weights(matrix: Matrix, bias: Array | None) -> Weights:
-    assert not isinstance(matrix, Mxfp4)
-    return Weights(matrix.values, matrix.scale, bias) if isinstance(matrix, Quantized) else Weights(matrix, None, bias)
+    if isinstance(matrix, Mxfp4):
+        return Weights(matrix.codes, matrix.exponents, None, bias)
+    if isinstance(matrix, Quantized):
+        return Weights(matrix.values, None, matrix.scale, bias)
+    return Weights(matrix, None, None, bias)
 
 
 def triton_experts(activation: Activation) -> ExpertCompute:
@@ -73,9 +85,8 @@ def missing(activation: Activation, experts: Flat, dtype: DTypeLike) -> str | No
     """Name what the kernels do not support: besides `gpu.unsupported`, some activations."""
     if not isinstance(activation, ClampedSwiglu) and activation not in KERNEL_ACTIVATIONS:
         return f"the activation {activation}"
-    if isinstance(experts.gate, Mxfp4):
-        return "experts in MXFP4"
-    return unsupported(_weights(experts.gate, None).values, dtype, TILE)
+    gate = _weights(experts.gate, None)
+    return unsupported(gate.values.dtype, (gate.inner, gate.values.shape[2]), dtype, TILE)
 
 
 def supported(device: object) -> bool:
@@ -136,7 +147,7 @@ def _multiply(
         dtype: dtype of the output.
         interpret: whether to interpret the kernel.
     """
-    slots, given, (_, inner, columns) = ids.shape[0], x.shape[-2], weights[0].values.shape
+    slots, given, columns = ids.shape[0], x.shape[-2], weights[0].values.shape[2]
     arrays, structure = jax.tree.flatten(weights)
     height = max(FEWEST_ROWS, pl.next_power_of_2(given))
 
@@ -151,16 +162,24 @@ def _multiply(
         def _():
             expert = first[0] + ids[slot]
 
+            def tokens(inputs):
+                # Indices take the mask in their own shape.
+                above, shape = (
+                    (row, (height, TILE // 2)) if isinstance(inputs, Array) else (pl.ds(0, height), row.shape)
+                )
+                rows = x.at[slot, above, inputs] if x.ndim == 3 else x.at[above, inputs]
+                if given == height:
+                    return plgpu.load(rows)
+                return plgpu.load(rows, mask=jnp.broadcast_to(row < given, shape), other=0.0)
+
             def step(k, sums):
-                along = pl.ds(k * TILE, TILE)
-                rows = x.at[slot, pl.ds(0, height), along] if x.ndim == 3 else x.at[pl.ds(0, height), along]
-                left = plgpu.load(rows) if given == height else plgpu.load(rows, mask=row < given, other=0.0)
+                left = [tokens(inputs) for inputs in _inputs(weights[0], k)]
                 return tuple(
-                    total + _product(left, of, expert, along, across) for total, of in zip(sums, weights, strict=True)
+                    total + _product(left, of, expert, k, across) for total, of in zip(sums, weights, strict=True)
                 )
 
             sums = (jnp.zeros((height, TILE), jnp.float32),) * len(weights)
-            sums = jax.lax.fori_loop(0, inner // TILE, step, sums)
+            sums = jax.lax.fori_loop(0, weights[0].inner // TILE, step, sums)
             sums = (_scaled(total, of, expert, across) for total, of in zip(sums, weights, strict=True))
             result = finish(*sums).astype(dtype)
             target = out.at[slot, pl.ds(0, height), across]
@@ -177,10 +196,30 @@ def _multiply(
     )(ids, first, x, *arrays)
 
 
-def _product(left: Array, of: Weights, expert: Array, along: Slice, across: Slice) -> Array:
-    # int8 is exact in both 16-bit dtypes.
-    tile = of.values[expert, along, across].astype(left.dtype)
-    return jnp.dot(left, tile, preferred_element_type=jnp.float32)
+def _inputs(of: Weights, k: Array) -> list[Slice] | list[Int[Array, "1 inputs"]]:
+    """List the inputs of step k: those of every row of a tile; of MXFP4, those of low and those of high codes."""
+    if of.exponents is None:
+        return [pl.ds(k * TILE, TILE)]
+    pair = jnp.arange(TILE // 2, dtype=jnp.int32)[None]
+    low = k * TILE + pair + pair // (BLOCK // 2) * (BLOCK // 2)
+    return [low, low + BLOCK // 2]
+
+
+def _product(left: list[Array], of: Weights, expert: Array, k: Array, across: Slice) -> Array:
+    """Multiply the inputs of step k by the rows of their tile."""
+    dtype = left[0].dtype
+    if of.exponents is None:
+        # int8 is exact in both 16-bit dtypes.
+        tiles = [of.values[expert, pl.ds(k * TILE, TILE), across].astype(dtype)]
+    else:
+        codes = of.values[expert, pl.ds(k * (TILE // 2), TILE // 2), across]
+        # The exponent of every code, loaded as often as there are codes: a block has 16 pairs.
+        block = k * (TILE // BLOCK) + jnp.arange(TILE // 2, dtype=jnp.int32)[:, None] // (BLOCK // 2)
+        column = across.start + jnp.arange(TILE, dtype=jnp.int32)[None]
+        scales = powers_of_two(of.exponents[expert, block, column])
+        tiles = [(e2m1(half) * scales).astype(dtype) for half in (codes & 15, codes >> 4)]
+    products = [jnp.dot(rows, tile, preferred_element_type=jnp.float32) for rows, tile in zip(left, tiles, strict=True)]
+    return products[0] if len(products) == 1 else products[0] + products[1]
 
 
 def _scaled(total: Array, of: Weights, expert: Array, across: Slice) -> Array:
