@@ -11,6 +11,7 @@ from speculation import FastPrograms
 from tiny_pair import write_pair
 
 from moespec_jax import BudgetConfig, TreeConfig, load
+from moespec_jax.decoding import autoregressive
 from moespec_jax.measure.fidelity import Texts, interval, summary
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.decoder import Decoder, forward, unembed
@@ -58,6 +59,19 @@ def test_exactly_forced_a_text_has_the_probabilities_of_a_plain_pass(model: Mode
     np.testing.assert_array_equal(stats.read, stats.wanted)
     every = Texts(model, TREE, texts, prompts).teacher_force(BudgetConfig(12, score="probability", credit="all"))
     np.testing.assert_array_equal(every.log_probability, stats.log_probability)
+
+
+@pytest.mark.slow
+def test_long_texts_are_read_in_chunks(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has the size of all positions and the vocabulary, and the figures are those of one pass."""
+    texts, prompts = random_texts(), [len(p) for p in PROMPTS]
+    whole = Texts(model, TREE, texts, prompts).teacher_force(TIGHT)
+    monkeypatch.setattr(autoregressive, "PREFILL_CHUNK", 16)
+    chunked = Texts(model, TREE, texts, prompts, batch=2)
+    arrays = jax.tree.leaves([part[1] for part in chunked._parts])
+    assert all(array.shape[2:] == (model.config.hidden_size,) for array in arrays) and len(arrays) == 2
+    for field, one, other in zip(whole._fields, whole, chunked.teacher_force(TIGHT), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5, err_msg=field)  # rows side by side round differently
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ so that one set of weights is in memory at a time. Each set of texts is a task o
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -27,7 +28,7 @@ from moespec_jax.evaluate.divergence import distribution_columns
 from moespec_jax.evaluate.rows import lost_columns, of_set
 from moespec_jax.evaluate.texts import TextSet
 from moespec_jax.measure.ledger import Ledger
-from moespec_jax.measure.text_chunks import TextChunks, in_blocks, read_chunk
+from moespec_jax.measure.text_chunks import TextChunks, hidden_states, in_blocks, read_chunk
 from moespec_jax.nn.decoder import Decoder, unembed
 from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.processes import fetch
@@ -136,7 +137,8 @@ def compare(
         return
     needed = [texts for texts in sets if any(texts in kept for kept in missing.values())]
     batch, prefill = arguments.batch, model.autoregressive(SamplingConfig()).prefill
-    hidden = {id(texts): [list(read(model, prefill, part)) for part in _parts(texts, batch)] for texts in needed}
+    read = partial(hidden_states, model.programs, prefill, model.params)
+    hidden = {id(texts): [list(read(part.texts)) for part in _parts(texts, batch)] for texts in needed}
     first = model.params.replace(layers=(), experts=None)  # pyright: ignore[reportAttributeAccessIssue]
     model.params, model.draft = first, None
     with tqdm(total=sum(map(len, missing.values())), desc="second loadings", unit="set") as bar:
@@ -178,16 +180,6 @@ def task_name(texts: TextSet, second: SecondLoading) -> str:
     return f"{texts.name}, {texts.kind}, {second.name}"
 
 
-def read(model: Model, prefill: TargetPrefill, texts: TextSet) -> Iterator[np.ndarray]:
-    """Read texts; yields the hidden states after the last norm of every chunk."""
-    chunks, state = _begun(model, prefill, texts)
-    specs = (prefill.specs(model.params), cast(Any, BY_SEQUENCE))
-    for _, tokens, start in chunks:
-        given = (tokens[:, :-1], start, chunks.lengths)
-        state, hidden = model.programs.run(read_chunk, prefill, model.params, state, *given, donate=True, specs=specs)
-        yield fetch(hidden)
-
-
 def compare_chunk(
     prefill: TargetPrefill,
     params: Decoder,
@@ -215,7 +207,8 @@ def compare_chunk(
 def _sums(model: Model, first: Decoder, texts: TextSet, hidden: Sequence[np.ndarray]) -> dict[str, list[float]]:
     """Sum the comparisons of each text over the positions whose next token is scored: all from the first root on."""
     prefill, by_text = model.autoregressive(SamplingConfig()).prefill, cast(Any, BY_SEQUENCE)
-    chunks, state = _begun(model, prefill, texts)
+    chunks = TextChunks(model.programs, texts.texts)
+    state = chunks.empty(prefill, model.params)
     names, count = ("kl", "same", "nll_first", "nll"), len(texts.texts)
     specs = (prefill.specs(model.params), cast(Any, dict.fromkeys(names, by_text)))
     ends = np.array([len(text) - 1 for text in texts.texts])
@@ -229,11 +222,6 @@ def _sums(model: Model, first: Decoder, texts: TextSet, hidden: Sequence[np.ndar
         for name in names:
             sums[name] += np.where(scored, fetch(found[name])[:count], 0).sum(axis=1, dtype=np.float64)
     return {name: values.tolist() for name, values in sums.items()} | {"positions": (ends - texts.given).tolist()}
-
-
-def _begun(model: Model, prefill: TargetPrefill, texts: TextSet) -> tuple[TextChunks, PrefillState]:
-    chunks = TextChunks(model.programs, texts.texts)
-    return chunks, chunks.empty(prefill, model.params)
 
 
 def _parts(texts: TextSet, batch: int) -> Iterator[TextSet]:

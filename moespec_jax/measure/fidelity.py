@@ -10,12 +10,20 @@ import numpy as np
 from jaxtyping import Array
 
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.autoregressive import bucket_lengths
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.drafter import SpeculationState
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
-from moespec_jax.measure.teacher_forcing import ForcedStats, forced_stats_specs, log_probabilities, teacher_force
+from moespec_jax.measure.teacher_forcing import (
+    ExactStates,
+    ForcedStats,
+    forced_stats_specs,
+    log_probabilities,
+    teacher_force,
+)
+from moespec_jax.measure.text_chunks import hidden_states
 from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.programs import Programs
@@ -69,17 +77,28 @@ class Texts:
 
     def _begun(
         self, texts: Sequence[Sequence[int]], prompts: Sequence[int], longest: int
-    ) -> tuple[SpeculationState[Any], Array, int]:
-        """Prefill the prompts; also compute the exact log-probabilities of the texts in one plain pass, and count the
-        texts, after which a mesh may need finished ones."""
+    ) -> tuple[SpeculationState[Any], Array | ExactStates, int]:
+        """Prefill the prompts; also compute the exact log-probabilities of the texts, or the states before them, and
+        count the texts, after which a mesh may need finished ones."""
         begun = [list(text[:prompt]) for text, prompt in zip(texts, prompts, strict=True)]
         batch = Batch(begun, [longest] * len(texts), (), 0)
         programs, target, by_text = self.model.programs, self._method.target, cast(Any, BY_SEQUENCE)
         run = Run(programs, self._method, self.model.speculative_params, batch)
         state = with_texts(programs, run.state_after(0), texts, prompts)
+        if len(bucket_lengths(longest)) > 1:
+            return state, self._exact_states(texts, longest), len(texts)
         tokens = programs.put(fetch(state.decoding.tokens)[:, :longest], BY_SEQUENCE)
         exact = programs.run(log_probabilities, target, self.model.params, tokens, specs=by_text)
         return state, exact, len(texts)
+
+    def _exact_states(self, texts: Sequence[Sequence[int]], longest: int) -> ExactStates:
+        """Read texts of more than one chunk as prompts are read: one pass over all, and the log-probabilities of all
+        positions, may have no room."""
+        prefill = self._method.target.prefill
+        chunks = hidden_states(self.model.programs, prefill, self.model.params, texts)
+        states = np.concatenate(list(chunks), axis=1)[:, : longest - 1]
+        padding = [(0, 0), (0, longest - 1 - states.shape[1]), (0, 0)]
+        return ExactStates(self.model.programs.put(np.pad(states, padding), BY_SEQUENCE))
 
 
 def summary(stats: ForcedStats) -> dict[str, Any]:

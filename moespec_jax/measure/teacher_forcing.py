@@ -61,6 +61,13 @@ class ForcedStats(NamedTuple):
     replaced: Float[Array, " texts"]
 
 
+class ExactStates(NamedTuple):
+    """The exact target's hidden states after the last norm, in place of log-probabilities: those of long texts have no
+    room, and are computed for the positions of one round at a time."""
+
+    states: Float[Array, "*texts positions model"]
+
+
 def forced_stats_specs() -> ForcedStats:
     """Sharding of the stats on a mesh."""
     return ForcedStats(*[BY_SEQUENCE] * len(ForcedStats._fields))  # pyright: ignore[reportArgumentType]
@@ -75,22 +82,23 @@ def teacher_force(
     method: Method,
     params: SpeculativeParams[Any],
     state: State,
-    exact: Float[Array, "texts positions vocab"],
+    exact: Float[Array, "texts positions vocab"] | ExactStates,
     most: Int[Array, ""],
 ) -> ForcedStats:
     """Run every text of `state` (its tokens up to `limit`) to its end.
 
-    Under a budget a layer reads at most `most` experts for a text. `exact` are the `log_probabilities` of the texts.
+    Under a budget a layer reads at most `most` experts for a text. `exact` are the `log_probabilities` of the texts, or
+    what they are computed from.
     """
     method = dataclasses.replace(method, restrict=partial(restrict_each, most))
 
     def step(carry: tuple[State, ForcedStats]) -> tuple[State, ForcedStats]:
         state, stats = carry
         accepted, logits, info, after = forced_round(method, params, state)
-        stats = add_rows(method, stats, state.decoding, logits, accepted, exact)
+        stats = add_rows(method, params.target, stats, state.decoding, logits, accepted, exact)
         return after, add_sums(method, stats, ~state.decoding.done, accepted, info)
 
-    start = (state, empty_stats(method, exact))
+    start = (state, empty_stats(method, *jax.tree.leaves(exact)[0].shape[:2]))
     return jax.lax.while_loop(lambda carry: any_unfinished(carry[0].decoding), step, start)[1]
 
 
@@ -118,10 +126,10 @@ def forced_round(
     return accepted, logits, info, dataclasses.replace(state, decoding=decoding, draft=draft, depth_counts=counts)
 
 
-def empty_stats(method: Method, exact: Float[Array, "texts positions vocab"]) -> ForcedStats:
+def empty_stats(method: Method, texts: int, positions: int) -> ForcedStats:
     """Make the stats before the first round: NaN at all positions, sums of 0."""
-    unknown, zero = jnp.full(exact.shape[:2], jnp.nan), jnp.zeros(exact.shape[0])
-    committed = jnp.zeros((exact.shape[0], method.tree.longest_path - 1))
+    unknown, zero = jnp.full((texts, positions), jnp.nan), jnp.zeros(texts)
+    committed = jnp.zeros((texts, method.tree.longest_path - 1))
     return ForcedStats(unknown, unknown, unknown, zero, committed, zero, zero, zero)
 
 
@@ -144,16 +152,17 @@ def take_path(
 
 def add_rows(
     method: Method,
+    target: Decoder,
     stats: ForcedStats,
     decoding: DecodeState,
     logits: Array,
     accepted: Accepted,
-    exact: Array,
+    exact: Array | ExactStates,
 ) -> ForcedStats:
     """Add the committed rows of every unfinished text, at their positions."""
     before = stats.kl, stats.same, stats.log_probability
     limit = jnp.where(decoding.done, 0, decoding.limit)
-    kl, same, log_probability = jax.vmap(partial(_add_rows, method.tree.longest_path))(
+    kl, same, log_probability = jax.vmap(partial(_add_rows, method.tree.longest_path, target))(
         before, decoding.length, limit, decoding.tokens, logits, accepted, exact
     )
     return stats._replace(kl=kl, same=same, log_probability=log_probability)
@@ -161,25 +170,36 @@ def add_rows(
 
 def _add_rows(
     longest: int,
+    target: Decoder,
     before: tuple[Array, Array, Array],
     length: Int[Array, ""],
     limit: Int[Array, ""],
     text: Int[Array, " tokens"],
     logits: Float[Array, "nodes vocab"],
     accepted: Accepted,
-    exact: Float[Array, "positions vocab"],
+    exact: Float[Array, "positions vocab"] | ExactStates,
 ) -> tuple[Array, ...]:
     step = jnp.arange(longest, dtype=jnp.int32)
     position = length - 1 + step
     # The last token of a text has no next token to compare.
-    where = jnp.where((step < accepted.count) & (position < limit - 1), position, exact.shape[0])
-    position = jnp.minimum(position, exact.shape[0] - 1)
-    verified, log_p = jax.nn.log_softmax(logits[accepted.path], axis=-1), exact[position]
+    size = before[0].shape[0]
+    where = jnp.where((step < accepted.count) & (position < limit - 1), position, size)
+    position = jnp.minimum(position, size - 1)
+    verified, log_p = jax.nn.log_softmax(logits[accepted.path], axis=-1), _exact_rows(target, exact, position)
     divergence = jnp.sum(jnp.exp(log_p) * (log_p - verified), axis=-1)
     same = (jnp.argmax(log_p, axis=-1) == jnp.argmax(verified, axis=-1)).astype(jnp.float32)
     next_token = jnp.take_along_axis(verified, text[position + 1][:, None], axis=-1)[:, 0]
     rows = zip(before, (divergence, same, next_token), strict=True)
     return tuple(old.at[where].set(new, mode="drop") for old, new in rows)
+
+
+def _exact_rows(
+    target: Decoder, exact: Array | ExactStates, position: Int[Array, " path"]
+) -> Float[Array, "path vocab"]:
+    """Exact log-probabilities at some positions of one text."""
+    if isinstance(exact, ExactStates):
+        return jax.nn.log_softmax(unembed(target, exact.states[position]), axis=-1)
+    return exact[position]
 
 
 def add_sums(

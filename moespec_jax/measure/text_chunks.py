@@ -2,7 +2,7 @@
 are. On a mesh, its devices share the texts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from moespec_jax.decoding.state_specs import BY_SEQUENCE
 from moespec_jax.decoding.states import PrefillState
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.layers import apply_norm
+from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.padding import in_rows, padded
 from moespec_jax.runtime.programs import Programs
 from moespec_jax.runtime.run import SMALLEST_CACHE
@@ -75,6 +76,18 @@ def read_chunk(
     state, hidden = prefill.read_with_aux(params, state, tokens, start, lengths, last_boundary)
     assert hidden is not None
     return state, apply_norm(hidden, params.norm, prefill.config.rms_norm_eps)
+
+
+def hidden_states(
+    programs: Programs, prefill: TargetPrefill, params: Decoder, texts: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
+    """Read texts; yields the hidden states after the last norm of every chunk, on the host."""
+    chunks = TextChunks(programs, texts)
+    state, specs = chunks.empty(prefill, params), (prefill.specs(params), cast(Any, BY_SEQUENCE))
+    for _, tokens, start in chunks:
+        given = (tokens[:, :-1], start, chunks.lengths)
+        state, hidden = programs.run(read_chunk, prefill, params, state, *given, donate=True, specs=specs)
+        yield fetch(hidden)
 
 
 def in_blocks(function: Callable[..., Any], *rows: Array) -> Any:
