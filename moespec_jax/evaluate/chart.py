@@ -60,6 +60,8 @@ def draw(axes: "Axes", rows: Sequence[dict[str, Any]], name: str, label: str, sc
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(label, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
+    if any(row.get("rounds", 0) is None for row in rows):  # of small numbers, whose labels are long
+        axes.locator_params(axis="x", nbins=4)
     axes.grid(axis="x", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -18,7 +18,7 @@ from moespec_jax.runtime.model import Model
 def measure(model: Model, sets: Sequence[TextSet], specs: Sequence[EvaluatedSpec], batch: int, ledger: Ledger) -> None:
     """Teacher-force all texts under every speculative spec, `batch` at a time; the ledger receives sums by text."""
     drafting = [evaluated for evaluated in specs if evaluated.spec.tree is not None]
-    with tqdm(total=len(sets) * len(drafting), desc="texts", unit="spec", disable=not sets) as bar:
+    with tqdm(total=len(sets) * len(drafting), desc="texts", unit="spec", disable=not (sets and drafting)) as bar:
         for texts in sets:
             prefilled: Texts | None = None
             for evaluated in drafting:

@@ -69,7 +69,7 @@ def text_cells(row: dict[str, Any]) -> list[str]:
     return [
         row["way"],
         output_word(row),
-        within(row, "kl", "{:.4f}"),
+        within(row, "kl", "{:.6f}" if tokens is None else "{:.4f}"),  # forms of the weights differ by little
         within(row, "top1", "{:.1%}"),
         within(row, "perplexity", "{:.3f}"),
         "" if bits is None else within(row, "bits_per_byte", "{:.3f}"),
