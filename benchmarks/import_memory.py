@@ -34,6 +34,7 @@ from moespec_jax.checkpoint.write import write_config, write_safetensors
 from moespec_jax.config import DecoderConfig
 from moespec_jax.files import read_json
 from moespec_jax.nn.backend import BACKENDS
+from moespec_jax.nn.quantization import Quantization
 
 RESULTS = Path(__file__).parent / "results" / "import_memory.json"
 TARGET = 1.3
@@ -109,20 +110,21 @@ def _measure_all(root: Path, config: DecoderConfig):
         write_safetensors(random_source(config, stored), published, max_shard_bytes=size // 4)
         shards = len(set(read_json(published / INDEX)["weight_map"].values()))
         about = {"stored": stored, "stored_bytes": size, "shards": shards}
-        yield _run(about, "convert", "to_orbax", published, converted, size=size)
+        yield run_task(about, "convert", "to_orbax", published, converted, size=size)
         for source in (published, converted):
             for backend in ("switch", "slots"):
                 for dtype in ("float32", "bfloat16"):
                     what = about | {"from": "orbax" if source is converted else "safetensors"}
-                    yield _run(what, "load", backend, dtype, source, size=count * jnp.dtype(dtype).itemsize)
-        yield _run(about, "convert", "to_hf", converted, back, size=size)
+                    yield run_task(what, "load", backend, dtype, source, size=count * jnp.dtype(dtype).itemsize)
+        yield run_task(about, "convert", "to_hf", converted, back, size=size)
         if not same_bytes(config, published, back):
             raise SystemExit("error: expected the same bytes after conversion to orbax and back; they differ")
         for directory in (published, converted, back):
             shutil.rmtree(directory)
 
 
-def _run(about: dict[str, Any], task: str, *words: object, size: int) -> dict[str, Any]:
+def run_task(about: dict[str, Any], task: str, *words: object, size: int) -> dict[str, Any]:
+    """Run a task in a fresh process; returns its peak and the factor over `size` bytes, and prints them."""
     line = " ".join([task, *map(str, words)])
     command = [sys.executable, "-m", "benchmarks.import_memory", "--task", line]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -133,12 +135,12 @@ def _run(about: dict[str, Any], task: str, *words: object, size: int) -> dict[st
     return result
 
 
-def _load(backend: str, dtype: str, directory: str) -> dict[str, Any]:
+def _load(backend: str, dtype: str, directory: str, quantization: Quantization | None = None) -> dict[str, Any]:
     path = Path(directory)
     config = load_config(path)
     jax.block_until_ready(jnp.zeros(1))
     before, started = _peak(), time.perf_counter()
-    params = load_parameters(path, config, BACKENDS[backend], dtype)
+    params = load_parameters(path, config, BACKENDS[backend], dtype, quantization=quantization)
     jax.block_until_ready(params)
     seconds = round(time.perf_counter() - started, 1)
     return {"seconds": seconds, "runtime_bytes": before, "peak_bytes": _peak()}

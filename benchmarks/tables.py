@@ -60,6 +60,15 @@ def import_memory() -> str:
     return _table(["from", "stored as", "on disk", "back-end", "loaded as", "peak / parameters"], rows)
 
 
+def import_quantized() -> str:
+    """List peak memory over the size of the parameters, one row a format and the form of experts in memory."""
+    rows = [
+        [run["stored"], f"{run['stored_bytes'] / 1e9:.2f} GB", ", ".join(run["how"][1:]), f"{run['factor']:.2f}"]
+        for run in _read("import_quantized.json")["runs"]
+    ]
+    return _table(["stored as", "on disk", "loaded as", "peak / parameters"], rows)
+
+
 def tpu_compile() -> str:
     """Return the report of `tpu_compile.py` without its title."""
     return _untitled("tpu_compile.md")
@@ -220,6 +229,7 @@ def made(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "against_transformers": against_transformers,
     "import_memory": import_memory,
+    "import_quantized": import_quantized,
     "tpu_compile": tpu_compile,
     "tpu_speculate": tpu_speculate,
     "tpu_verify": tpu_verify,

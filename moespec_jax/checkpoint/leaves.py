@@ -108,7 +108,7 @@ class HostBuffer:
     """Host memory that is reused for each tensor. Separate allocations, freed between parameters that stay, would
     fragment the heap. Large tensors have their own allocation, which the system reclaims when it is freed."""
 
-    _LARGEST, _ALIGNMENT = 32 << 20, 64
+    _LARGEST, _ALIGNMENT = 128 << 20, 64
 
     def __init__(self) -> None:
         self._small = self._aligned(self._LARGEST)

@@ -128,7 +128,7 @@ def read_tensors(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray
     by_file: dict[Path, list[str]] = {}
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append(name)
-    buffers: dict[str, HostBuffer] = defaultdict(HostBuffer)
+    buffers: dict[int, HostBuffer] = defaultdict(HostBuffer)
     for file, names in by_file.items():
         try:
             with file.open("rb", buffering=0) as data:
@@ -203,17 +203,17 @@ def _read_header(file: Path) -> dict[str, Entry]:
     }
 
 
-def _read(name: str, entry: Entry, data: RawIOBase, buffers: Mapping[str, HostBuffer]) -> np.ndarray:
+def _read(name: str, entry: Entry, data: RawIOBase, buffers: Mapping[int, HostBuffer]) -> np.ndarray:
     """Read a tensor, or the whole matrix that it is part of, from its open file, or compute it from its components.
-    There is a buffer for each suffix of components, and one for the result."""
+    There is a buffer for each place of a component, and one for the result."""
     shape = entry.shape if entry.part is None else entry.part.block
-    array = buffers[""].array(shape, jnp.dtype(CODES[entry.dtype]))
+    array = buffers[-1].array(shape, jnp.dtype(CODES[entry.dtype]))
     if entry.combine is None:
         _fill(array, data, entry.start)
         return array
     components: dict[str, np.ndarray] = {}
-    for suffix, stored in entry.components.items():
-        components[suffix] = buffers[suffix].array(stored.shape, jnp.dtype(COMPONENT_CODES[stored.dtype]))
+    for place, (suffix, stored) in enumerate(entry.components.items()):
+        components[suffix] = buffers[place].array(stored.shape, jnp.dtype(COMPONENT_CODES[stored.dtype]))
         if stored.file == entry.file:
             _fill(components[suffix], data, stored.start)
         else:

@@ -25,6 +25,8 @@ from moespec_jax.nn.summary import summary
 Quantization = Literal["int8", "mxfp4"]
 # Inputs that share a scale in MXFP4.
 BLOCK = 32
+# Rows of a matrix that are quantized at once.
+_STRIP = 256
 
 
 @struct.dataclass
@@ -107,11 +109,20 @@ def quantize_blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantize a matrix `[out, in]`, as published, to MXFP4: codes `[out, in / 2]` and exponents `[out, in / 32]`.
 
     A block's scale is the power of two with which the exponent of its largest weight is that of 4, as OCP specifies;
-    weights are rounded to the nearest code, larger ones than 6 to 6.
+    weights are rounded to the nearest code, larger ones than 6 to 6. In strips of rows, whose copies are small.
 
     Raises:
         ValueError: a weight is not finite.
     """
+    rows, inputs = matrix.shape
+    codes, exponents = np.empty((rows, inputs // 2), np.uint8), np.empty((rows, inputs // BLOCK), np.uint8)
+    for start in range(0, rows, _STRIP):
+        strip = slice(start, start + _STRIP)
+        codes[strip], exponents[strip] = _quantize_strip(matrix[strip])
+    return codes, exponents
+
+
+def _quantize_strip(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks = matrix.astype(np.float32).reshape(len(matrix), -1, BLOCK)
     _, exponents = np.frexp(_finite(np.abs(blocks).max(axis=2)))
     exponents = np.maximum(exponents - 3, -126)
