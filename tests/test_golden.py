@@ -17,10 +17,11 @@ DIRECTORIES = sorted(path.parent for path in (Path(__file__).parent / "golden").
 
 
 def test_every_family_is_there() -> None:
-    assert [path.name for path in DIRECTORIES] == ["gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
+    forms = ["flex_olmo", "glm4_moe", "gpt_oss", "granitemoe", "llama4_text", "mixtral", "olmoe", "phimoe"]
+    assert [path.name for path in DIRECTORIES] == [*forms, "qwen2_moe", "qwen3_moe"]
 
 
-@pytest.mark.slow_except("olmoe-slots", "mixtral-switch", "gpt_oss-slots")
+@pytest.mark.slow_except("olmoe-slots", "mixtral-switch", "gpt_oss-slots", "glm4_moe-slots", "llama4_text-switch")
 @pytest.mark.parametrize("name", ["switch", "slots"])
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda path: path.name)
 def test_golden(directory: Path, name: str) -> None:

@@ -67,7 +67,7 @@ FORMS = [(family, "int8" if number % 2 else "mxfp4") for number, family in enume
 def test_every_family_decodes_on_a_mesh_as_on_one_device(family: str, quantization: str) -> None:
     (found,) = results(["tests/families_spread.py", family, quantization, "data=2,expert=2,tensor=2"], devices=8)
     assert found["mesh"] == found["one"]
-    assert len({token for row in found["one"] for token in row[-16:]}) > 8
+    assert len({token for row in found["one"] for token in row[-16:]}) > 5
 
 
 def same(found: dict[str, Any]) -> None:
