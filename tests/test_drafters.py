@@ -13,7 +13,6 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.generate import main
 from moespec_jax.runtime.drafters import NAMES, NGRAM_TREE, described, named_draft
-from moespec_jax.tune.__main__ import main as tune
 
 IDS = ["--prompt-ids", "5,6,7,8,5,6,7", "--prompt-ids", "9,9,9"]
 HEADS = ["owner/ngram", "./ngram", "ngrams", "none", "NGRAM", "self/head", "./self:1", "C:\\heads\\ngram"]
@@ -89,9 +88,3 @@ def test_a_target_without_experts_does_not_draft_itself(target: Path) -> None:
         named_draft("self", dense)
     drafts = named_draft("self", load_config(target))
     assert drafts is not None and drafts.name == "self:1"
-
-
-def test_the_search_for_a_tree_takes_a_head(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune(["--model", str(target), "--draft-model", "ngram"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "moespec_jax.bench" in err

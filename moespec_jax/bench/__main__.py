@@ -100,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     cases = sweep(arguments, _simulation(arguments))
     model = _model(arguments, list(cases.values()))
+    cases = sweep(arguments, _simulation(arguments), model.draft)
     sets = _prompts(arguments, model)
     for prompts in sets.values():
         check_sweep(list(cases.values()), model, len(prompts))

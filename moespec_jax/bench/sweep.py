@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft
 from moespec_jax.cli.budget_flags import add_rule_flags, parse_budget, rule_of
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
 from moespec_jax.measure.timing import TimingCase, parse_tree
-from moespec_jax.runtime.drafters import check_drafted
+from moespec_jax.runtime.drafters import Draft, check_drafted, menu_of
 from moespec_jax.runtime.model import Model
 
 TREES = ("4/2/1", "8/6/1", "16/4/4", "60/7/10")
@@ -28,7 +29,7 @@ def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
         metavar="SIZE/DEPTH/TOP-K",
         help="draft trees, each as --tree-size, --tree-depth and --tree-top-k of moespec_jax.generate, with one prompt"
         " at a time; auto: every round chooses, as --speculate auto; plain decoding is always measured too (default:"
-        f" {' '.join(TREES)})",
+        f" {' '.join(TREES)}; of a DFlash or DSpark head, those that auto chooses from)",
     )
     which.add_argument(
         "--config-list",
@@ -49,9 +50,10 @@ def add_sweep_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def sweep(
-    arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None
+    arguments: argparse.Namespace, simulate: Callable[[TreeConfig], float] | None = None, draft: Draft | None = None
 ) -> dict[str, TimingCase]:
-    """List all cases by name, plain decoding first. `simulate` returns the simulated accept length of a tree.
+    """List all cases by name, plain decoding first. `simulate` returns the simulated accept length of a tree; where no
+    trees are given, they are those of `draft`.
 
     Raises:
         RequestError: a tree, config or budget is invalid, or appears twice.
@@ -60,7 +62,7 @@ def sweep(
     if arguments.config_list:
         shapes = [parse_config(text) for text in arguments.config_list]
     else:
-        shapes = [(1, _shape(text)) for text in arguments.trees or TREES]
+        shapes = [(1, _shape(text)) for text in arguments.trees or trees_of(draft)]
         if simulate is not None and (1, AUTO) in shapes:
             raise RequestError("expected trees whose acceptance is simulated with --random; got auto")
     batches = list(dict.fromkeys(batch for batch, _ in shapes))
@@ -74,6 +76,11 @@ def sweep(
     if len(named) < len(cases):
         raise RequestError("expected trees and budgets that differ; some of them are the same")
     return named
+
+
+def trees_of(draft: Draft | None) -> Sequence[str]:
+    """Choose the trees where none are given: of a block drafter, chains of its block."""
+    return [tree.name for tree in menu_of(draft)] if isinstance(draft, LoadedBlockDraft) else TREES
 
 
 def _shape(text: str) -> TreeConfig | Literal["auto"] | None:

@@ -4,7 +4,8 @@ Measures what a round costs on this device and what is accepted on these prompts
 times the ten fastest predictions against plain decoding, and writes the fastest measured one to profile.json, which
 python -m moespec_jax.generate reads with --profile (with --speculate auto, the costs of rounds in it). Decoding is
 greedy, one prompt at a time. By default only exact settings are searched (--exact); --max-kl and --min-agreement admit
-expert budgets whose measured loss is within them.
+expert budgets whose measured loss is within them. Of an EAGLE-3 head all trees are predicted; of other drafters a few
+are timed: the chains of a DFlash or DSpark head's block, and trees that suit ngram and self:K.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moespec_jax.checkpoint.head.read import LoadedBlockDraft
+from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.cli.arguments import add_mesh_flag, add_model_flags, load_requested, shown_name
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
@@ -24,11 +25,10 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
-from moespec_jax.runtime.drafters import NamedDraft
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import device_name, versions
 from moespec_jax.runtime.tuned_profile import write_profile
-from moespec_jax.tune.candidates import grid
+from moespec_jax.tune.candidates import DEPTH, SIZES, TOP_KS, requested_grid, search_space
 from moespec_jax.tune.cost import TERMS
 from moespec_jax.tune.report import bound_text, draw, rows, table, verdict
 from moespec_jax.tune.round_times import cost_tables
@@ -68,22 +68,26 @@ def _parser() -> argparse.ArgumentParser:
         help="smallest share of tokens whose most probable choice is that of the exact target",
     )
     group = parser.add_argument_group("search space")
-    group.add_argument("--tree-depth", type=int, default=7, metavar="D", help="largest depth of a tree (default: 7)")
+    group.add_argument(
+        "--tree-depth",
+        type=int,
+        metavar="D",
+        help=f"largest depth of a tree (default: {DEPTH}; without these three flags, the trees that suit a drafter"
+        " without an EAGLE-3 head)",
+    )
     group.add_argument(
         "--tree-top-ks",
         type=int,
         nargs="+",
-        default=[1, 2, 4, 10],
         metavar="K",
-        help="widths of trees; 1 is a chain (default: 1 2 4 10)",
+        help=f"widths of trees; 1 is a chain (default: {' '.join(map(str, TOP_KS))})",
     )
     group.add_argument(
         "--tree-sizes",
         type=int,
         nargs="+",
-        default=[4, 6, 8, 12, 16, 24, 32, 48, 60],
         metavar="N",
-        help="tokens verified in one pass, of trees wider than a chain (default: 4 6 8 12 16 24 32 48 60)",
+        help=f"tokens verified in one pass, of trees wider than a chain (default: {' '.join(map(str, SIZES))})",
     )
     group.add_argument(
         "--budgets",
@@ -104,33 +108,22 @@ def _run(arguments: argparse.Namespace) -> None:
     bound = _bound(arguments)
     require_matplotlib()
     check_prompt_sets(arguments)
-    try:
-        trees = grid(arguments.tree_depth, arguments.tree_top_ks, arguments.tree_sizes)
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-    if not trees or arguments.repeats < 1 or arguments.tokens < 2:
+    space = arguments.tree_depth, arguments.tree_top_ks, arguments.tree_sizes
+    if not requested_grid(*space) or arguments.repeats < 1 or arguments.tokens < 2:
         raise RequestError("expected at least one tree to search, one repeat and two tokens")
     model = load_requested(arguments)
     if model.draft is None:
         raise RequestError(
-            "expected a draft head to draft trees with (--draft-model); the model was loaded without one"
+            "expected a draft head or another drafter to draft trees with (--draft-model); the model was loaded without"
+            " one"
         )
-    if isinstance(model.draft, LoadedBlockDraft):
-        raise RequestError(
-            f"expected an EAGLE-3 head, whose trees are predicted; {model.draft.name} drafts chains of its block:"
-            " --speculate auto chooses among them"
-        )
-    if isinstance(model.draft, NamedDraft):
-        raise RequestError(
-            f"expected a draft head, whose trees are predicted; the drafter {model.draft.name} is timed by python -m"
-            " moespec_jax.bench"
-        )
+    trees = search_space(model.draft, *space)
     sets = prompt_sets(model, arguments)
     prompts = [prompt for prompts in sets.values() for prompt in prompts]
     search = SearchConfig(bound, trees, _budgets(arguments.budgets, model), arguments.tokens, arguments.repeats)
     about = _about(model, arguments, {name: len(prompts) for name, prompts in sets.items()})
     arguments.output.mkdir(parents=True, exist_ok=True)
-    flags = {name: getattr(arguments, name) for name in ("tree_depth", "tree_top_ks", "tree_sizes", "longest_prompt")}
+    flags = _space(arguments, model) | {"longest_prompt": arguments.longest_prompt}
     whole = about | flags | {"budgets": search.budgets, "bound": bound._asdict(), "repeats": search.repeats}
     ledger = Ledger(arguments.output / "tune.jsonl", whole)
     outcome = find_fastest(model, prompts, search, ledger)
@@ -138,6 +131,19 @@ def _run(arguments: argparse.Namespace) -> None:
     costs = cost_tables(outcome.timed, lambda spec: model.costs_identity(spec, 1) | names)
     _write(outcome, bound, about, costs, arguments.output)
     write_tables(f"{table(outcome)}\n\n{verdict(outcome, bound)}\nprofile: {arguments.output / 'profile.json'}\n")
+
+
+def _space(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """Describe the searched trees in the ledger."""
+    given = {
+        "tree_depth": arguments.tree_depth,
+        "tree_top_ks": arguments.tree_top_ks,
+        "tree_sizes": arguments.tree_sizes,
+    }
+    if not isinstance(model.draft, LoadedDraft):
+        return given
+    whole = {"tree_depth": DEPTH, "tree_top_ks": list(TOP_KS), "tree_sizes": list(SIZES)}
+    return {name: whole[name] if value is None else value for name, value in given.items()}
 
 
 def _bound(arguments: argparse.Namespace) -> Bound:

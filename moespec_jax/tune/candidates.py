@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft, LoadedDraft
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
+from moespec_jax.errors import RequestError
+from moespec_jax.runtime.drafters import NGRAM_MENU, Draft, NamedDraft, check_drafted
 from moespec_jax.tune.cost import Cost
 from moespec_jax.tune.replay import replay
 
@@ -26,6 +29,19 @@ ANCHORS = [
     TreeConfig(5, 8, 32), TreeConfig(7, 10, 60),
 ]  # fmt: skip
 BUDGETED_ANCHORS = [TreeConfig(4, 4, 16), TreeConfig(7, 10, 60)]
+# The grid of an EAGLE-3 head, whose trees are predicted.
+DEPTH, TOP_KS, SIZES = 7, (1, 2, 4, 10), (4, 6, 8, 12, 16, 24, 32, 48, 60)
+# Trees of n-grams, which are all timed: any depth costs the same, so that each size and width has one.
+NGRAM_TREES = (
+    TreeConfig(2, 1, 4),
+    TreeConfig(6, 1, 8),
+    TreeConfig(14, 1, 16),
+    *NGRAM_MENU,
+    TreeConfig(6, 4, 16),
+    TreeConfig(14, 4, 32),
+)
+# The most trees of another drafter than an EAGLE-3 head, since each is timed.
+MOST_TIMED = 32
 
 
 class Candidate(NamedTuple):
@@ -69,6 +85,41 @@ def grid(depth: int, top_ks: Iterable[int], sizes: Iterable[int]) -> list[TreeCo
     return trees
 
 
+def requested_grid(depth: int | None, top_ks: Sequence[int] | None, sizes: Sequence[int] | None) -> list[TreeConfig]:
+    """List the grid of these depth, widths and sizes; None for the default.
+
+    Raises:
+        RequestError: a number is out of range.
+    """
+    try:
+        return grid(DEPTH if depth is None else depth, top_ks or TOP_KS, sizes or SIZES)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def search_space(
+    draft: Draft, depth: int | None, top_ks: Sequence[int] | None, sizes: Sequence[int] | None
+) -> list[TreeConfig]:
+    """List the trees to search: the requested grid, as far as the drafter drafts it. Without a request, of other
+    drafters than EAGLE-3 heads all chains of the block, or trees that are worth a choice.
+
+    Raises:
+        RequestError: a number is out of range, or no tree is left, or too many to time them all.
+    """
+    trees = requested_grid(depth, top_ks, sizes)
+    if isinstance(draft, LoadedDraft):
+        return trees
+    if depth is top_ks is sizes is None:
+        return _own_trees(draft)
+    drafted = [tree for tree in trees if _is_drafted(draft, tree)]
+    if not 0 < len(drafted) <= MOST_TIMED:
+        raise RequestError(
+            f"expected 1 to {MOST_TIMED} trees that {draft.name} drafts, since all are timed; got {len(drafted)}: give"
+            " other --tree-depth, --tree-top-ks or --tree-sizes, or none of them"
+        )
+    return drafted
+
+
 def exact_candidates(
     trees: Sequence[TreeConfig], ranks: Mapping[int, np.ndarray], experts: Mapping[int, float], cost: Cost
 ) -> list[Candidate]:
@@ -85,6 +136,13 @@ def exact_candidates(
         count = float(np.interp(tree.size, list(experts), list(experts.values())))
         length = replay(ranks[tree.top_k], tree).accept_length
         found.append(Candidate(tree.name, DecodingSpec(tree), length, count, cost.round_s(tree, count)))
+    return sorted(found, key=lambda c: -c.tokens_per_s)
+
+
+def timed_candidates(timed: Mapping[TreeConfig, tuple[float, float, float]]) -> list[Candidate]:
+    """Make candidates of trees that were timed, by their measured tokens a round, experts and seconds; the fastest
+    comes first."""
+    found = [Candidate(tree.name, DecodingSpec(tree), *measured) for tree, measured in timed.items()]
     return sorted(found, key=lambda c: -c.tokens_per_s)
 
 
@@ -110,3 +168,21 @@ def budgeted_candidate(
     loss = {key: measured[key] for key in ("kl", "kl_95", "top1", "top1_95")}
     length, experts = measured["accept_length"], measured["experts_read"]
     return Candidate(name, DecodingSpec(tree, budget), length, experts, cost.round_s(tree, experts), loss)
+
+
+def _own_trees(draft: LoadedBlockDraft | NamedDraft) -> list[TreeConfig]:
+    """List all chains of a block; of n-grams trees of each size and width; of the target itself all short chains."""
+    if isinstance(draft, LoadedBlockDraft):
+        return [TreeConfig(depth, 1, depth + 2) for depth in range(draft.config.drafted)]
+    if draft.name == "ngram":
+        return list(NGRAM_TREES)
+    deepest = max(tree.depth for tree in draft.menu)
+    return [TreeConfig(depth, 1, depth + 2) for depth in range(deepest + 1)]
+
+
+def _is_drafted(draft: Draft, tree: TreeConfig) -> bool:
+    try:
+        check_drafted(draft, tree)
+    except RequestError:
+        return False
+    return True

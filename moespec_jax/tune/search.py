@@ -1,9 +1,10 @@
 """Search for the fastest setting within a bound on its loss.
 
-The cost of a round is fitted to a few timed settings (`cost.py`). The acceptance of every tree comes from drafting at
-every position of the model's own continuations (`replay.py`); loss, acceptance and experts of a budget come from
-teacher forcing of these continuations. From this the speed of every candidate is predicted. The fastest predictions are
-timed in turns with plain decoding, and the fastest measured setting is chosen.
+The cost of a round is fitted to a few timed settings (`cost.py`). The acceptance of every tree of an EAGLE-3 head comes
+from drafting at every position of the model's own continuations (`replay.py`); the trees of other drafters, which are
+few, are all timed instead. Loss, acceptance and experts of a budget come from teacher forcing of the continuations.
+From this the speed of every candidate is predicted. The fastest predictions are timed in turns with plain decoding, and
+the fastest measured setting is chosen.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from moespec_jax.checkpoint.head.read import LoadedDraft
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.spec import DecodingSpec
@@ -29,6 +31,7 @@ from moespec_jax.tune.candidates import (
     Candidate,
     budgeted_candidate,
     exact_candidates,
+    timed_candidates,
     trees_for_budgets,
 )
 from moespec_jax.tune.cost import Cost, Measured, fit, interpolate_experts
@@ -128,8 +131,11 @@ def find_fastest(model: Model, prompts: Sequence[Sequence[int]], search: SearchC
     cost, experts = fit(measured), interpolate_experts([one for one in measured if not one.budgeted])
     longest = max(tree.depth for tree in search.trees) + 1
     texts: list[list[int]] = ledger.task("texts", lambda: continued(model, prompts, search.tokens + longest))
-    ranks = draft_at_all_positions(model, texts, search, ledger)
-    exact = exact_candidates(search.trees, ranks, experts, cost)
+    if isinstance(model.draft, LoadedDraft):
+        ranks = draft_at_all_positions(model, texts, search, ledger)
+        exact = exact_candidates(search.trees, ranks, experts, cost)
+    else:
+        exact = _timed_trees(search.trees, measured, anchors)
     budgeted = measure_budgets(model, texts, search, exact, cost, ledger)
     allowed = [c for c in budgeted if search.bound.allows(c)]
     best = sorted([*exact, *allowed], key=lambda c: -c.tokens_per_s)[:FINALISTS]
@@ -145,10 +151,9 @@ def time_anchors(
 ) -> tuple[list[Measured], list[Timed]]:
     """Time the settings that the cost of a round is fitted to, and those that a profile's costs must have: plain
     decoding and the trees of the menu."""
-    narrowest, widest = min(tree.top_k for tree in search.trees), max(tree.top_k for tree in search.trees)
-    anchors = [tree for tree in (*ANCHORS, *menu_of(model.draft)) if narrowest <= tree.top_k <= widest]
+    anchors, budgeted = anchors_of(model, search.trees)
     cases = {PLAIN: TimingCase(), **{tree.name: TimingCase(DecodingSpec(tree)) for tree in anchors}}
-    for tree in BUDGETED_ANCHORS:
+    for tree in budgeted:
         for budget in (min(search.budgets), max(search.budgets)):
             cases[f"{tree.name} B={budget}"] = TimingCase(DecodingSpec(tree, BudgetConfig(budget)))
     turns = time_interleaved(model, prompts, cases, search.tokens, ANCHOR_REPEATS, ledger, label="anchor")
@@ -159,6 +164,24 @@ def time_anchors(
             seconds, experts = spread(one.seconds)["median"], turns[0][name]["experts_read"]
             found.append(Measured(one.spec.tree, experts, seconds, one.spec.budget is not None))
     return found, timed
+
+
+def anchors_of(model: Model, trees: Sequence[TreeConfig]) -> tuple[list[TreeConfig], list[TreeConfig]]:
+    """Choose the trees to time without and with budgets: a few of an EAGLE-3 head, all of another drafter; and those of
+    the menu."""
+    menu = menu_of(model.draft)
+    if not isinstance(model.draft, LoadedDraft):
+        by_size = sorted(trees, key=lambda tree: tree.size)
+        return [*trees, *menu], list(dict.fromkeys((by_size[len(by_size) // 2], by_size[-1])))
+    narrowest, widest = min(tree.top_k for tree in trees), max(tree.top_k for tree in trees)
+    return [tree for tree in (*ANCHORS, *menu) if narrowest <= tree.top_k <= widest], BUDGETED_ANCHORS
+
+
+def _timed_trees(trees: Sequence[TreeConfig], measured: Sequence[Measured], timed: Sequence[Timed]) -> list[Candidate]:
+    """Make candidates of trees that are among the anchors, by their seconds, experts and tokens a round."""
+    own = {one.tree: one for one in measured if not one.budgeted}
+    gained = {one.spec.tree: one.tokens[0] for one in timed if one.spec.budget is None}
+    return timed_candidates({tree: (gained[tree], own[tree].experts, own[tree].round_s) for tree in trees})
 
 
 def draft_at_all_positions(
