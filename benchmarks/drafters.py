@@ -148,12 +148,18 @@ def own_agreement(model: Model, count: int) -> Iterator[dict[str, Any]]:
 
 def random_agreement() -> Iterator[dict[str, Any]]:
     """Measure how often a random target of each family agrees with itself at K experts a token."""
+    for name, model, prompts in random_targets():
+        yield from agreement(name, model, prompts)
+
+
+def random_targets() -> Iterator[tuple[str, Model, list[list[int]]]]:
+    """Make a random target of each family: its name, the model, and prompts for it."""
     prompts = np.random.default_rng(0).integers(0, _SHAPE["vocab_size"], (16, 32)).tolist()
     for family, fields in FAMILIES.items():
         config = read_config(_SHAPE | fields | {"model_type": family})
         params = random_decoder(config, BACKENDS["switch"], jax.random.key(0), "float32")
         model = Model(config, params, BACKENDS["switch"], jnp.dtype("float32"), None, (), Path(f"random {family}"))
-        yield from agreement(f"random, {family}", model, prompts)
+        yield f"random, {family}", model, prompts
 
 
 def agreement(target: str, model: Model, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
