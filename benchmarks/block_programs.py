@@ -41,7 +41,7 @@ from moespec_jax.decoding.accept import accept_rule
 from moespec_jax.decoding.autoregressive import Autoregressive
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.dflash_drafter import DFlashDrafter
-from moespec_jax.decoding.drafter import Drafter, SpeculativeParams
+from moespec_jax.decoding.drafter import SpeculativeParams
 from moespec_jax.decoding.eagle3_drafter import Eagle3Drafter
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.speculative import Speculative
@@ -115,7 +115,7 @@ def round_of(
     config: DecoderConfig, head: dict[str, Any] | None, budget: float | None, backend: Backend
 ) -> tuple[Speculative[Any, Any], SpeculativeParams[Any], Any]:
     """Method, parameters and state of a round, as shapes."""
-    drafter: Drafter[Any, Any]
+    drafter: Any  # of either kind
     if head is None:
         eagle = draft_config(MODEL, config, boundaries=(0, 2, 4))
         drafter, weights, tree = Eagle3Drafter(eagle, backend), abstract_head(eagle), TreeConfig(6, 1, 8)
