@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import pytest
 
+from moespec_jax.nn.backend import BACKENDS
+
 REPORT = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "gpu_programs.json").read_text())
 ROWS = {(row["model"], row["gpu"], row["program"]): row for row in REPORT["after"]}
 NUMBERS = ("kernels_per_layer", "draft_level", "rest", "temp_mb")
@@ -48,11 +50,14 @@ def not_cached() -> Iterator[None]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None,
     reason='the CUDA compiler is not installed; it needs no GPU: pip install "jax[cuda12]"',
 )
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.skipif(REPORT["versions"]["jax"] != jax.__version__, reason="the table is of another version of JAX")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("not_cached")
@@ -63,3 +68,17 @@ def test_no_number_of_the_table_grows(case: tuple[str, str, str]) -> None:
     from benchmarks.gpu_launches import count
 
     assert grown(count(*case), ROWS[case]) == []
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("not_cached")
+@pytest.mark.parametrize("model", ["OLMoE-1B-7B", "Qwen3-30B-A3B"])
+def test_the_default_chain_writes_no_product_of_a_weight(model: str) -> None:
+    """A level of a chain has one row, for which XLA may write the elementwise product of a matrix and the row."""
+    from benchmarks.gpu_launches import written
+    from benchmarks.gpu_programs import examine
+
+    row = examine(model, BACKENDS["fused"], "sm_90", "chain 4/2/1", layers=4)
+    assert not any("bf16" in name for name in written(row["large_values"]))

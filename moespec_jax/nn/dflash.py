@@ -152,7 +152,8 @@ def block_forward(
         q, (k, v) = backend.write_qkv(config, layer.attention, h, angles, (kv[0], kv[1]), cache.length, None, heads)
         keys.append(k)
         values.append(v)
-        x = finish_layer(config, layer, x, backend.attention(q, k, v, None, masks[kind]), head.sharding)
+        attended = backend.attention(q, k, v, None, masks[kind])
+        x = finish_layer(config, layer, x, attended, head.sharding, backend.output_projection)
     return rms_norm(x, head.norm, config.rms_norm_eps), dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.config import DraftConfig
 from moespec_jax.dflash_config import DFlashConfig
-from moespec_jax.nn.attention import Attention, output_projection
+from moespec_jax.nn.attention import Attention, OutputProjection, output_projection
 from moespec_jax.nn.backend import PLAIN, Backend
 from moespec_jax.nn.cache import Cache
 from moespec_jax.nn.layers import GatedMlp, gated_mlp, rms_norm, rope_angles
@@ -132,7 +132,8 @@ def draft_forward(
         q, (k, v) = backend.write_qkv(config, layer.attention, h, (cos, sin), kv, cache.length, None, heads)
         keys.append(k)
         values.append(v)
-        x = finish_layer(config, layer, x, backend.attention(q, k, v, None, mask), head.sharding)
+        attended = backend.attention(q, k, v, None, mask)
+        x = finish_layer(config, layer, x, attended, head.sharding, backend.output_projection)
     return x, dataclasses.replace(cache, k=tuple(keys), v=tuple(values))
 
 
@@ -159,9 +160,10 @@ def finish_layer(
     x: Float[Array, "batch tokens model"],
     attended: Float[Array, "batch tokens q_out"],
     sharding: ShardingPlan = REPLICATED,
+    project: OutputProjection = output_projection,
 ) -> Float[Array, "batch tokens model"]:
     """Add the projected output of attention, then the MLP, to the residual stream `x`."""
-    x = x + output_projection(layer.attention, attended, sharding.heads)
+    x = x + project(layer.attention, attended, sharding.heads)
     rows = rms_norm(x, layer.post_attention_norm, config.rms_norm_eps).reshape(-1, config.hidden_size)
     return x + psum(gated_mlp(rows, layer.mlp, config.hidden_act), sharding.ffn).reshape(x.shape)
 
