@@ -58,11 +58,11 @@ def test_two_processes_give_what_one_device_gives() -> None:
     same(first)
 
 
-# Experts' axes and scales of each form of quantization are split in every family; quickly in two.
+# Both forms of quantization, which a mesh splits with the experts.
 FORMS = [(family, "int8" if number % 2 else "mxfp4") for number, family in enumerate(FAMILIES)]
 
 
-@pytest.mark.slow_except("glm4_moe-mxfp4")
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "quantization"), FORMS, ids=["-".join(form) for form in FORMS])
 def test_every_family_decodes_on_a_mesh_as_on_one_device(family: str, quantization: str) -> None:
     (found,) = results(["tests/families_spread.py", family, quantization, "data=2,expert=2,tensor=2"], devices=8)
