@@ -51,6 +51,21 @@ def auto_cpu(report: dict[str, Any]) -> Table:
     return ["prompts", "output", "over plain", "best fixed", "over best fixed", "worst text over plain", "rounds"], rows
 
 
+def menu_compile(menus: dict[str, Any], cpu: dict[str, Any]) -> Table:
+    """Compare compilation and memory of the default tree alone and of the whole menu, one row a device."""
+    alone, menu = (cpu["compile"][name]["compile_s"] for name in ("4/2/1", "auto"))
+    rows = [["CPU", "the embedded pair, with prefill", f"{alone:.0f} s", f"{menu:.0f} s", "", ""]]
+    for chip, report in menus.items():
+        first, *shapes = report["rows"]
+        code = sum(row["code_mb"] for row in shapes)
+        rows.append(
+            [chip, report["model"], f"{first['compile_s']:.0f} s", f"{sum(row['compile_s'] for row in shapes):.0f} s"]
+            + [f"{first['temp_mb']:.0f} → {max(row['temp_mb'] for row in shapes):.0f} MB"]
+            + [f"{first['code_mb']:.0f} → {code:.0f} MB" if code else ""]
+        )
+    return ["compiled for", "model", "4/2/1 alone", "whole menu", "temporaries", "code"], rows
+
+
 def _times(ratio: dict[str, float]) -> str:
     return f"**{ratio['median']:.2f}x** ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
@@ -59,5 +74,6 @@ def _times(ratio: dict[str, float]) -> str:
 TABLES: dict[str, tuple[Callable[..., Table], tuple[str, ...]]] = {
     "choosing_cpu": (choosing_cpu, ("budget_speed.json",)),
     "auto_cpu": (auto_cpu, ("auto.json",)),
+    "menu_compile": (menu_compile, ("menu_compile.json", "auto.json")),
     "tune_check": (tune_check, ("tune_check.json",)),
 }
