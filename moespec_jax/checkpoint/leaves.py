@@ -111,13 +111,17 @@ class HostBuffer:
     _LARGEST, _ALIGNMENT = 128 << 20, 64
 
     def __init__(self) -> None:
-        self._small = self._aligned(self._LARGEST)
+        self._small = self._aligned(0)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Return uninitialised memory, aligned so that XLA:CPU reads it in place; it is valid until the next call."""
         size = math.prod(shape) * dtype.itemsize
-        memory = self._small[:size] if size <= self._LARGEST else self._aligned(size)
-        return memory.view(dtype).reshape(shape)
+        if size > self._LARGEST:
+            return self._aligned(size).view(dtype).reshape(shape)
+        if size > len(self._small):
+            # Grown in powers of two, so that little is freed on the way.
+            self._small = self._aligned(1 << (size - 1).bit_length())
+        return self._small[:size].view(dtype).reshape(shape)
 
     def _aligned(self, size: int) -> np.ndarray:
         memory = np.empty(size + self._ALIGNMENT, np.uint8)
