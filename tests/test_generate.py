@@ -217,9 +217,13 @@ def test_a_second_start_finds_its_programs(directory: Path, tmp_path: Path) -> N
         assert (done.returncode, done.stderr) == (0, "")
         return json.loads(done.stdout)
 
-    first, second = start(), start()
-    assert list((tmp_path / "moespec_jax" / "xla").iterdir())
-    assert second["compile_s"] < 0.6 * first["compile_s"]
+    def programs() -> set[str]:
+        return {path.name for path in (tmp_path / "moespec_jax" / "xla").iterdir()}
+
+    first, kept = start(), programs()
+    second = start()
+    # By what is written, not by seconds: the programs of a tiny model compile about as fast as they load.
+    assert kept and programs() == kept
     assert second["prompts"] == first["prompts"]
 
 

@@ -28,6 +28,7 @@ from moespec_jax.nn.decoder import forward
 from moespec_jax.nn.experts.distinct_gpu import list_distinct, sum_places
 from moespec_jax.nn.norm_gpu import fused_add_norm
 from moespec_jax.nn.qkv_gpu import fused_qkv
+from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.nn.routing import Routing, route
 from moespec_jax.nn.routing_gpu import choose
 from moespec_jax.nn.shortlist_gpu import fused_shortlist
@@ -283,10 +284,11 @@ def test_what_does_not_fit_runs_in_plain_operations(change: dict[str, Any], expe
 
 @pytest.mark.slow
 def test_the_script_for_a_card_finds_every_kernel_right_and_goes_on_where_one_fails() -> None:
-    config = read_config(tiny.CONFIG | {"hidden_size": 64, "head_dim": 64, "num_experts": 16})
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "head_dim": 64, "num_experts": 16}
+    config = read_config(tiny.CONFIG | sizes)
     errors = {case.name: error_of(case) for case in cases_of(config, 3, interpret=True)}
     wrong = {name: error for name, error in errors.items() if isinstance(error, str) or not error <= TOLERANCE}
-    assert len(errors) == 8 and wrong == {}
+    assert len(errors) == 8 + 1 + len(QUANTIZATIONS) and wrong == {}
 
     def fails(x: jax.Array) -> jax.Array:
         raise NotImplementedError("not lowered")
