@@ -143,7 +143,7 @@ def abstract_block_head(config: DFlashConfig) -> DFlashHead:
 
 
 def examine(chip: str, program: str, layers: int) -> dict[str, Any]:
-    """What the compiler says of one program of a target of so many layers."""
+    """Compile one program of a target of so many layers; returns the compiler's statistics."""
     config, (head, budget) = with_layers(read_config(MODELS[MODEL]), layers), PROGRAMS[program]
     method, params, state = round_of(config, head, budget, BACKENDS[BACKEND[chip]])
     device, number = device_of(chip), jax.ShapeDtypeStruct((), jnp.int32)

@@ -1,4 +1,4 @@
-"""Tables of docs/drafters.md: what drafters without a head gain and cost, and what compilers say of block drafting.
+"""Tables of docs/drafters.md: gain and cost of drafters without a head, and statistics of compiled block drafting.
 
 Each function returns head and rows.
 """
@@ -61,7 +61,7 @@ def _by_experts(rows: list[dict[str, Any]], column: str, cell: Callable[[dict[st
 
 
 def block_programs(report: dict[str, Any]) -> Table:
-    """List what the compilers say of rounds of block drafting, one row a chip and program."""
+    """List the compilers' statistics of rounds of block drafting, one row a chip and program."""
     found = []
     for chip in ("v5e", "sm_90"):
         for row in report.get(chip, {"rows": []})["rows"]:

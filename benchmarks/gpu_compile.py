@@ -94,7 +94,7 @@ def examine(config: DecoderConfig, gpu: str) -> list[dict[str, Any]]:
 def row(
     config: DecoderConfig, gpu: str, backend: str, tokens: int, slots: int, stored: Quantization | None = None
 ) -> dict[str, Any]:
-    """What the compiler makes of one model's experts, in bfloat16 or quantized, on one GPU."""
+    """Compile one model's experts, in bfloat16 or quantized, for one GPU; returns temporaries and copies."""
     compute = COMPUTES[backend](config.expert_activation)
     with lowering_for(gpu):
         lowered = jax.jit(compute).lower(*_arguments(config, gpu, tokens, slots, stored))

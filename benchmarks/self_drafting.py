@@ -1,4 +1,4 @@
-"""What it costs a target to draft with K of its experts; how often it agrees is in `drafters.json`:
+"""Cost of a pass of a target with K of its experts; how often it agrees is in `drafters.json`:
 
     python -m benchmarks.self_drafting --out benchmarks/results
 

@@ -1,5 +1,5 @@
-"""What devices that share a vocabulary exchange: the best of each shard, in place of all logits. `jax.vmap` with names
-of axes stands for the devices; the whole vocabulary on one device is the reference."""
+"""Exchange between devices that share a vocabulary: the best of each shard, in place of all logits. `jax.vmap` with
+names of axes stands for the devices; the whole vocabulary on one device is the reference."""
 
 from collections.abc import Callable
 from functools import partial

@@ -104,7 +104,7 @@ def test_a_seed_gives_plain_decoding_s_tokens(name: str, drafts: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_greedy_drafts_are_others(name: str) -> None:
-    """Of the same text: which tokens a round drafts differs, and so does where rounds begin."""
+    """Texts are equal; which tokens a round drafts differs, and so does where rounds begin."""
     runs = [
         decode(drafting(name, drafts, SamplingConfig(1.0), TreeConfig(2, 1, 4)), FastPrograms(), PROMPTS, NEW)
         for drafts in ("sampled", "greedy")

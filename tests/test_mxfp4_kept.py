@@ -143,7 +143,7 @@ def test_every_form_computes_what_it_does_of_dequantized_matrices(
 
 
 def test_the_sum_of_both_halves_is_the_product() -> None:
-    """As it is computed on a TPU: in another order, and so to rounding."""
+    """The product of a TPU sums in another order, and so is equal to rounding."""
     rng = np.random.default_rng(0)
     matrix, x = kept(rng.normal(size=(96, 64))), jnp.asarray(rng.normal(size=(5, 64)), jnp.float32)
     expected = np.asarray(x, np.float64) @ np.asarray(widened(matrix, jnp.dtype(jnp.float32)), np.float64)

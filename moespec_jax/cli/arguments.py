@@ -18,6 +18,9 @@ from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.profile_costs import read_costs
 from moespec_jax.runtime.tuned_profile import read_profile
 
+# Of weights and activations.
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def load_requested(arguments: argparse.Namespace, *budgets: BudgetConfig | None) -> Model:
     """Load the model and draft head of the flags; budgets are checked before weights are read.
@@ -166,7 +169,7 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--offline", action="store_true", help="load hub repositories from the local cache only")
     group.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=DTYPES,
         help="dtype of weights and activations (default: float32 on CPU, bfloat16 elsewhere)",
     )
     group.add_argument(

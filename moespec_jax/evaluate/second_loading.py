@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config
-from moespec_jax.cli.arguments import load_requested, short_name
+from moespec_jax.cli.arguments import DTYPES, load_requested, short_name
 from moespec_jax.decoding.autoregressive import TargetPrefill
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.state_specs import BY_SEQUENCE
@@ -33,8 +33,6 @@ from moespec_jax.nn.decoder import Decoder, unembed
 from moespec_jax.nn.quantization import QUANTIZATIONS
 from moespec_jax.parallel.processes import fetch
 from moespec_jax.runtime.model import Model
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)

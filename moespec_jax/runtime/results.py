@@ -118,7 +118,7 @@ class RunResult:
 
     @property
     def keeps_format(self) -> bool:
-        """Whether the experts are kept in the checkpoint's own format, so that quantization changes nothing."""
+        """Test whether the experts are kept in the checkpoint's own format, so that quantization changes nothing."""
         return self.quantization == "mxfp4" and (self.checkpoint_format or "").startswith("MXFP4")
 
     @property

@@ -2,6 +2,7 @@
 
 import argparse
 
+from moespec_jax.cli.arguments import DTYPES
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.run import Pace
@@ -139,7 +140,7 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=DTYPES,
         help="dtype of the target and of arithmetic (default: float32 on CPU, bfloat16 elsewhere)",
     )
     group.add_argument(

@@ -81,14 +81,14 @@ def block_scores(
     def score(rows: Array, recurrent: Array, step: Array) -> tuple[StepScore, Array]:
         at = anchors + step  # the target's row that draws the same token
         inside, at = at < tokens.shape[1], jnp.minimum(at, tokens.shape[1] - 1)
-        wanted, reachable, counted, before = (
+        best, reachable, counted, before = (
             jnp.take_along_axis(x, at, axis=1) for x in (choice, teacher.reachable, counts, tokens)
         )
         counted = counted & inside
         trained = counted & reachable
         logits, recurrent = _biased_logits(config, head, rows, before, recurrent)
         target = jnp.take_along_axis(teacher.logits, at[:, :, None], axis=1)
-        hits = trained & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == wanted)
+        hits = trained & (jnp.argmax(logits, axis=-1).astype(jnp.int32) == best)
         losses = jnp.where(trained, loss(target, logits), 0.0)
         confidence = None
         if head.confidence is not None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moespec_jax.checkpoint.chat import render
 from moespec_jax.checkpoint.conversation import Conversation
+from moespec_jax.cli.arguments import DTYPES
 from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.errors import RequestError, UnusableConversation
 from moespec_jax.files import writing
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: %(default)s)")
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=DTYPES,
         help="dtype of weights and activations (default: float32 on CPU, bfloat16 elsewhere)",
     )
     return parser
