@@ -5,7 +5,8 @@ of the conversation are kept, so that each turn reads its own tokens only. The
 conversation is written to a file after every piece of text; --conversation
 FILE goes on with one. Ctrl-C ends an answer and keeps what there is of it.
 
-The model needs a chat template. Flags are those of python -m moespec_jax.generate.
+The model needs a chat template. The flags of model, sampling, tree and budget
+are those of python -m moespec_jax.generate.
 """
 
 import argparse

@@ -154,9 +154,9 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft-model",
         metavar="HEAD",
-        help="EAGLE-3 draft head: a directory or a hub id; without one, ngram: draft from the text so far;"
-        " self:K: draft with the target, K experts a token (docs/drafters.md); none: plain decoding (default: the"
-        " embedded head with the embedded target, none with any other)",
+        help="draft head (EAGLE-3, DFlash or DSpark): a directory or a hub id; without one, ngram: draft from the text"
+        " so far; self:K: draft with the target, K experts a token (docs/drafters.md); none: plain decoding (default:"
+        " the embedded head with the embedded target, none with any other)",
     )
     group.add_argument(
         "--draft-boundaries",

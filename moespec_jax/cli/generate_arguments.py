@@ -39,8 +39,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         parser.add_argument_group(
             "speculative decoding",
             f"Needs --draft-model with any target but the embedded one. The default tree (size/depth/top-k) is"
-            f" {DEFAULT_TREE.name},\nwith ngram {NGRAM_TREE.name}. If some of these are given, the others have EAGLE's"
-            " values.",
+            f" {DEFAULT_TREE.name},\nwith ngram {NGRAM_TREE.name}, of a DFlash or DSpark head the chain of its block."
+            " Where some of the three\ntree flags are given, the others have EAGLE's values.",
         )
     )
     add_budget_flags(

@@ -146,7 +146,7 @@ def default_backend(device: Any = None) -> Backend:
 
     On CPU and NVIDIA GPUs of Ampere or later, the fastest that was measured (`docs/gpu.md`); on TPU the one with the
     least memory traffic by the compiler's count; `slots` elsewhere. What its kernels do not support, such as
-    float32 or quantized experts, runs as `slots` or in plain operations.
+    float32 on a GPU or MXFP4 experts on a TPU, runs as `slots` or in plain operations.
     """
     device = device or jax.devices()[0]
     preferred = BACKENDS[{"cpu": "switch", "gpu": "fused", "tpu": "pallas"}.get(device.platform, "slots")]

@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "--tree-depth",
         type=int,
         metavar="D",
-        help=f"largest depth of a tree (default: {DEPTH}; without these three flags, the trees that suit a drafter"
-        " without an EAGLE-3 head)",
+        help=f"largest depth of a tree (default: {DEPTH}; without these three flags, drafters other than EAGLE-3 heads"
+        " have trees of their own, docs/drafters.md)",
     )
     group.add_argument(
         "--tree-top-ks",
