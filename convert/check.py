@@ -32,9 +32,9 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="directory (safetensors or orbax) or hub id")
     parser.add_argument("--reference", help="directory that transformers loads; required where --model is orbax")
     parser.add_argument("--files", action="store_true", help="check hashes, shapes and values instead")
-    parser.add_argument("--tokens", type=int, default=64, help="length of each of two random sequences")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tolerance", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=64, help="length of each of two random sequences (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of these sequences (default: 0)")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference accepted (default: 1e-3)")
     arguments = parser.parse_args()
     model = locate(arguments.model)
     if arguments.files:

@@ -69,7 +69,12 @@ def _parser() -> Parser:
     parser.add_argument(
         "--draft-model", required=True, help="the head: EAGLE-3, DFlash or DSpark, in any format that can be read"
     )
-    parser.add_argument("--format", required=True, choices=FORMATS, help="specforge for SGLang, speculators for vLLM")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="specforge for SGLang (EAGLE-3 heads only), speculators for vLLM",
+    )
     parser.add_argument("--boundaries", help="boundaries such as 2,24,45, in place of those of the head's files")
     parser.add_argument("--target-name", help="name of the target in the output (default: --model)")
     add_output_flags(parser)

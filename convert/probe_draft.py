@@ -171,12 +171,16 @@ def _parser() -> Parser:
     parser = make_parser("probe_draft", __doc__)
     parser.add_argument("--model", required=True, help="the target: directory or hub id")
     parser.add_argument("--draft-model", required=True, help="the head: directory or hub id")
-    parser.add_argument("--draft-boundaries", metavar="2,24,45", help="in place of those of the head's files")
+    parser.add_argument(
+        "--draft-boundaries", metavar="2,24,45", help="boundaries in place of those of the head's files"
+    )
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--text", type=Path, help="text file (default: sources of this library)")
     texts.add_argument("--ids", type=Path, help="file of token ids, separated by commas or lines")
-    parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens")
-    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--tokens", type=int, default=2048, help="approximate number of tokens (default: 2048)")
+    parser.add_argument(
+        "--dtype", choices=FLOAT_DTYPES, help="dtype of weights (default: float32 on CPU, else bfloat16)"
+    )
     return parser
 
 

@@ -15,7 +15,9 @@ def main() -> int:
     """Run the conversion of the command line."""
     parser = make_parser("to_hf", __doc__)
     parser.add_argument("--model", required=True, help="directory of orbax (or safetensors, to change dtype or shards)")
-    parser.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="largest size of a shard")
+    parser.add_argument(
+        "--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, help="largest size of a shard (default: %(default)s)"
+    )
     add_output_flags(parser)
     arguments = parser.parse_args()
     if arguments.max_shard_bytes < 1:

@@ -18,7 +18,8 @@ SAMPLING_OPTIONS = tuple(flag[2:].replace("-", "_") for flag, *_ in SAMPLING_FLA
 def add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the flags of lengths, sampling and ends; `max_new_tokens` is the default of that flag."""
     group = parser.add_argument_group(
-        "sampling", "What is not given is as in the checkpoint's generation_config.json, and greedy where it has none."
+        "sampling",
+        "Settings that are not given are those of the checkpoint's generation_config.json; without it, greedy.",
     )
     group.add_argument(
         "--max-new-tokens",

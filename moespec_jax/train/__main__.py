@@ -268,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=FORMATS,
         default="specforge",
-        help="format of DIR/head: specforge for SGLang, speculators for vLLM (default: %(default)s)",
+        help="format of DIR/head: specforge for SGLang, speculators for vLLM (default: %(default)s); that of DFlash and"
+        " DSpark heads is always speculators",
     )
     add_head_flags(parser.add_argument_group("draft head"))
     add_block_flags(parser.add_argument_group("DFlash or DSpark head"))

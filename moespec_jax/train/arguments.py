@@ -23,7 +23,14 @@ SPARK_FLAGS = ("markov", "markov_rank", "confidence", "confidence_weight")
 
 
 def add_head_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags for the settings of the draft head."""
+    """Add the flags for the kind and the settings of the draft head."""
+    group.add_argument(
+        "--head",
+        choices=["eagle3", "dflash", "dspark"],
+        default="eagle3",
+        help="kind of the head; dflash drafts a block in one pass, and dspark is dflash with a Markov and a confidence"
+        " part (default: %(default)s)",
+    )
     group.add_argument(
         "--draft-vocab-size",
         type=_count,
@@ -43,21 +50,16 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="width of the head's MLP (default: that of the target's dense MLPs, else 3 times the hidden size)",
     )
-    group.add_argument("--layers", type=_count, metavar="N", help="layers of the head (default: 1, of a DFlash head 5)")
+    group.add_argument(
+        "--layers", type=_count, metavar="N", help="layers of the head (default: 1, of a DFlash or DSpark head 5)"
+    )
     for name, meaning in VARIANTS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
     group.add_argument("--qk-norm", action="store_true", help="RMS norm of each query and key, as in Qwen3")
 
 
 def add_block_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags for the settings of a DFlash head, in place of those of an EAGLE-3 head that it has no use for."""
-    group.add_argument(
-        "--head",
-        choices=["eagle3", "dflash", "dspark"],
-        default="eagle3",
-        help="kind of the head; dflash drafts a block in one pass, and dspark is dflash with a Markov and a confidence"
-        " part (default: %(default)s)",
-    )
+    """Add the flags for the settings of a DFlash or DSpark head."""
     group.add_argument(
         "--block-size",
         type=_count,
