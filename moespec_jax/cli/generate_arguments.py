@@ -38,9 +38,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _add_drafting_flags(
         parser.add_argument_group(
             "speculative decoding",
-            f"Needs --draft-model with any target but the embedded one. The default tree (size/depth/top-k) is"
-            f" {DEFAULT_TREE.name},\nwith ngram {NGRAM_TREE.name}, of a DFlash or DSpark head the chain of its block."
-            " Where some of the three\ntree flags are given, the others have EAGLE's values.",
+            "Needs --draft-model with any target but the embedded one. The default tree\n"
+            f"(size/depth/top-k) is {DEFAULT_TREE.name}, with ngram {NGRAM_TREE.name}, of a DFlash or DSpark head the\n"
+            "chain of its block. Where some of the three tree flags are given, the others\nhave EAGLE's values.",
         )
     )
     add_budget_flags(

@@ -19,7 +19,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
     """Add the flags of lengths, sampling and ends; `max_new_tokens` is the default of that flag."""
     group = parser.add_argument_group(
         "sampling",
-        "Settings that are not given are those of the checkpoint's generation_config.json; without it, greedy.",
+        "Settings that are not given are those of the checkpoint's\ngeneration_config.json; without it, greedy.",
     )
     group.add_argument(
         "--max-new-tokens",
