@@ -1,7 +1,7 @@
 """Speculative decoding for Mixture-of-Experts models in JAX.
 
-The public names are those of `__all__` and those used in docs/extending.md and docs/forward_pass.md. All other names,
-the folders of this package included, are private and may change in any version.
+The public names are those of `__all__` and those used in the Python examples of the pages in docs. All other names, the
+folders of this package included, are private and may change in any version.
 """
 
 import importlib

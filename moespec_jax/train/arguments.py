@@ -42,7 +42,8 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
         "--boundaries",
         metavar="2,24,45",
         help="hidden states of the target that the head reads: b is the one that enters layer b, L that after the last"
-        " of L layers (default: 2, L/2, L - 3; their nearest increasing ones where L is below 7)",
+        " of L layers (default: 2, L/2, L - 3, or their nearest increasing ones where L is below 7; of a DFlash or"
+        " DSpark head the outputs of as many layers as it has, evenly from 1 to L - 3)",
     )
     group.add_argument(
         "--intermediate-size",
@@ -54,8 +55,10 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
         "--layers", type=_count, metavar="N", help="layers of the head (default: 1, of a DFlash or DSpark head 5)"
     )
     for name, meaning in VARIANTS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=meaning)
-    group.add_argument("--qk-norm", action="store_true", help="RMS norm of each query and key, as in Qwen3")
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"{meaning}; EAGLE-3 heads only")
+    group.add_argument(
+        "--qk-norm", action="store_true", help="RMS norm of each query and key, as in Qwen3; EAGLE-3 heads only"
+    )
 
 
 def add_block_flags(group: argparse._ArgumentGroup) -> None:
