@@ -165,7 +165,7 @@ class Model:
             max_length: longest sequence in tokens (default: the model's context).
             tree: shape of the draft tree; None decodes plainly, and with "auto" every round is plain or drafts the tree
                 that pays most by the costs measured on this device, or by those of `read_costs`. The default is "auto"
-                where those were measured before and there is no budget, else a chain; without a head it is None.
+                where those were measured before and there is no budget, else the drafter's; without one it is None.
             budget: experts that a layer may read in a verification, which makes the output lossy; a number stands for
                 the default rule.
             samples: number of continuations of each prompt, which is read once; the result is that of a batch in which
@@ -179,8 +179,8 @@ class Model:
             on_tokens: called with every sequence's new ids about ten times a second, or once a round if that is slower.
             on_round: called with the measurements of every round.
             options: how tokens are drawn, as in `SamplingConfig`: `temperature` (0 is greedy), `top_k`, `top_p`,
-                `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logits_processor`. What is not
-                given is as in the checkpoint's `generation_config.json`, and greedy where it has none.
+                `min_p`, `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logits_processor`. Those
+                that are not given are the checkpoint's (`generation_config.json`), and greedy where it has none.
 
         Warns:
             BudgetWarning: the budget is so tight that quality is likely to suffer.
