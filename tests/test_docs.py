@@ -52,6 +52,16 @@ def test_commands_that_are_named_exist(page: Path) -> None:
         assert importlib.util.find_spec(module) is not None, module
 
 
+def test_messages_that_are_explained_exist() -> None:
+    """Each quoted part of a message is in the package, where a line may end within it."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted((DEMO.parent.parent).rglob("*.py")))
+    messages = re.sub(r'"\n +f?"', "", sources)
+    (table,) = re.findall(r"^## Messages\n(.*?)^## ", (DOCS / "robustness.md").read_text(), re.DOTALL | re.MULTILINE)
+    cells = re.findall(r"^\| (`[^|]*)", table, re.MULTILINE)
+    parts = [part for cell in cells for part in cell.split("`")[1::2]]
+    assert len(parts) > 5 and not [part for part in parts if part not in messages]
+
+
 def test_memory_variables_are_those_that_jaxlib_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in re.findall(
         r"^\| `(XLA_\w+)=(\S+)`", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.MULTILINE
