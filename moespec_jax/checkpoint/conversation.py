@@ -26,7 +26,7 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", *_CALLS), "as
 ROLES |= dict.fromkeys(("function", "observation", "tool_response"), "tool")
 # Names of the same text, of which templates know one or the other.
 _REASONING = ("reasoning_content", "reasoning")
-# Flags of a turn that say whether it is learned.
+# Flags of a turn that decide whether it is learned.
 _LEARNED = ("weight", "train", "loss")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
 

@@ -26,7 +26,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class PublishedSampling(NamedTuple):
-    """Sampling that a checkpoint asks for.
+    """Sampling that a checkpoint sets.
 
     Fields:
         options: fields of `SamplingConfig` that the file sets; its temperature is 0 unless `do_sample` is true.

@@ -148,7 +148,7 @@ def _check_headers(
 
 
 def _check_tied(config: DecoderConfig, headers: Headers, where: Path) -> None:
-    """Refuse a stored output matrix of its own beside tie_word_embeddings true, which says that there is none."""
+    """Refuse a stored output matrix of its own beside tie_word_embeddings true, which excludes one."""
     output = headers.entries.get(LM_HEAD)
     if config.tie_word_embeddings and output is not None and not is_same(output, headers.entries[EMBEDDING]):
         raise CheckpointError(

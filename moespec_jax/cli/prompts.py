@@ -61,7 +61,7 @@ def gather_prompts(arguments: argparse.Namespace, read_stdin: Callable[[], str])
 def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file: `turns` or `messages` of each line of .json and .jsonl, each line of other files.
 
-    `turns` are texts of the user: each is said after the answer to the one before. A single one is a text, and not a
+    `turns` are texts of the user: each follows the answer to the one before. A single one is a text, and not a
     conversation. `messages` (or `conversations`) are one, and end before the answer.
 
     Raises:

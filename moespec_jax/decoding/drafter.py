@@ -56,8 +56,8 @@ class SpeculationState(Generic[DraftState]):
 class Drafter(Protocol[Weights, DraftState]):
     """A way of drafting.
 
-    `init`, `read` and `begin` follow the prompt, `propose` and `commit` every round. Exactness asks of the trees only
-    what `tree.Tree` says of them: any other error costs acceptance.
+    `init`, `read` and `begin` follow the prompt, `propose` and `commit` every round. Exactness requires of the trees
+    only what `tree.Tree` requires: any other error costs acceptance.
     """
 
     @property

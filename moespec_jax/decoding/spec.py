@@ -1,4 +1,4 @@
-"""A way to decode as a user asks for it."""
+"""The requested way of decoding: tree, budget and drafter."""
 
 import dataclasses
 from typing import Any, Literal

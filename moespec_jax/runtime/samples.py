@@ -44,7 +44,7 @@ class Repetition:
 
 
 def repeat_rows(settings: Repetition, params: Any, state: PrefillState) -> PrefillState:
-    """Repeat every sequence of a state of prefill, in succession; its sharding says which axis is the batch."""
+    """Repeat every sequence of a state of prefill, in succession; its sharding names the axis of the batch."""
 
     def repeated(spec: PartitionSpec, part: Any) -> Any:
         if DATA not in spec:

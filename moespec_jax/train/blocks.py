@@ -51,7 +51,7 @@ def block_outputs(
         h = jnp.concatenate([features, rms_norm(x, layer.input_norm, config.rms_norm_eps)], axis=1)
         q, k, v = project_qkv(config, layer.attention, h, cos, sin)
         kind = config.sliding_windows[number], config.causal[number]
-        # As if the block followed a context of all tokens: of these, it sees those before its anchor.
+        # As if the block followed a context of all tokens: of these, it attends to those before its anchor.
         mask = jax.vmap(lambda row, kind=kind: block_mask(config, kind, row, length + block), in_axes=1, out_axes=1)
         x = finish_layer(config, layer, x, _attend(q[:, length:], k, v, _columns(mask(anchors), anchors, length)))
     return rms_norm(x, head.norm, config.rms_norm_eps).reshape(batch, count, block, -1)

@@ -29,7 +29,7 @@ _MX, _NV = (1, 32), (1, 16)
 
 
 def read_mxfp4(fields: Fields) -> Format:
-    """Read a `quantization_config` of the method mxfp4: that of fused experts, whose names say what they are."""
+    """Read a `quantization_config` of the method mxfp4: that of fused experts, which their names identify."""
     return Format("MXFP4", lambda module: ())
 
 

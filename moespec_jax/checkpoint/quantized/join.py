@@ -8,7 +8,7 @@ from moespec_jax.checkpoint.quantized.scheme import Component, Format, Scheme
 from moespec_jax.checkpoint.shards import Entry
 from moespec_jax.checkpoint.tensor_table import Tensor
 
-# Tensors of any format that say how activations and caches are quantized, which they are not here.
+# Tensors of any format by which activations and caches are quantized, which they are not here.
 _OF_ACTIVATIONS = re.compile(
     r".+\.(?:(?:input|output|activation|[qkv]|kv|kv_cache|prob)_(?:scale|zero_point|scaling_factor)|input_global_scale)"
 )
