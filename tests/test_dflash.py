@@ -19,9 +19,9 @@ from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.decoding.states import DecodeState
 from moespec_jax.decoding.waiting import HeadState
-from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.cache import Cache, empty_cache
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.dflash import block_forward, block_logits, empty_context, extend_context, fuse_context
+from moespec_jax.nn.dflash import block_forward, block_logits, extend_context, fuse_context
 
 TOLERANCE = 1e-5  # float32 against float64, on values of about 1
 TOKENS, LENGTHS = 24, (9, 6)  # tokens of a sequence; of the prompts
@@ -53,7 +53,7 @@ def test_a_block_equals_the_reference(variant: str) -> None:
 
     @fast_jit
     def run(head: Any, aux: jax.Array, embedded: jax.Array) -> Any:
-        cache = empty_context(config, 2, TOKENS + BLOCK, jnp.float32)
+        cache = empty_cache(config, 2, TOKENS + BLOCK, jnp.float32, stacked=False)
         for start, stop in ((0, 5), (5, 12)):
             cache = dataclasses.replace(cache, length=jnp.full((2,), start, jnp.int32))
             positions = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32)[None, :], (2, stop - start))

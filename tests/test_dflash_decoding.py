@@ -29,7 +29,7 @@ from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import forward
-from moespec_jax.nn.dflash import DFlashHead, MarkovBias, empty_context, extend_context, fuse_context
+from moespec_jax.nn.dflash import DFlashHead, MarkovBias, extend_context, fuse_context
 from moespec_jax.runtime.run import Batch, Run
 
 NEW = 100
@@ -126,7 +126,9 @@ def test_the_context_is_what_the_committed_tokens_give() -> None:
         info = forward(target, params, ids, positions, mask, empty, form, boundaries=config.boundaries)[2]
         assert info.aux_hidden_states is not None
         rows = fuse_context(config, head, info.aux_hidden_states)
-        return extend_context(config, head, rows, positions, empty_context(config, 1, ids.shape[1], jnp.float32))
+        return extend_context(
+            config, head, rows, positions, empty_cache(config, 1, ids.shape[1], jnp.float32, stacked=False)
+        )
 
     for state in states_after(drafting("qwen3_moe", "vanilla"), (0, 9)):
         tokens, confirmed = np.asarray(state.decoding.tokens), np.asarray(state.draft.cache.length)

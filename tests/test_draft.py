@@ -13,7 +13,8 @@ from head_oracle import VARIANTS, VOCAB, beside, head_of
 from moespec_jax.config import DraftConfig
 from moespec_jax.decoding.eagle3_drafter import extend_cache
 from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, fuse_aux, next_features
 
 PAIRS = 24  # more than `max_position_embeddings`
 TOLERANCE = 1e-5  # float32 against float64, on values of about 1
@@ -36,7 +37,7 @@ def test_head_equals_the_reference(variant: str) -> None:
     @fast_jit
     def run(head: DraftHead) -> Any:
         tokens = jnp.asarray(following, jnp.int32)[None, :]
-        cache = empty_draft_cache(config, 1, PAIRS + 3, jnp.float32)
+        cache = empty_cache(config, 1, PAIRS + 3, jnp.float32, stacked=False)
         states, params = jnp.asarray(aux)[None, :prefix], beside(head, embedding)
         out, cache = extend_cache(config, params, states, tokens[:, :prefix], cache)
         outs = [out]
@@ -94,7 +95,7 @@ def test_positions_beyond_the_trained_context(start: int, tolerance: float) -> N
 
     def run(positions: jax.Array) -> jax.Array:
         mask = causal_mask(jnp.arange(PAIRS, dtype=jnp.int32)[None, :], PAIRS)
-        cache = empty_draft_cache(config, 1, PAIRS, jnp.float32)
+        cache = empty_cache(config, 1, PAIRS, jnp.float32, stacked=False)
         return draft_forward(config, head, embedding[following][None], features, positions, mask, cache)[0]
 
     run = fast_jit(run)

@@ -25,7 +25,7 @@ from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import Cache, empty_cache
 from moespec_jax.nn.decoder import Decoder, forward
-from moespec_jax.nn.eagle3 import DraftHead, empty_draft_cache
+from moespec_jax.nn.eagle3 import DraftHead
 from moespec_jax.runtime.run import Batch, Run
 
 Pair = tuple[DecoderConfig, Decoder, Backend, DraftConfig, DraftHead]
@@ -194,7 +194,7 @@ def test_caches_are_what_a_fresh_prefill_writes(backend: str, tree: str) -> None
         cache = empty_cache(config, 1, ids.shape[1], jnp.float32, stacked=form.stacked)
         mask = causal_mask(positions, ids.shape[1])
         _, cache, info = forward(config, params, ids, positions, mask, cache, form, boundaries=draft.boundaries)
-        pairs = empty_draft_cache(draft, 1, ids.shape[1], jnp.float32)
+        pairs = empty_cache(draft, 1, ids.shape[1], jnp.float32, stacked=False)
         following = jnp.pad(ids[:, 1:], ((0, 0), (0, 1)))
         assert cache is not None and info.aux_hidden_states is not None
         both = SpeculativeParams(params, head)

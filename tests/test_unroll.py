@@ -18,7 +18,8 @@ from head_oracle import VOCAB, beside, head_of
 
 from moespec_jax.decoding.eagle3_drafter import extend_cache
 from moespec_jax.nn.attention import causal_mask
-from moespec_jax.nn.eagle3 import draft_forward, draft_logits, empty_draft_cache, next_features
+from moespec_jax.nn.cache import empty_cache
+from moespec_jax.nn.eagle3 import draft_forward, draft_logits, next_features
 from moespec_jax.train.objective import LOSSES, Teacher, unrolled_scores
 from moespec_jax.train.unroll import unroll
 
@@ -49,7 +50,7 @@ def test_unrolled_chain_equals_drafting(variant: str) -> None:
     rows = TOKENS - 1
 
     def chain(head: Any) -> list[jax.Array]:
-        cache = empty_draft_cache(config, rows, TOKENS + STEPS, jnp.float32)
+        cache = empty_cache(config, rows, TOKENS + STEPS, jnp.float32, stacked=False)
         repeated = jnp.repeat(aux[:, :rows], rows, axis=0)
         following, params = jnp.repeat(tokens[:, 1:], rows, axis=0), beside(head, embedding)
         out, cache = extend_cache(config, params, repeated, following, cache)

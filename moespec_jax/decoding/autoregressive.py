@@ -1,6 +1,7 @@
 """Plain decoding: prompts are read in chunks of bucketed length, then every round is one forward pass for one token."""
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -134,12 +135,8 @@ class Autoregressive:
 
     def step(self, params: Decoder, state: DecodeState, rounds: Int[Array, ""]) -> tuple[DecodeState, RunInfo]:
         """Generate up to `rounds` tokens for every unfinished sequence."""
-
-        def run_round(state: DecodeState) -> tuple[DecodeState, RoundInfo]:
-            return self.round(params, state)
-
         start, shards = no_plain_rounds(len(state.length)), params.sharding.experts
-        return run_rounds(run_round, self._proceeds, state, rounds, start, shards)
+        return run_rounds(partial(self.round, params), self._proceeds, state, rounds, start, shards)
 
     def round(self, params: Decoder, state: DecodeState) -> tuple[DecodeState, RoundInfo]:
         """Run one forward pass over the newest token of every sequence, and draw the next."""
@@ -147,7 +144,7 @@ class Autoregressive:
         hidden, cache, info = forward(
             self.config,
             params,
-            jnp.take_along_axis(state.tokens, positions, axis=1),
+            state.newest,
             positions,
             causal_mask(positions, state.cache.slots),
             dataclasses.replace(state.cache, length=state.length - 1),

@@ -20,12 +20,11 @@ from moespec_jax.decoding.tree import Tree
 from moespec_jax.decoding.waiting import HeadDrafter, HeadState
 from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.backend import PLAIN, Backend
-from moespec_jax.nn.cache import Cache
+from moespec_jax.nn.cache import Cache, empty_cache
 from moespec_jax.nn.dflash import (
     DFlashHead,
     block_forward,
     block_logits,
-    empty_context,
     extend_context,
     fuse_context,
     log_confidence,
@@ -63,7 +62,7 @@ class DFlashDrafter(HeadDrafter):
     def init(self, params: Params, batch: int, slots: int) -> HeadState:
         """Allocate an empty context."""
         dtype = params.draft.fc.dtype
-        cache = empty_context(self.config, batch, slots, dtype)
+        cache = empty_cache(self.config, batch, slots, dtype, stacked=False)
         return HeadState(cache, jnp.zeros((batch, 1, self.config.aux_size), dtype), jnp.zeros((batch,), jnp.int32))
 
     def read(
@@ -102,7 +101,7 @@ class DFlashDrafter(HeadDrafter):
         decoding, draft = state.decoding, state.draft
         cache = self._extend(params, draft.aux, draft.cache, draft.skipped)
         cache = dataclasses.replace(cache, length=decoding.length - 1 - draft.skipped)
-        roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)
+        roots = decoding.newest
         masks = jnp.full((len(roots), config.block_size - 1), config.mask_token_id, jnp.int32)
         embed = params.target.embed if head.embed is None else head.embed
         rows = jnp.arange(config.block_size, dtype=jnp.int32)[None, :]

@@ -23,8 +23,8 @@ from moespec_jax.decoding.tree import Beam, Level, Tree, check_draft_vocabulary,
 from moespec_jax.decoding.waiting import HeadDrafter, HeadState
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import PLAIN, Backend
-from moespec_jax.nn.cache import Cache, in_rows
-from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, empty_draft_cache, fuse_aux, next_features
+from moespec_jax.nn.cache import Cache, empty_cache, row_major_cache
+from moespec_jax.nn.eagle3 import DraftHead, draft_forward, draft_logits, fuse_aux, next_features
 from moespec_jax.nn.top_k import most_probable_of_shards
 from moespec_jax.parallel.collectives import own_shard
 
@@ -52,7 +52,7 @@ class Eagle3Drafter(HeadDrafter):
     def init(self, params: Params, batch: int, slots: int) -> HeadState:
         """Allocate an empty cache."""
         dtype = params.draft.fc.dtype
-        cache = empty_draft_cache(self.config, batch, slots, dtype)
+        cache = empty_cache(self.config, batch, slots, dtype, stacked=False)
         aux = jnp.zeros((batch, 1, self.config.aux_size), dtype)
         return HeadState(cache, aux, jnp.zeros((batch,), jnp.int32))
 
@@ -91,7 +91,7 @@ class Eagle3Drafter(HeadDrafter):
         pairs = decoding.length - 1 - skipped  # one for every token but the root
         last = jnp.clip(pairs - 1 - confirmed, 0, width - 1)
         outputs = jnp.take_along_axis(outputs, last[:, None, None], axis=1)[:, 0]
-        roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)[:, 0]
+        roots = decoding.newest[:, 0]
         cache = dataclasses.replace(cache, length=pairs)
         logits = partial(draw_logits, self.config, params, state)
         trees, cache = grow_trees(self.config, tree, params, outputs, roots, cache, skipped, logits, self.backend)
@@ -163,7 +163,7 @@ def grow_trees(
         mask = tree_mask(beam.ancestors, confirmed, cache.slots)
         cache = dataclasses.replace(cache, length=confirmed + level * k)
         outputs, cache = draft_forward(config, head, embed[beam.tokens], features, positions, mask, cache, backend)
-        cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
+        cache = row_major_cache(cache)
         best = children(outputs, level + 1)
         candidates, beam = jax.vmap(lambda b, gain, child: next_level(tree, level, b, gain, child, ids))(beam, *best)
         features = jnp.take_along_axis(next_features(config, head, outputs), beam.parents[:, :, None], axis=1)

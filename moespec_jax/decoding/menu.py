@@ -174,7 +174,7 @@ def plain_round(
     """Run a round of plain decoding within speculation: a tree of the root alone. The drafter keeps the target's hidden
     states of the newest tokens, and reads them when it drafts again."""
     decoding = state.decoding
-    roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)
+    roots = decoding.newest
     trees = Tree(roots, jnp.full_like(roots, -1), jnp.zeros(roots.shape, jnp.float32))
     root_alone = dataclasses.replace(method, accept=accept_rule(method.target.sampling, 1))
     outputs, cache, info = root_alone.verify_to_accept(params, state, trees)

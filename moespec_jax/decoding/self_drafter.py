@@ -17,7 +17,7 @@ from moespec_jax.decoding.sampling import batch_noise
 from moespec_jax.decoding.tree import Beam, Level, Tree, first_level, next_level, prune
 from moespec_jax.nn.attention import causal_mask, tree_mask
 from moespec_jax.nn.backend import Backend
-from moespec_jax.nn.cache import Cache, in_rows
+from moespec_jax.nn.cache import Cache, row_major_cache
 from moespec_jax.nn.decoder import forward, shard_logits
 from moespec_jax.nn.top_k import most_probable_of_shards
 from moespec_jax.parallel.collectives import own_shard
@@ -43,8 +43,7 @@ class SelfDrafter(StatelessDrafter):
         """Read the root, then grow a tree level by level, as `eagle3_drafter.grow_trees` does with a head."""
         decoding, k = state.decoding, tree.top_k
         ids = jnp.arange(params.target.embed.shape[0], dtype=jnp.int32)
-        roots = jnp.take_along_axis(decoding.tokens, decoding.length[:, None] - 1, axis=1)
-        positions = decoding.length[:, None] - 1
+        roots, positions = decoding.newest, decoding.length[:, None] - 1
         mask = causal_mask(positions, decoding.cache.slots)
         cache = dataclasses.replace(decoding.cache, length=decoding.length - 1)
         best, cache = self._children(k, params, state, roots, positions, mask, cache)
@@ -90,7 +89,7 @@ class SelfDrafter(StatelessDrafter):
             valid=jnp.broadcast_to(~state.decoding.done[:, None], tokens.shape),
             rope_length=positions + 1,
         )
-        cache = dataclasses.replace(cache, k=jax.tree.map(in_rows, cache.k), v=jax.tree.map(in_rows, cache.v))
+        cache = row_major_cache(cache)
         logits, sampling = shard_logits(params.target, hidden), state.sampling
         axes = params.target.sharding.vocabulary
         if not sampling.greedy:

@@ -133,13 +133,9 @@ class Speculative(Generic[Weights, DraftState]):
         self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState], rounds: Int[Array, ""]
     ) -> tuple[SpeculationState[DraftState], RunInfo]:
         """Run up to `rounds` rounds for every unfinished sequence."""
-
-        def run_round(state: SpeculationState[DraftState]) -> tuple[SpeculationState[DraftState], RoundInfo]:
-            return self.round(params, state)
-
         batch, shards = len(state.decoding.length), params.target.sharding.experts
         start = no_tree_rounds(self.target.config, self.tree.size, self.tree.longest_path, self.budget, batch)
-        return run_rounds(run_round, self._proceeds, state, rounds, start, shards)
+        return run_rounds(partial(self.round, params), self._proceeds, state, rounds, start, shards)
 
     def round(
         self, params: SpeculativeParams[Weights], state: SpeculationState[DraftState]

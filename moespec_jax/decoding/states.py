@@ -81,6 +81,11 @@ class DecodeState:
         """Tokens of every sequence before the next draw."""
         return History(self.tokens, self.length, self.prompt_length)
 
+    @property
+    def newest(self) -> Int[Array, "batch 1"]:
+        """Newest token of every sequence, which is not in the cache; the root of the next draft tree."""
+        return jnp.take_along_axis(self.tokens, self.length[:, None] - 1, axis=1)
+
 
 def any_unfinished(state: DecodeState) -> Bool[Array, ""]:
     """Test whether any sequence of the whole batch is unfinished; devices that share a batch loop equally often."""

@@ -4,6 +4,7 @@ Slot p of a sequence holds the token at position p. Slots from `length` on are f
 numbers.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -14,7 +15,8 @@ from jax.sharding import AxisType
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moespec_jax.config import DecoderConfig
+from moespec_jax.config import DecoderConfig, DraftConfig
+from moespec_jax.dflash_config import DFlashConfig
 from moespec_jax.nn.summary import summary
 from moespec_jax.parallel.collectives import axis_size
 from moespec_jax.parallel.mesh import Axes
@@ -43,10 +45,17 @@ class Cache:
 
 
 def empty_cache(
-    config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, *, stacked: bool, heads: Axes = ()
+    config: DecoderConfig | DraftConfig | DFlashConfig,
+    batch: int,
+    slots: int,
+    dtype: DTypeLike,
+    *,
+    stacked: bool,
+    heads: Axes = (),
 ) -> Cache:
-    """Allocate a cache of `slots` tokens for each sequence, all free; inside a program that runs on every device of a
-    mesh, a device's shard of it, whose heads are sharded over the axes `heads`."""
+    """Allocate a cache of `slots` tokens of a decoder or rows of a draft head for each sequence, all free; inside a
+    program that runs on every device of a mesh, a device's shard of it, whose heads are sharded over the axes
+    `heads`."""
     shape = (batch, config.num_key_value_heads // axis_size(heads), slots, config.head_dim)
 
     def zeros() -> Array | tuple[Array, ...]:
@@ -78,7 +87,7 @@ def write_rows(
         return jax.lax.dynamic_update_slice(store, block, corner)
 
     store = _for_each_sequence(batch, write, store)
-    return store if layer is None else in_rows(store)
+    return store if layer is None else row_major(store)
 
 
 def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch kept"], window: int) -> Cache:
@@ -101,7 +110,7 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
             return jax.lax.dynamic_update_slice(store, new, corner)
 
         store = _for_each_sequence(rows.shape[0], move, store)
-        return store if lead == 0 else in_rows(store)
+        return store if lead == 0 else row_major(store)
 
     return Cache(jax.tree.map(keep, cache.k), jax.tree.map(keep, cache.v), cache.length)
 
@@ -110,7 +119,12 @@ def keep_rows(cache: Cache, start: Int[Array, " batch"], rows: Int[Array, "batch
 KeepRows = Callable[[Cache, Array, Array, int], Cache]
 
 
-def in_rows(store: Array) -> Array:
+def row_major_cache(cache: Cache) -> Cache:
+    """Constrain keys and values of all layers by `row_major`."""
+    return dataclasses.replace(cache, k=jax.tree.map(row_major, cache.k), v=jax.tree.map(row_major, cache.v))
+
+
+def row_major(store: Array) -> Array:
     """Constrain `store` to row-major layout, that of the caller's operand; for use inside a loop.
 
     Without the constraint, the TPU compiler transposes the whole cache before and after a loop that writes single

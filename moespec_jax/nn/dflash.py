@@ -12,7 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moespec_jax.dflash_config import DFlashConfig
@@ -87,13 +86,6 @@ class DFlashHead:
     sharding: ShardingPlan = struct.field(pytree_node=False, default=REPLICATED)
 
     __repr__ = summary
-
-
-def empty_context(config: DFlashConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """Allocate a cache of `slots` rows for each sequence, all free; layers are not stacked."""
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers)) for _ in "kv")
-    return Cache(k, v, jnp.zeros((batch,), jnp.int32))
 
 
 def fuse_context(
