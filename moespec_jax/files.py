@@ -1,8 +1,9 @@
-"""Small files of a checkpoint directory: JSON with one-line errors, and atomic writes."""
+"""Small files: JSON with one-line errors, and atomic writes."""
 
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"expected a JSON object in {path}; it holds a {type(value).__name__}")
     return value
+
+
+def json_line(value: object) -> str:
+    """Format a value as a line of JSON. NaN and infinities, which JSON does not have, become null."""
+    try:
+        return json.dumps(value, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_finite(value)) + "\n"
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

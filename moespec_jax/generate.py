@@ -42,7 +42,7 @@ from moespec_jax.cli.wide_table import folded
 from moespec_jax.decoding.round_info import RoundInfo
 from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.errors import RequestError
-from moespec_jax.files import expanded
+from moespec_jax.files import expanded, json_line
 from moespec_jax.parallel.processes import all_or_none, is_first_process, same_everywhere
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import RunResult
@@ -101,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         extra = {} if comparison is None else {"comparison": dataclasses.asdict(comparison)}
         extra |= {"conversations": answers} if several else {}
-        write_output(json.dumps(dataclasses.asdict(result) | extra) + "\n")
+        write_output(json_line(dataclasses.asdict(result) | extra))
         return
     texts = [_texts(model, prompt, chat) for prompt in asked] if shows_prompts else []
     printer.finish() if printer else _print_batch(texts, result, answers)

@@ -1,6 +1,7 @@
 """Turns of a conversation are answered one after another, each with the answers before it in its prompt."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import moespec_jax
 from moespec_jax.generate import main
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.request import sequence_limits
-from moespec_jax.runtime.results import PromptResult, RunResult
+from moespec_jax.runtime.results import PromptResult, RunResult, joined
+from moespec_jax.runtime.token_logprobs import LikelyToken, TokenLogprob
 
 TURNS = ["hi", "well?", "so?"]
 
@@ -28,6 +30,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("model"), PLAIN)
 
 
+def batch_result(answers: list[PromptResult], *, first: bool) -> RunResult:
+    """Result of the first batch, which is lossy, or of a later one."""
+    means = (4.0, 2.0, 2.0, 0.5, 0.25) if first else (8.0, 4.0, 4.0, 1.0, 0.75)
+    tail = (None, None, None, None, 1.0, 2.0, 4.0, 1.0, None, "cpu", "float32", None, "switch", {})
+    return RunResult(answers, *means, not first, "words", True, {"published": [], "not_applied": {}}, *tail)
+
+
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Texts of the prompts of each batch; the answer to a prompt counts its tokens, and nothing is decoded."""
@@ -38,10 +47,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         sequence_limits(self.config, prompts, 4, None)
         seen.append(texts)
         answers = [PromptResult(f"{len(ids)} tokens", [1, 2], len(ids), 2, 1, 2.0, [1.0], "length") for ids in prompts]
-        means = (4.0, 2.0, 2.0, 0.5, 0.25) if len(seen) == 1 else (8.0, 4.0, 4.0, 1.0, 0.75)
-        tail = (None, None, None, None, 1.0, 2.0, 4.0, 1.0, None, "cpu", "float32", None, "switch", {})
-        sampling = {"published": [], "not_applied": {}}
-        return RunResult(answers, *means, len(seen) > 1, "words", True, sampling, *tail)
+        return batch_result(answers, first=len(seen) == 1)
 
     monkeypatch.setattr(Model, "generate", generate)
     return seen
@@ -81,6 +87,36 @@ def test_batches_of_turns_have_one_result(
     assert result["tokens_per_s"] == 3 / 12 and result["exact"] is False
     assert result["experts_wanted"] == pytest.approx((4 + 8 + 8) / 3)
     assert result["mass_kept"] == pytest.approx(2.5 / 3) and len(batches) == 3
+
+
+@pytest.mark.parametrize(
+    ("predicted", "total"), [([0.5, 0.25, 1.0], 1.75), ([None, 0.25, 1.0], None), ([0.5], 0.5), (["none", 0.25], None)]
+)
+def test_rounds_that_chose_their_shape_are_those_of_all_batches(predicted: list[Any], total: float | None) -> None:
+    """Whose first was too short to measure costs in, or drafted a tree; the costs are the last one's."""
+    answer = PromptResult("a", [1, 2], 3, 2, 1, 2.0, [1.0], "length")
+    results = [batch_result([answer], first=number == 0) for number in range(len(predicted))]
+    for number, (result, seconds) in enumerate(zip(results, predicted, strict=True)):
+        if seconds != "none":
+            costs = {"predicted_s": seconds, "source": f"file {number}"}
+            result.choice = {"rounds": {"plain": number, "4/2/1": 10 + number}} | costs
+    chose = [number for number, seconds in enumerate(predicted) if seconds != "none"]
+    rounds = {"plain": sum(chose), "4/2/1": 10 * len(chose) + sum(chose)}
+    expected = {"rounds": rounds, "predicted_s": total, "source": f"file {chose[-1]}"}
+    assert joined(results, [(number, 0) for number in range(len(results))]).choice == expected
+
+
+def test_a_token_of_probability_0_has_null_in_json(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its logit is -inf, as float16 may give one: JSON does not have its logarithm."""
+    excluded, likely = LikelyToken(7, "b", -math.inf), TokenLogprob(5, "a", -0.25, [LikelyToken(5, "a", -0.25)])
+    answer = PromptResult("a", [5], 3, 1, 1, 2.0, [1.0], "length", logprobs=[likely])
+    likely.top.append(excluded)
+    monkeypatch.setattr(Model, "generate", lambda self, prompts, **_: batch_result([answer], first=False))
+    out = generate(capsys, directory, write(tmp_path / "q.jsonl", {"turns": ["hi"]}), "--json", "--logprobs", "2")
+    (token,) = json.loads(out, parse_constant=pytest.fail)["prompts"][0]["logprobs"]
+    assert token["logprob"] == -0.25 and [other["logprob"] for other in token["top"]] == [-0.25, None]
 
 
 def test_every_answer_is_printed(

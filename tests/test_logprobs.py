@@ -1,6 +1,7 @@
 """Log-probabilities of tokens are those of the logits that drew them: NumPy's, in float64, of the whole text."""
 
 import dataclasses
+import math
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.decoding.menu import Menu
 from moespec_jax.decoding.sampling import SamplingConfig
 from moespec_jax.errors import RequestError
+from moespec_jax.files import json_line
 from moespec_jax.generate import main
 from moespec_jax.runtime.load import load
 
@@ -97,6 +99,19 @@ def test_the_command_and_python_give_them(flags: list[str], capsys: pytest.Captu
     assert [[dataclasses.asdict(token) for token in prompt.logprobs or []] for prompt in found.prompts] == [
         prompt["logprobs"] for prompt in result["prompts"]
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ({"logprob": -math.inf, "top": [{"logprob": -0.5}, {"logprob": -math.inf}]},
+         '{"logprob": null, "top": [{"logprob": -0.5}, {"logprob": null}]}'),
+        ([math.nan, (math.inf, 1e308)], "[null, [null, 1e+308]]"),
+        ({"a": 0.1, "b": [1, True, None, "NaN"]}, '{"a": 0.1, "b": [1, true, null, "NaN"]}'),
+    ],
+)  # fmt: skip
+def test_numbers_that_json_does_not_have_are_null(value: Any, line: str) -> None:
+    assert json_line(value) == line + "\n"
 
 
 @pytest.mark.slow

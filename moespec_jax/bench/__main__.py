@@ -32,7 +32,7 @@ from moespec_jax.cli.budget_flags import check_budget
 from moespec_jax.cli.command import command_parser, require_matplotlib, run_command, write_tables
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
-from moespec_jax.files import write_text
+from moespec_jax.files import json_line, write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
@@ -125,7 +125,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     # Only the figure needs matplotlib, which takes long to import: `_check` finds it, this imports it.
     from moespec_jax.bench.chart import write_chart
 
-    lines, text = "".join(json.dumps(row) + "\n" for row in rows), report(rows)
+    lines, text = "".join(map(json_line, rows)), report(rows)
     write_text(arguments.output / "bench.jsonl", lines)
     write_text(arguments.output / "bench.md", text)
     write_chart(rows, arguments.output / "bench.png")

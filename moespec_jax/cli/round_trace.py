@@ -1,7 +1,6 @@
 """Trace of a run: JSON lines, one for each round and sequence."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -10,7 +9,7 @@ import numpy as np
 
 from moespec_jax.decoding.round_info import RoundInfo, RoundShape
 from moespec_jax.errors import RequestError
-from moespec_jax.files import expanded
+from moespec_jax.files import expanded, json_line
 from moespec_jax.runtime.run import OnRound
 
 
@@ -80,4 +79,4 @@ def round_records(number: int, info: RoundInfo) -> Iterator[dict[str, Any]]:
 
 def _write_round(file: TextIO, number: int, info: RoundInfo) -> None:
     for record in round_records(number, info):
-        file.write(json.dumps(record) + "\n")
+        file.write(json_line(record))

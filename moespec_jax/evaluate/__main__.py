@@ -51,7 +51,7 @@ from moespec_jax.evaluate.second_loading import (
 )
 from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.evaluate.texts import TextSet, add_text_flags, own_sets, prompts_to_continue, text_files, written_sets
-from moespec_jax.files import write_text
+from moespec_jax.files import json_line, write_text
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets
 from moespec_jax.runtime.model import Model
@@ -159,7 +159,7 @@ def _write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     # Only the figure needs matplotlib, which takes long to import: `_check` finds it, this imports it.
     from moespec_jax.evaluate.chart import write_chart
 
-    lines, text = "".join(json.dumps(row) + "\n" for row in rows), report(rows)
+    lines, text = "".join(map(json_line, rows)), report(rows)
     write_text(arguments.output / "evaluate.jsonl", lines)
     write_text(arguments.output / "evaluate.md", text)
     write_chart(rows, arguments.output / "evaluate.png")

@@ -177,9 +177,20 @@ def joined(results: Sequence[RunResult], order: Sequence[tuple[int, int]]) -> Ru
     later = sum(p.new_tokens - 1 for r in results for p in r.prompts)
     least = next((r for r in results if not r.exact), results[0])
     return dataclasses.replace(
-        least, prompts=[results[batch].prompts[place] for batch, place in order],
+        least, prompts=[results[batch].prompts[place] for batch, place in order], choice=_joined_choice(results),
         tokens_per_s=later / fields["decode_s"] if fields["decode_s"] else 0.0, **fields,
     )  # fmt: skip
+
+
+def _joined_choice(results: Sequence[RunResult]) -> dict[str, Any] | None:
+    """Sum rounds and predicted seconds of all batches; the costs are those that the last one was decided by."""
+    choices = [result.choice for result in results if result.choice is not None]
+    if not choices:
+        return None
+    rounds = {name: sum(choice["rounds"][name] for choice in choices) for name in choices[0]["rounds"]}
+    seconds = [choice["predicted_s"] for choice in choices if choice["predicted_s"] is not None]
+    predicted = sum(seconds) if len(seconds) == len(results) else None
+    return choices[-1] | {"rounds": rounds, "predicted_s": predicted}
 
 
 def device_name() -> str:
