@@ -9,15 +9,17 @@ shares of all rounds, so that they sum to the length less one.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.cli.prompts import read_prompt_file
 from moespec_jax.config import TreeConfig
+from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.measure.prompt_sets import held_out_pieces
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
@@ -28,15 +30,20 @@ TREES = [TreeConfig(7, 10, 60), TreeConfig(4, 4, 16), TreeConfig(2, 2, 6)]
 TREES += [TreeConfig(depth, 1, depth + 2) for depth in (7, 4, 2, 1, 0)]
 
 
-def main() -> int:
-    """Measure every prompt set, tree and temperature, and write `acceptance.json`."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure every prompt set, tree and temperature, and write `acceptance.json`; returns the exit status: 0, 2 for a
+    head that cannot draft the trees, or another error that the user can fix."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, help="directory to write acceptance.json to (default: print)")
     parser.add_argument("--prompts", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--count", type=int, default=64, help="prompts of each set")
-    parser.add_argument("--draft-model", help="another head for the embedded target")
-    options = parser.parse_args()
+    parser.add_argument("--draft-model", help="another EAGLE-3 head for the embedded target")
+    return run_command(parser, _run, argv)
+
+
+def _run(options: argparse.Namespace) -> None:
     model = load(draft_model=options.draft_model, dtype="float32")
+    check_trees(model, TREES)
     sets = {"held-out modules": held_out_pieces(model, options.count)}
     for given in options.prompts:
         name, _, file = given.partition("=")
@@ -54,7 +61,16 @@ def main() -> int:
         print(json.dumps(report))
     else:
         (options.out / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+
+
+def check_trees(model: Model, trees: Iterable[TreeConfig | None]) -> None:
+    """Check that the model's head drafts all trees, before anything is measured.
+
+    Raises:
+        RequestError: it does not: a DFlash or DSpark head drafts chains of its block alone.
+    """
+    for tree in trees:
+        model.resolve(DecodingSpec(tree))
 
 
 def measure(model: Model, name: str, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:

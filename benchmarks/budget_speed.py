@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speculation import NEW, decode_all, spread
+from benchmarks.speculation import NEW, decode_all
 from moespec_jax.cli.compare import agreement
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.measure.timing import spread
 from moespec_jax.runtime.load import load
 
 TREES = {"4/2/1": TreeConfig(2, 1, 4), "16/4/4": TreeConfig(4, 4, 16), "60/7/10": TreeConfig(7, 10, 60)}

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.speculation import spread
 from moespec_jax.bench.random_pair import random_pair, shapes_of
 from moespec_jax.config import DecoderConfig, DraftConfig
 from moespec_jax.decoding.accept import accept_rule
@@ -40,7 +39,7 @@ from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.waiting import HeadState
 from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
-from moespec_jax.measure.timing import parse_tree
+from moespec_jax.measure.timing import parse_tree, spread
 from moespec_jax.nn.backend import BACKENDS, Backend, default_backend
 from moespec_jax.nn.decoder import Decoder
 from moespec_jax.nn.eagle3 import DraftHead

@@ -9,16 +9,17 @@ prefill do not count. Then one round of each tree is timed in parts, on the stat
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks.acceptance import check_trees
+from moespec_jax.cli.command import Parser, run_command
 from moespec_jax.config import TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.decoding.drafter import SpeculationState, SpeculativeParams
@@ -27,6 +28,7 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.decoding.speculative import Speculative
 from moespec_jax.decoding.tree import Tree
 from moespec_jax.measure.prompt_sets import held_out_pieces
+from moespec_jax.measure.timing import spread
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.run import Batch, Run
@@ -37,18 +39,25 @@ BRANCHED = [(4, 1, 2), (6, 2, 2), (8, 3, 2), (16, 4, 4), (60, 7, 10)]
 TREES = {f"{size}/{depth}/{top_k}": TreeConfig(depth, top_k, size) for size, depth, top_k in CHAINS + BRANCHED}
 
 
-def main() -> int:
-    """Time everything and write `speculation.json`, or print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Time everything and write `speculation.json`, or print it; returns the exit status: 0, 2 for a head that cannot
+    draft the trees, or another error that the user can fix."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, help="directory to write speculation.json to (default: print)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES), metavar="SIZE/DEPTH/TOP-K")
-    parser.add_argument("--draft-model", help="another head for the embedded target")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--draft-model", help="another head for the embedded target; DFlash and DSpark: with --trees of chains"
+    )
+    return run_command(parser, _run, argv)
+
+
+def _run(options: argparse.Namespace) -> None:
     model = load(draft_model=options.draft_model, dtype="float32")
-    prompts = held_out_pieces(model, options.prompts)
     trees: dict[str, TreeConfig | None] = {"plain": None, **{name: TREES[name] for name in options.trees}}
+    check_trees(model, trees.values())
+    prompts = held_out_pieces(model, options.prompts)
     turns = [
         {name: decode_all(model, prompts, tree) for name, tree in trees.items()} for _ in range(options.repeats + 1)
     ]
@@ -67,7 +76,6 @@ def main() -> int:
         print(json.dumps(report))
     else:
         (options.out / "speculation.json").write_text(json.dumps(report, indent=1) + "\n")
-    return 0
 
 
 def decode_all(
@@ -117,11 +125,6 @@ def timed(function: Callable[..., Any], *arguments: Any, repeats: int = 50) -> d
         jax.block_until_ready(function(*arguments))
         times.append((time.perf_counter() - started) * 1e3)
     return spread(times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

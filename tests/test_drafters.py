@@ -2,11 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from types import ModuleType
 
+import jax
 import pytest
+from own_mesh import block_head
 from tiny import write_tiny
 from tiny_pair import run_json
 
+from benchmarks import acceptance, speculation
 from moespec_jax import TreeConfig, load
 from moespec_jax.checkpoint.read import load_config
 from moespec_jax.decoding.spec import DecodingSpec
@@ -88,3 +92,17 @@ def test_a_target_without_experts_does_not_draft_itself(target: Path) -> None:
         named_draft("self", dense)
     drafts = named_draft("self", load_config(target))
     assert drafts is not None and drafts.name == "self:1"
+
+
+@pytest.mark.parametrize("benchmark", [acceptance, speculation])
+def test_benchmarks_of_trees_refuse_a_head_that_drafts_chains(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, before anything is measured."""
+    target = write_tiny(tmp_path / "target", num_hidden_layers=3, tokenizer=False)
+    model = load(target, block_head(tmp_path, str(target)))
+    monkeypatch.setattr(benchmark, "load", lambda **_: model)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(jax.config.jax_compilation_cache_dir))
+    assert benchmark.main(["--draft-model", "a block head"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: expected a chain (top-k 1)")

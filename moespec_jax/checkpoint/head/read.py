@@ -185,7 +185,10 @@ def share_embedding(loaded: AnyLoaded, embedding: jax.Array) -> AnyLoaded:
 
 
 def share_lm_head(loaded: AnyLoaded, matrix: jax.Array) -> AnyLoaded:
-    """Give the target's output matrix `[vocab, model]` to a head that has none; its memory is shared."""
+    """Give the target's output matrix `[vocab, model]` to a head that has none; its memory is shared.
+
+    A bias of the target's logits (Phi-3.5) is not shared: heads are trained with the matrix alone.
+    """
     if loaded.head.lm_head is not None:
         return loaded
     return loaded._replace(head=dataclasses.replace(loaded.head, lm_head=matrix))
