@@ -1,5 +1,6 @@
 """Distributions against plain Python and transformers; draws that depend on seed, row and position alone."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import oracles
 import pytest
 from driver import at
 
-from moespec_jax.decoding.sampling import SamplingConfig, draw, log_probabilities
+from moespec_jax.decoding.sampling import SamplingConfig, arranged_by_scatter, arranged_by_sort, draw, log_probabilities
 
 SETTINGS = [
     SamplingConfig(temperature=1.0),
@@ -44,6 +45,19 @@ def test_distribution_is_the_plain_python_one(sampling: SamplingConfig, ties: bo
     ]
     np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-12)
     np.testing.assert_array_equal(actual == 0, np.array(expected) == 0)
+
+
+@pytest.mark.parametrize("arranged", [arranged_by_sort, arranged_by_scatter])
+def test_marks_in_any_order_are_arranged_by_id(arranged: Callable[..., jax.Array]) -> None:
+    """As NumPy does; a CPU runs only one of both forms."""
+    random = np.random.default_rng(3)
+    ids = random.permuted(np.tile(np.arange(37, dtype=np.int32), (4, 1)), axis=1)
+    marks = random.random(ids.shape) < 0.4
+    expected = np.zeros_like(marks)
+    np.put_along_axis(expected, ids, marks, axis=1)
+    for row in range(len(ids)):
+        np.testing.assert_array_equal(jax.jit(arranged)(marks[row], ids[row]), expected[row])
+    np.testing.assert_array_equal(jax.jit(arranged)(marks, ids), expected)
 
 
 def test_greedy_puts_everything_on_the_first_maximum() -> None:

@@ -175,4 +175,16 @@ def _outside_nucleus(logits: Array, top_p: float) -> Array:
     order = jnp.argsort(-logits, axis=-1, stable=True)
     sorted_probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
     before = jnp.cumsum(sorted_probabilities, axis=-1) - sorted_probabilities
-    return jnp.take_along_axis(before >= max(top_p, _SMALLEST), jnp.argsort(order, axis=-1), axis=-1)
+    outside = before >= max(top_p, _SMALLEST)
+    return jax.lax.platform_dependent(outside, order, cpu=arranged_by_scatter, default=arranged_by_sort)
+
+
+def arranged_by_sort(marks: Array, ids: Array) -> Array:
+    """Arrange marks of tokens, which are in the order of `ids`, by ascending id."""
+    return jnp.take_along_axis(marks, jnp.argsort(ids, axis=-1), axis=-1)
+
+
+def arranged_by_scatter(marks: Array, ids: Array) -> Array:
+    """Compute `arranged_by_sort` without a second sort of the vocabulary, which is two fifths of the time of top-p on
+    CPUs; TPUs scatter slowly."""
+    return jnp.put_along_axis(jnp.zeros_like(marks), ids, marks, axis=-1, inplace=False)
