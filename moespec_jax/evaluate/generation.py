@@ -12,10 +12,6 @@ from moespec_jax.runtime.run import Batch
 Finished = Callable[[int, list[int]], bool]
 
 
-class _AllFinished(Exception):
-    """Every sequence of a batch is finished."""
-
-
 def continue_batch(
     model: Model,
     evaluated: EvaluatedSpec,
@@ -55,13 +51,11 @@ def continue_batch(
     def collect(parts: list[list[int]]) -> None:
         for ids, part in zip(new_ids, parts, strict=True):
             ids += part
-        if over is not None and all(over(i, ids) for i, ids in enumerate(new_ids[: len(prompts)])):
-            raise _AllFinished
 
-    try:
-        run.execute(on_tokens=collect)
-    except _AllFinished:
-        pass
+    def is_ended() -> bool:
+        return over is not None and all(over(i, ids) for i, ids in enumerate(new_ids[: len(prompts)]))
+
+    run.execute(on_tokens=collect, is_ended=is_ended)
     return new_ids[: len(prompts)]
 
 
