@@ -1,1 +1,1 @@
-"""Forward passes as pure functions: decoder, EAGLE-3 head, their layers, and expert kernels. Private."""
+"""Forward passes as pure functions: decoder, draft heads, their layers, and expert kernels. Private."""

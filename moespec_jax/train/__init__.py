@@ -1,1 +1,1 @@
-"""Training of EAGLE-3 draft heads for any supported target: `python -m moespec_jax.train`."""
+"""Training of EAGLE-3, DFlash and DSpark heads for any supported target: `python -m moespec_jax.train`."""
