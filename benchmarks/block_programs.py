@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.tpu_hlo import computations, large_values
+from benchmarks.tpu_hlo import computations, copyable_sizes, large_values
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.head.dflash_table import block_table, build_block_head
 from moespec_jax.checkpoint.parameters import abstract_decoder, final_shape
@@ -51,7 +51,7 @@ from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.measure.published_shapes import MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.dflash import DFlashHead
-from moespec_jax.plan.abstract import copyable_sizes, placed, with_layers
+from moespec_jax.plan.abstract import placed, with_layers
 from moespec_jax.plan.program import DTYPE, abstract_head
 from moespec_jax.runtime.programs import Programs
 

@@ -30,9 +30,15 @@ from moespec_jax.measure.prompt_sets import PIECE, continued, held_out_pieces
 from moespec_jax.runtime.load import load
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import versions
-from moespec_jax.study.rules import PAPER, RULES, SIZED
+from moespec_jax.study.rules import PAPER, RULES
 
 TREE = TreeConfig(7, 10, 60)
+# Rules that choose the number of experts by the scores; the budget is its upper bound.
+SIZED: dict[str, dict[str, Any]] = {
+    "MoE-Spec, mass 0.6": RULES[PAPER] | dict(size="mass", mass=0.6),
+    "path, squares, mass 0.9": dict(size="mass", mass=0.9),
+    "path, squares, rank": dict(size="rank"),
+}
 # Of these, the ones that are run through the target's own text too.
 OWN = [name for name in RULES if name.startswith(("MoE-Spec (", "path, hits", "path, squares"))]
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_hlo import copyable_sizes, large_values
 from benchmarks.tpu_table import table
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.checkpoint.parameters import abstract_decoder
@@ -44,7 +44,7 @@ from moespec_jax.measure.published_shapes import MODELS
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.plan.abstract import copyable_sizes, placed, with_layers
+from moespec_jax.plan.abstract import placed, with_layers
 from moespec_jax.plan.ahead import DTYPE, SLOTS, TOPOLOGIES, OutOfMemory, Program, compile_lowered, devices, versions
 from moespec_jax.runtime.programs import Programs
 

@@ -10,6 +10,12 @@ The compiler's cost analysis counts the bytes of all memories alike; `near_bytes
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from moespec_jax.config import DecoderConfig
+from moespec_jax.measure.local_bytes import local_size
 
 LARGE = 4_000_000
 
@@ -20,6 +26,13 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 # These name a value that is already there, or (start) one that its `done` names again.
 _VIEWS = re.compile(r"parameter|get-tuple-element|tuple|while|conditional|bitcast|constant|opt-barrier|.*-start")
 _SLICES = ("slice", "dynamic-slice", "gather", "dynamic-update-slice")
+
+
+def copyable_sizes(config: DecoderConfig, tree: Any) -> set[tuple[str, int]]:
+    """Types and element counts by which `large_values` finds copies of weights and caches: those of the tree's leaves
+    on one device, whole, of one layer, and of one expert."""
+    parts = [1, max(config.num_hidden_layers, 1), max(config.num_sparse_layers * config.num_experts, 1)]
+    return {("bf16", local_size(leaf) // part) for leaf in jax.tree.leaves(tree) for part in parts}
 
 
 def large_values(hlo: str, weights: set[tuple[str, int]]) -> tuple[list[str], list[str]]:

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_hlo import copyable_sizes, large_values
 from benchmarks.tpu_verify import abstract_trees, counts, verify
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, TreeConfig
@@ -47,7 +47,7 @@ from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.parallel.mesh import best_mesh, make_mesh
-from moespec_jax.plan.abstract import copyable_sizes, with_layers
+from moespec_jax.plan.abstract import with_layers
 from moespec_jax.plan.ahead import compile_lowered, devices, versions
 from moespec_jax.plan.program import Round, Workload, abstract_round, lower_round, on_mesh
 from moespec_jax.plan.sizing import HBM, SLICES

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.tpu_hlo import large_values
+from benchmarks.tpu_hlo import copyable_sizes, large_values
 from benchmarks.tpu_table import speculation_table
 from moespec_jax.checkpoint.families import read_config
 from moespec_jax.config import DecoderConfig, DraftConfig, TreeConfig
@@ -39,7 +39,7 @@ from moespec_jax.measure.local_bytes import local_bytes
 from moespec_jax.measure.published_shapes import HEADS, MODELS, draft_config
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.parallel.mesh import MeshConfig, make_mesh
-from moespec_jax.plan.abstract import copyable_sizes, placed, with_layers
+from moespec_jax.plan.abstract import placed, with_layers
 from moespec_jax.plan.ahead import SLOTS, TOPOLOGIES, compile_lowered, devices, versions
 from moespec_jax.plan.program import Round, Workload, abstract_round
 from moespec_jax.runtime.programs import Programs

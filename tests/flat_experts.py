@@ -10,8 +10,9 @@ import oracles
 
 from moespec_jax.config import Activation
 from moespec_jax.nn.experts.gpu import SlotOutputs, sum_distinct, sum_grouped
-from moespec_jax.nn.experts.layouts import Flat
+from moespec_jax.nn.experts.layouts import Flat, PerExpert
 from moespec_jax.nn.experts.slots import SLOT_TOKENS
+from moespec_jax.nn.layers import GatedMlp
 from moespec_jax.nn.routing import Routing
 
 EXPERTS, LAYERS, MODEL, FFN = 6, 2, 128, 64
@@ -27,6 +28,14 @@ def random_experts(dtype: Any = jnp.bfloat16, model: int = MODEL, ffn: int = FFN
     rng = np.random.default_rng(0)
     shapes = [(LAYERS * EXPERTS, model, ffn)] * 2 + [(LAYERS * EXPERTS, ffn, model)]
     return Flat(*(jnp.asarray(rng.normal(size=s) * s[1] ** -0.5, dtype) for s in shapes), num_experts=EXPERTS)
+
+
+def flat_from_per_expert(experts: PerExpert) -> Flat:
+    """Stack the weights of a `PerExpert` layout."""
+    rows = [expert for layer in experts for expert in layer]
+    names = [name for name in GatedMlp.__dataclass_fields__ if getattr(rows[0], name) is not None]
+    stack = {name: jnp.stack([getattr(row, name) for row in rows]) for name in names}
+    return Flat(**stack, num_experts=len(experts[0]))
 
 
 def poison_unused(experts: Flat, used: set[int]) -> Flat:

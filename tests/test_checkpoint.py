@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flat_experts import flat_from_per_expert
 from hf_models import FAMILIES, Fields, draw_fields
 from published import DTYPES, Tensors, draw_tensors, same, write
 from tiny import write_tiny
@@ -17,7 +18,7 @@ from moespec_jax.checkpoint.read import load_config, load_parameters
 from moespec_jax.errors import CheckpointError
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.decoder import Decoder
-from moespec_jax.nn.experts.layouts import Flat, flat_from_per_expert
+from moespec_jax.nn.experts.layouts import Flat
 from moespec_jax.runtime.load import load
 
 SWITCH, SLOTS = BACKENDS["switch"], BACKENDS["slots"]

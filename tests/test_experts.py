@@ -9,12 +9,13 @@ import numpy as np
 import oracles
 import pytest
 from driver import fast_jit
+from flat_experts import flat_from_per_expert
 
 from moespec_jax.nn.experts.blocks import lay_out_routes
 from moespec_jax.nn.experts.capacity import ExpertStack, capacity_experts
 from moespec_jax.nn.experts.cpu import DECODE_BLOCKS, PREFILL_BLOCKS, PREFILL_TOKENS, cpu_experts
 from moespec_jax.nn.experts.dense import dense_experts
-from moespec_jax.nn.experts.layouts import Flat, PerExpert, flat_from_per_expert
+from moespec_jax.nn.experts.layouts import Flat, PerExpert
 from moespec_jax.nn.experts.slots import PARTS, SLOT_TOKENS, slot_experts
 from moespec_jax.nn.layers import GatedMlp
 from moespec_jax.nn.moe import ExpertCompute

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import build, fast_jit, positions_of, random_tensors
+from flat_experts import flat_from_per_expert
 from hf_models import FAMILIES, draw_fields, write_checkpoint
 from safetensors.numpy import load_file
 from slow_decoder import SlowDecoder, chain
@@ -25,7 +26,6 @@ from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.cache import empty_cache
 from moespec_jax.nn.decoder import Decoder, forward, unembed
-from moespec_jax.nn.experts.layouts import flat_from_per_expert
 
 DENSE = BACKENDS["dense"]
 TOKENS = 9

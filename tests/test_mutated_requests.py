@@ -18,7 +18,7 @@ from tiny import CONFIG, byte_level_tokenizer, write_json, write_tiny
 
 from moespec_jax.checkpoint.parameters import abstract_decoder
 from moespec_jax.checkpoint.read import load_config
-from moespec_jax.checkpoint.tokenizer import chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.checkpoint.tokenizer import load_tokenizer, read_stop_ids, render_chat
 from moespec_jax.cli.prompts import encode_prompt, gather_prompts, parse_prompt_ids
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
@@ -106,7 +106,8 @@ PARTS += [
 def test_chat_template(model: Model) -> None:
     """A template is somebody's program: it runs in transformers' sandbox, and gives a text or a line."""
     file = model.directory / "chat_template.jinja"
-    chat_prompt(model.directory, "hello", None, True)
+    hello = [{"role": "user", "content": "hello"}]
+    render_chat(model.directory, hello, ask=True)
 
     @bounded_examples(40)
     @given(st.lists(st.sampled_from(PARTS), max_size=4).map("".join))
@@ -115,7 +116,7 @@ def test_chat_template(model: Model) -> None:
 
         _transformers_tokenizer.cache_clear()
         file.write_text(template)
-        text = outcome(lambda: chat_prompt(model.directory, "hello", None, True), size_of(model.directory))
+        text = outcome(lambda: render_chat(model.directory, hello, ask=True), size_of(model.directory))
         assert text is None or ("root:" not in text and "subclasses" not in text)
 
     check()

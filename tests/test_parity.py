@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from driver import cached_logits, continue_greedily, fast_jit, positions_of
+from flat_experts import flat_from_per_expert
 from hf_models import CONTEXT, FAMILIES, TOKENS, Fields, draw_fields, hf_greedy, hf_logits, write_checkpoint
 
 from moespec_jax.checkpoint.read import load_config, load_parameters
@@ -17,7 +18,6 @@ from moespec_jax.nn.attention import causal_mask
 from moespec_jax.nn.backend import BACKENDS, Backend
 from moespec_jax.nn.decoder import Decoder, forward, unembed
 from moespec_jax.nn.experts.dense import dense_experts
-from moespec_jax.nn.experts.layouts import flat_from_per_expert
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

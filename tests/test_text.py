@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import byte_fallback_tokenizer, byte_level_tokenizer, write_json, write_tiny
 from tokenizers import Tokenizer
 
-from moespec_jax.checkpoint.tokenizer import TextStream, chat_prompt, load_tokenizer, read_stop_ids
+from moespec_jax.checkpoint.tokenizer import TextStream, load_tokenizer, read_stop_ids, render_chat
 from moespec_jax.errors import CheckpointError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer(), "byte-fallback": byte_fallback_tokenizer()}
@@ -129,14 +129,15 @@ TEMPLATE = (
     ],
 )
 def test_chat_prompt(tmp_path: Path, system: str | None, thinking: bool, expected: str) -> None:
-    directory = write_chat(tmp_path, TEMPLATE)
-    assert chat_prompt(directory, "hi", system, thinking) == expected
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": "hi"})
+    assert render_chat(write_chat(tmp_path, TEMPLATE), turns, ask=True, thinking=thinking) == expected
 
 
 def test_a_template_that_refuses_is_one_line(tmp_path: Path) -> None:
     directory = write_chat(tmp_path, "{{ raise_exception('roles must alternate\nalways') }}")
     with pytest.raises(CheckpointError, match="expected a chat template.*roles must alternate") as refused:
-        chat_prompt(directory, "hi", None, True)
+        render_chat(directory, [{"role": "user", "content": "hi"}], ask=True)
     assert "\n" not in str(refused.value)
 
 

@@ -67,18 +67,6 @@ def _check_merges(file: Path) -> None:
             raise CheckpointError(f"expected the merges of {merges} in {file}; it has none")
 
 
-def chat_prompt(directory: Path, prompt: str, system: str | None, thinking: bool) -> str:
-    """Format a system turn, if any, and a user turn in the checkpoint's chat template, followed by the start of the
-    assistant's turn.
-
-    Raises:
-        CheckpointError: the checkpoint has no chat template, or the template refuses the turns.
-    """
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": prompt})
-    return render_chat(directory, turns, ask=True, thinking=thinking)
-
-
 def render_chat(
     directory: Path,
     turns: list[dict[str, Any]],

@@ -28,12 +28,6 @@ RULES: dict[str, dict[str, Any]] = {
     "path, squares, guarantee 0, faithfulness 0.5": _ALL_OWN | dict(min_kept_weight=0.5),
     "path, squares, guarantee 0, faithfulness 1 (exact)": _ALL_OWN | dict(min_kept_weight=1.0),
 }
-# Rules that choose the number of experts by the scores; the budget is its upper bound.
-SIZED: dict[str, dict[str, Any]] = {
-    "MoE-Spec, mass 0.6": _UNIFORM | dict(size="mass", mass=0.6),
-    "path, squares, mass 0.9": dict(size="mass", mass=0.9),
-    "path, squares, rank": dict(size="rank"),
-}
 # Rules that are compared, and rules that are timed, by default.
 FEW = [
     PAPER,

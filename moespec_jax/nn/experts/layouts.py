@@ -37,13 +37,3 @@ class Flat:
     down_bias: Float[Array, "all 1 model"] | None = None
 
     __repr__ = summary
-
-
-def flat_from_per_expert(experts: PerExpert) -> Flat:
-    """Stack the weights of a `PerExpert` layout. Both copies are in memory meanwhile: for tests and small models."""
-    import jax.numpy as jnp
-
-    rows = [expert for layer in experts for expert in layer]
-    names = [name for name in GatedMlp.__dataclass_fields__ if getattr(rows[0], name) is not None]
-    stack = {name: jnp.stack([getattr(row, name) for row in rows]) for name in names}
-    return Flat(**stack, num_experts=len(experts[0]))
