@@ -13,8 +13,6 @@ simulated routing, without a download.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from moespec_jax.cli.command import command_parser, require_matplotlib, run_comm
 from moespec_jax.config import TreeConfig
 from moespec_jax.errors import RequestError
 from moespec_jax.files import json_line, write_text
-from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.ledger import Ledger, digest
 from moespec_jax.measure.prompt_sets import PIECE, add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.measure.roofline import copy_bandwidth, verification_bytes
 from moespec_jax.measure.timing import TimingCase, time_interleaved
@@ -209,7 +207,7 @@ def _about(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _requested(cases: Mapping[str, TimingCase], sets: Mapping[str, list[list[int]]]) -> dict[str, Any]:
     """Further inputs of the measurement: every case, and the prompts."""
-    prompts = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in sets.items()}
+    prompts = {name: digest(ids) for name, ids in sets.items()}
     return {"settings": {name: _recorded(case) for name, case in cases.items()}, "prompts": prompts}
 
 

@@ -29,11 +29,11 @@ from moespec_jax.cli.arguments import (
     requested_spec,
 )
 from moespec_jax.cli.budget_flags import add_budget_flags
-from moespec_jax.cli.command import command_parser, run_command, write_output
+from moespec_jax.cli.command import command_parser, error_line, run_command, write_output
 from moespec_jax.cli.prompts import read_tools_file
 from moespec_jax.cli.sampling_flags import SAMPLING_OPTIONS, add_sampling_flags
 from moespec_jax.decoding.spec import DecodingSpec
-from moespec_jax.errors import CheckpointError, RequestError, one_line
+from moespec_jax.errors import CheckpointError, RequestError
 from moespec_jax.files import expanded
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.prompt_cache import PromptCache
@@ -70,7 +70,7 @@ def _run(arguments: argparse.Namespace) -> None:
         try:
             chat.obey(line) if line.startswith("/") else chat.ask(line)
         except (CheckpointError, RequestError) as error:
-            print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr)
 
 
 class Chat:

@@ -63,8 +63,7 @@ def run_command(
             warnings.showwarning = _show_warning
             run(arguments)
     except (CheckpointError, RequestError) as error:
-        # Messages may quote text from files: it must not add lines or send control characters to the terminal.
-        print(f"error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError, AssertionError) as error:
         message = platform_error(error) or memory_error(error)
@@ -86,6 +85,12 @@ def run_command(
             print(f"error: expected to write to standard output; {error}", file=sys.stderr)
             return 2
     return 0
+
+
+def error_line(error: BaseException) -> str:
+    """Format an error for the terminal. Its message may quote text from files, which must not add lines or send control
+    characters."""
+    return f"error: {one_line(' '.join(str(error).split()))}"
 
 
 def memory_error(error: BaseException) -> str | None:

@@ -13,8 +13,6 @@ a quarter and of half of the experts.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +50,7 @@ from moespec_jax.evaluate.second_loading import (
 from moespec_jax.evaluate.specs import EvaluatedSpec, evaluated_spec
 from moespec_jax.evaluate.texts import TextSet, add_text_flags, own_sets, prompts_to_continue, text_files, written_sets
 from moespec_jax.files import json_line, write_text
-from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.ledger import Ledger, digest
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import device_name, versions
@@ -262,9 +260,9 @@ def _measured_on(
 ) -> dict[str, Any]:
     """Further inputs of the measurements, for the ledger."""
     numbers = {name: getattr(arguments, name) for name in ("tokens", "answer_tokens", "batch")}
-    sets = {f"{s.name}, {s.kind}": _hash([s.texts, s.given]) for s in written}
-    sets |= {name: _hash(ids) for name, ids in prompts.items()}
-    sets |= {f"{name}, answered": _hash([repr(question) for question in found]) for name, found in questions.items()}
+    sets = {f"{s.name}, {s.kind}": digest([s.texts, s.given]) for s in written}
+    sets |= {name: digest(ids) for name, ids in prompts.items()}
+    sets |= {f"{name}, answered": digest([repr(question) for question in found]) for name, found in questions.items()}
     # None where there is none: older ledgers lack the name.
     numbers["also_load"] = arguments.also_load or None
     return numbers | {"ways": {evaluated.name: evaluated.columns() for evaluated in specs}, "sets": sets}
@@ -274,10 +272,6 @@ def _longest(written: Sequence[TextSet], prompts: Mapping[str, list[list[int]]],
     """Length of the longest text, those that the target is going to write included."""
     lengths = [len(text) for texts in written for text in texts.texts]
     return max([*lengths, *(len(prompt) + tokens for ids in prompts.values() for prompt in ids)], default=0)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from moespec_jax.cli.command import Parser, install_line
+from moespec_jax.cli.command import Parser, error_line, install_line
 from moespec_jax.errors import CheckpointError, RequestError, platform_error
 
 
@@ -31,7 +31,7 @@ def main() -> int:
         message = platform_error(error)
         if message is None and isinstance(error, RuntimeError | AssertionError):
             raise
-        print(f"error: {message or ' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error) if message is None else f"error: {message}", file=sys.stderr)
         return 2
     return 0
 

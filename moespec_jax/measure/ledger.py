@@ -1,5 +1,6 @@
 """A ledger: the finished tasks of a long command on disk, so that an interrupted command continues."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -70,6 +71,11 @@ class Ledger:
     def task(self, name: str, run: Callable[[], Value]) -> Value:
         """Value of a task; runs it if it is not finished."""
         return self._tasks[name] if name in self._tasks else self.put(name, run())
+
+
+def digest(value: Any) -> str:
+    """Hash a JSON value, such as prompts, by which a request names it: 16 hexadecimal digits of its sha256."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

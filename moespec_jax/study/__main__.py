@@ -8,8 +8,6 @@ for each figure, and study.html with all of them.
 """
 
 import argparse
-import hashlib
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig, resolve
 from moespec_jax.errors import RequestError
 from moespec_jax.files import expanded
-from moespec_jax.measure.ledger import Ledger
+from moespec_jax.measure.ledger import Ledger, digest
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import device_name, devices_text, versions
@@ -230,7 +228,7 @@ def _about(model: Model, arguments: argparse.Namespace, plan: Plan) -> dict[str,
 
 def _measured_on(sets: dict[str, list[list[int]]], plan: Plan) -> dict[str, Any]:
     """Settings that the values of tasks depend on, besides those in the tasks' names."""
-    prompts = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in sets.items()}
+    prompts = {name: digest(ids) for name, ids in sets.items()}
     timed = {"timed_prompts": plan.timed_prompts, "timed_tokens": plan.timed_tokens}
     return {"prompts": prompts, "tokens": plan.tokens, "rounds": plan.rounds, "batch": plan.batch} | timed
 

@@ -67,6 +67,22 @@ def contrast(one: ByText, other: ByText) -> Contrast:
     return Contrast(kl, against, against - kl, _middle(second - first), times, times_95, sum(map(len, one)))
 
 
+def contrast_row(found: Contrast) -> dict[str, Any]:
+    """Columns of a table for a contrast."""
+    low, high = found.times_95 or (None, None)
+    columns = {
+        "kl": found.kl,
+        "kl_against": found.kl_against,
+        "difference": found.difference,
+        "difference_low": found.difference_95[0],
+        "difference_high": found.difference_95[1],
+        "times": found.times,
+        "times_low": low,
+        "times_high": high,
+    }
+    return {k: None if v is None else round(v, 6) for k, v in columns.items()} | {"texts": found.texts}
+
+
 def mean_interval(by_text: ByText) -> tuple[float, float]:
     """Compute the 95 % interval of the mean over sets, from the same bootstrap draws."""
     return _middle(_drawn_means(by_text))
@@ -131,19 +147,3 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
 
 def _span(bounds: tuple[float, float], digits: int = 4) -> str:
     return f"95 %: {bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
-
-
-def contrast_row(found: Contrast) -> dict[str, Any]:
-    """Columns of a table for a contrast."""
-    low, high = found.times_95 or (None, None)
-    columns = {
-        "kl": found.kl,
-        "kl_against": found.kl_against,
-        "difference": found.difference,
-        "difference_low": found.difference_95[0],
-        "difference_high": found.difference_95[1],
-        "times": found.times,
-        "times_low": low,
-        "times_high": high,
-    }
-    return {k: None if v is None else round(v, 6) for k, v in columns.items()} | {"texts": found.texts}
