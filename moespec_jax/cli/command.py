@@ -35,6 +35,13 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message} (see --help)")
 
 
+def count(text: str) -> int:
+    """Parse the value of a flag that is a whole number of at least 1; the function's name is in the parser's errors."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 class OutputError(Exception):
     """Standard output cannot be written."""
 

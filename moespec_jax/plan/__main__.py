@@ -19,7 +19,7 @@ from moespec_jax.checkpoint.hub import locate
 from moespec_jax.checkpoint.read import load_config, read_config_file
 from moespec_jax.cli.arguments import add_tree_flags, mesh_of, tree_of
 from moespec_jax.cli.budget_flags import add_budget_flags, budget_of, check_budget
-from moespec_jax.cli.command import Parser, run_command, write_tables
+from moespec_jax.cli.command import Parser, count, run_command, write_tables
 from moespec_jax.config import DecoderConfig, TreeConfig
 from moespec_jax.decoding.budget_config import BudgetConfig
 from moespec_jax.errors import RequestError
@@ -147,13 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cache-slots",
-        type=_count,
+        type=count,
         default=4096,
         metavar="N",
         help="slots of each cache, for text and tree; generate allocates the next power of two (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=_count, default=1, metavar="N", help="number of sequences (default: %(default)s)"
+        "--batch", type=count, default=1, metavar="N", help="number of sequences (default: %(default)s)"
     )
     add_tree_flags(parser.add_argument_group("tree (default: 60/7/10)"))
     add_budget_flags(parser.add_argument_group("expert budget"))
@@ -161,15 +161,6 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     output.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object to a file as well")
     return parser
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-_count.__name__ = "count"  # how argparse calls it in its errors
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from moespec_jax.parallel.mesh import AXES, MeshConfig, make_mesh, shard_decoder
 from moespec_jax.plan.abstract import with_layers
 from moespec_jax.plan.cards import CARDS, Card, machine, parse_machine
 from moespec_jax.plan.floors import floors
-from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lower_prefill, lower_round, mesh_for
+from moespec_jax.plan.program import Load, Round, abstract_round, lower_prefill, lower_round, mesh_for, workload
 
 LAYERS = 4
 # Shares of a card's memory that JAX reserves: by default, and with `XLA_CLIENT_MEM_FRACTION=.95`.
@@ -83,7 +83,7 @@ def _abstract(load: Load, mesh: MeshConfig, backend: Backend, quantization: Quan
     """Build a round without devices."""
     # Nothing is compiled: axes without devices serve as a mesh.
     axes = cast(Mesh, AbstractMesh(mesh.shape, AXES))
-    return abstract_round(_workload(load, axes, backend, quantization))
+    return abstract_round(workload(load, axes, backend, quantization))
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def _temporaries(load: Load, mesh: MeshConfig, gpu: str, backend: Backend, quant
     from moespec_jax.plan.cuda import described_devices, lowering_for
 
     devices = make_mesh(mesh, described_devices(gpu, mesh.devices))
-    work = _workload(_shortened(load), devices, backend, quantization)
+    work = workload(_shortened(load), devices, backend, quantization)
     round_ = abstract_round(work)
     with lowering_for(gpu):
         lowered = lower_round(round_, devices), lower_prefill(round_, work, devices)
@@ -120,9 +120,3 @@ def _first_layers(budget: BudgetConfig | None, config: DecoderConfig, fewer: Dec
     sizes = resolve(budget, config).experts
     assert isinstance(sizes, tuple)
     return dataclasses.replace(budget, experts=sizes[: fewer.num_sparse_layers])
-
-
-def _workload(load: Load, mesh: Mesh, backend: Backend, quantization: Quantization | None) -> Workload:
-    return Workload(
-        load.target, load.draft, mesh, backend, load.tree, load.slots, load.batch, load.budget, quantization
-    )  # fmt: skip

@@ -79,6 +79,13 @@ class Workload(NamedTuple):
     quantization: Quantization | None = None
 
 
+def workload(load: Load, mesh: Mesh, backend: Backend, quantization: Quantization | None) -> Workload:
+    """Complete a load by the devices that share it, their back-end and the form of the experts."""
+    return Workload(
+        load.target, load.draft, mesh, backend, load.tree, load.slots, load.batch, load.budget, quantization
+    )  # fmt: skip
+
+
 class Round(NamedTuple):
     """Method, and its arguments as shapes with shardings."""
 

@@ -10,7 +10,7 @@ from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.nn.quantization import Quantization
 from moespec_jax.parallel.mesh import make_mesh
 from moespec_jax.plan.ahead import OutOfMemory, compile_lowered, devices
-from moespec_jax.plan.program import Load, Round, Workload, abstract_round, lower_round, mesh_for
+from moespec_jax.plan.program import Load, Round, abstract_round, lower_round, mesh_for, workload
 
 
 class Slice(NamedTuple):
@@ -48,11 +48,7 @@ def size_up(load: Load, name: str, quantization: Quantization | None) -> dict[st
     chip = name.partition("-")[0]
     mesh = mesh_for(load, count)
     placed = make_mesh(mesh, devices(chip, topology)[:count])
-    work = Workload(
-        load.target, load.draft, placed, BACKENDS["pallas"], load.tree,
-        load.slots, load.batch, load.budget, quantization,
-    )  # fmt: skip
-    round_ = abstract_round(work)
+    round_ = abstract_round(workload(load, placed, BACKENDS["pallas"], quantization))
     decoding, draft_cache = round_.state.decoding, round_.state.draft.cache
     row = {
         "slice": name,

@@ -3,6 +3,7 @@
 import argparse
 
 from moespec_jax.cli.arguments import DTYPES
+from moespec_jax.cli.command import count
 from moespec_jax.train.objective import LOSSES
 from moespec_jax.train.optimizer import OptimizerConfig
 from moespec_jax.train.run import Pace
@@ -33,7 +34,7 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--draft-vocab-size",
-        type=_count,
+        type=count,
         metavar="N",
         help="number of tokens that the head can draft, the most frequent of the data (default: 32000, or all of a"
         " smaller vocabulary)",
@@ -47,12 +48,12 @@ def add_head_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--intermediate-size",
-        type=_count,
+        type=count,
         metavar="N",
         help="width of the head's MLP (default: that of the target's dense MLPs, else 3 times the hidden size)",
     )
     group.add_argument(
-        "--layers", type=_count, metavar="N", help="layers of the head (default: 1, of a DFlash or DSpark head 5)"
+        "--layers", type=count, metavar="N", help="layers of the head (default: 1, of a DFlash or DSpark head 5)"
     )
     for name, meaning in VARIANTS.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=f"{meaning}; EAGLE-3 heads only")
@@ -65,7 +66,7 @@ def add_block_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for the settings of a DFlash or DSpark head."""
     group.add_argument(
         "--block-size",
-        type=_count,
+        type=count,
         default=8,
         metavar="N",
         help="rows of a block: the newest token, and mask tokens behind it; each drafts a token, but for the first of"
@@ -73,7 +74,7 @@ def add_block_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--anchors",
-        type=_count,
+        type=count,
         default=BlockRecipe.anchors,
         metavar="N",
         help="blocks a row, at random positions (default: %(default)s)",
@@ -93,7 +94,7 @@ def add_spark_flags(group: argparse._ArgumentGroup) -> None:
         choices=SPARK["markov"],
         help="form of the bias by the token drafted last (default: vanilla)",
     )
-    group.add_argument("--markov-rank", type=_count, metavar="N", help=f"rank of that bias (default: {MARKOV_RANK})")
+    group.add_argument("--markov-rank", type=count, metavar="N", help=f"rank of that bias (default: {MARKOV_RANK})")
     group.add_argument(
         "--confidence",
         choices=SPARK["confidence"],
@@ -112,20 +113,20 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags for the settings of the training."""
     group.add_argument(
         "--steps",
-        type=_count,
+        type=count,
         default=10_000,
         metavar="N",
         help="optimizer steps; a larger number than that of an existing run extends it (default: %(default)s)",
     )
     group.add_argument(
-        "--batch", type=_count, default=Recipe.batch, metavar="N", help="rows a step (default: %(default)s)"
+        "--batch", type=count, default=Recipe.batch, metavar="N", help="rows a step (default: %(default)s)"
     )
     group.add_argument(
-        "--length", type=_count, metavar="N", help="tokens a row (default: 2048, or the target's shorter context)"
+        "--length", type=count, metavar="N", help="tokens a row (default: 2048, or the target's shorter context)"
     )
     group.add_argument(
         "--unroll",
-        type=_count,
+        type=count,
         default=Recipe.unroll,
         metavar="N",
         help="draft steps that the head is unrolled over (default: %(default)s)",
@@ -150,14 +151,14 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--save-every",
-        type=_count,
+        type=count,
         default=Pace.save_every,
         metavar="N",
         help="steps between checkpoints (default: %(default)s)",
     )
     group.add_argument(
         "--evaluate-every",
-        type=_count,
+        type=count,
         default=Pace.evaluate_every,
         metavar="N",
         help="steps between measurements of held-out accuracy (default: %(default)s)",
@@ -205,12 +206,3 @@ def add_optimizer_flags(group: argparse._ArgumentGroup) -> None:
         default=defaults.schedule,
         help="decay of the learning rate to 0 (default: %(default)s)",
     )
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-_count.__name__ = "count"  # the type's name in argparse's errors
