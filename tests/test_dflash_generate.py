@@ -22,6 +22,7 @@ from moespec_jax.decoding.spec import DecodingSpec
 from moespec_jax.generate import main
 from moespec_jax.nn.backend import BACKENDS
 from moespec_jax.runtime.load import load
+from moespec_jax.study.__main__ import studied_tree
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,12 @@ def test_trees_that_a_block_does_not_draft_are_refused(
     assert main(command) == 2
     *_, error = capsys.readouterr().err.splitlines()  # after the origin of the boundaries
     assert error.startswith("error: expected a chain (top-k 1) of at most 6 tokens")
+
+
+def test_a_study_without_a_tree_drafts_the_whole_block(pair: tuple[Path, Path]) -> None:
+    """And EAGLE's tree with every other drafter."""
+    assert studied_tree(load(*pair).draft) == TreeConfig(4, 1, 6)
+    assert studied_tree(load(pair[0], "ngram").draft) == TreeConfig(7, 10, 60)
 
 
 def test_the_probe_finds_the_states_that_a_head_reads(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moespec_jax.checkpoint.head.read import LoadedBlockDraft
 from moespec_jax.cli.arguments import (
     add_mesh_flag,
     add_model_flags,
@@ -30,6 +31,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.files import expanded
 from moespec_jax.measure.ledger import Ledger, digest
 from moespec_jax.measure.prompt_sets import add_prompt_set_flags, check_prompt_sets, prompt_sets
+from moespec_jax.runtime.drafters import Draft, default_tree
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.results import device_name, devices_text, versions
 from moespec_jax.study.measure import RECONSTRUCTED, Plan, measure
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("study", __doc__, EXAMPLE)
     add_model_flags(group := parser.add_argument_group("model"))
     add_mesh_flag(group)
-    add_tree_flags(parser.add_argument_group("tree (default: EAGLE's, 60/7/10)"))
+    add_tree_flags(parser.add_argument_group("tree (default: 60/7/10, or a DFlash or DSpark head's block)"))
     group = parser.add_argument_group("prompts")
     add_prompt_set_flags(group, count=16)
     group.add_argument(
@@ -123,11 +125,10 @@ def _add_timing_flags(group: argparse._ArgumentGroup) -> None:
 
 def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     _check(arguments)
-    tree = tree_of(arguments) or TreeConfig()
-    rules = named_rules(arguments.rules, FEW)
+    tree, rules = tree_of(arguments), named_rules(arguments.rules, FEW)
     model = load_requested(arguments)
     check_studied(model)
-    plan = plan_of(arguments, model.config, tree, rules)
+    plan = plan_of(arguments, model.config, tree or studied_tree(model.draft), rules)
     sets = prompt_sets(model, arguments)
     _check_context(model, sets, plan)
     about = _about(model, arguments, plan)
@@ -138,6 +139,11 @@ def _run(arguments: argparse.Namespace, given: Sequence[str]) -> None:
 
     summary = write_report(model.config, plan, list(sets), ledger, about, command_line(given), arguments.output)
     write_tables(f"{summary}\n{arguments.output / PAGE}\n")
+
+
+def studied_tree(draft: Draft | None) -> TreeConfig:
+    """Choose the tree where none is given: EAGLE's, or the whole block of a head that drafts no trees."""
+    return default_tree(draft) if isinstance(draft, LoadedBlockDraft) else TreeConfig()
 
 
 def plan_of(arguments: argparse.Namespace, config: DecoderConfig, tree: TreeConfig, rules: list[str]) -> Plan:
