@@ -13,7 +13,7 @@ from moespec_jax.errors import RequestError
 from moespec_jax.measure.ledger import Ledger
 from moespec_jax.runtime.model import Model
 from moespec_jax.runtime.requested_sampling import GREEDY
-from moespec_jax.runtime.results import RunResult
+from moespec_jax.runtime.results import RunResult, rounds_by_shape
 
 
 class TimingCase(NamedTuple):
@@ -135,8 +135,7 @@ def _choice(results: Sequence[RunResult]) -> dict[str, Any] | None:
     choices = [(result.choice, result.decode_s) for result in results if result.choice is not None]
     if not choices:
         return None
-    shapes = choices[0][0]["rounds"]
-    rounds = {name: sum(choice["rounds"][name] for choice, _ in choices) for name in shapes}
+    rounds = rounds_by_shape([choice for choice, _ in choices])
     known = [(choice["predicted_s"], seconds) for choice, seconds in choices if choice["predicted_s"] is not None]
     return {
         "share_of_rounds": {name: count / max(sum(rounds.values()), 1) for name, count in rounds.items()},

@@ -187,10 +187,14 @@ def _joined_choice(results: Sequence[RunResult]) -> dict[str, Any] | None:
     choices = [result.choice for result in results if result.choice is not None]
     if not choices:
         return None
-    rounds = {name: sum(choice["rounds"][name] for choice in choices) for name in choices[0]["rounds"]}
     seconds = [choice["predicted_s"] for choice in choices if choice["predicted_s"] is not None]
     predicted = sum(seconds) if len(seconds) == len(results) else None
-    return choices[-1] | {"rounds": rounds, "predicted_s": predicted}
+    return choices[-1] | {"rounds": rounds_by_shape(choices), "predicted_s": predicted}
+
+
+def rounds_by_shape(choices: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Sum the rounds of each shape over the `choice` of at least one result."""
+    return {name: sum(choice["rounds"][name] for choice in choices) for name in choices[0]["rounds"]}
 
 
 def device_name() -> str:
