@@ -6,7 +6,7 @@
 # the tables; the figures in sentences of README and docs, notebooks (`python -m notebooks.run`), and the table of
 # docs/evaluate.md for lm-eval are made by hand.
 set -euo pipefail
-prompts=$1
+prompts=$(realpath "${1:?expected a directory of prompts}")
 shift
 cd "$(dirname "$0")/.."
 results=benchmarks/results
