@@ -74,7 +74,7 @@ def test_trees_that_a_block_does_not_draft_are_refused(
 
 
 def test_a_study_without_a_tree_drafts_the_whole_block(pair: tuple[Path, Path]) -> None:
-    """And EAGLE's tree with every other drafter."""
+    """Every other drafter drafts EAGLE's tree there."""
     assert studied_tree(load(*pair).draft) == TreeConfig(4, 1, 6)
     assert studied_tree(load(pair[0], "ngram").draft) == TreeConfig(7, 10, 60)
 

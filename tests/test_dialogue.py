@@ -93,7 +93,7 @@ def test_batches_of_turns_have_one_result(
     ("predicted", "total"), [([0.5, 0.25, 1.0], 1.75), ([None, 0.25, 1.0], None), ([0.5], 0.5), (["none", 0.25], None)]
 )
 def test_rounds_that_chose_their_shape_are_those_of_all_batches(predicted: list[Any], total: float | None) -> None:
-    """Whose first was too short to measure costs in, or drafted a tree; the costs are the last one's."""
+    """The first batch may be too short to measure costs in, or draft a tree; the costs are the last one's."""
     answer = PromptResult("a", [1, 2], 3, 2, 1, 2.0, [1.0], "length")
     results = [batch_result([answer], first=number == 0) for number in range(len(predicted))]
     for number, (result, seconds) in enumerate(zip(results, predicted, strict=True)):

@@ -98,7 +98,7 @@ def test_a_target_without_experts_does_not_draft_itself(target: Path) -> None:
 def test_benchmarks_of_trees_refuse_a_head_that_drafts_chains(
     benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one line, before anything is measured."""
+    """The refusal is one line, before anything is measured."""
     target = write_tiny(tmp_path / "target", num_hidden_layers=3, tokenizer=False)
     model = load(target, block_head(tmp_path, str(target)))
     monkeypatch.setattr(benchmark, "load", lambda **_: model)

@@ -49,7 +49,7 @@ def test_distribution_is_the_plain_python_one(sampling: SamplingConfig, ties: bo
 
 @pytest.mark.parametrize("arranged", [arranged_by_sort, arranged_by_scatter])
 def test_marks_in_any_order_are_arranged_by_id(arranged: Callable[..., jax.Array]) -> None:
-    """As NumPy does; a CPU runs only one of both forms."""
+    """Both forms equal NumPy's; a CPU runs only one of them in decoding."""
     random = np.random.default_rng(3)
     ids = random.permuted(np.tile(np.arange(37, dtype=np.int32), (4, 1)), axis=1)
     marks = random.random(ids.shape) < 0.4
